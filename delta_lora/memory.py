@@ -1,0 +1,43 @@
+"""Peak memory of a stretch of work: allocated device memory on CUDA, resident set size on a CPU."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement.
+
+    On Linux the kernel's high-water mark of the process is reset; where that is not possible the
+    peak since the start of the process is what `peak_bytes` gives.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    marks = Path("/proc/self/clear_refs")
+    if marks.exists():
+        try:
+            marks.write_text("5")
+        except OSError:
+            return
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak since `reset_peak`, in bytes.
+
+    CUDA: `torch.cuda.max_memory_allocated`. CPU: the resident set size, which holds the
+    interpreter and the libraries as well; compare differences between runs, not sizes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

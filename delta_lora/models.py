@@ -1,0 +1,150 @@
+"""Build the model and the tokenizer of a run, from the hub, a local folder or a configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: configuration keys of dropout probabilities, over the supported model types.
+DROPOUT_KEYS = (
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout",
+    "dropout", "attention_dropout", "activation_dropout", "classif_dropout",
+)  # fmt: skip
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """Return the fast tokenizer of a hub id or a local folder.
+
+    A folder with OpenAI's original file names ``encoder.json`` and ``vocab.bpe`` is read as GPT-2's
+    tokenizer. A tokenizer without a padding token pads with its end-of-text token (which is always
+    masked).
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    folder = Path(source)
+    if folder.is_dir() and (folder / "encoder.json").exists():
+        merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+        pairs: Any = [
+            tuple(line.split()) for line in merges if line and not line.startswith("#version")
+        ]
+        vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        tokenizer: Any = GPT2Tokenizer(vocab=vocabulary, merges=pairs, model_max_length=1024)
+    else:
+        _check_folder(source, ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    family: str,
+    *,
+    source: str | Path | None = None,
+    revision: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    dropout: float | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    attention: str = "sdpa",
+) -> nn.Module:
+    """Return a model with pre-trained weights, or with random ones built from a configuration.
+
+    Args:
+        family: which head: one of `FAMILIES`.
+        source: hub id or local folder of pre-trained weights (safetensors only); None builds the
+            model of `architecture` with random weights, drawn from torch's global generator.
+        revision: commit of the hub repository.
+        architecture: ``{"model_type": "gpt2", "n_layer": 24, ...}``; used without `source`.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the weights.
+        dropout: sets every dropout probability of the model; None keeps the checkpoint's.
+        config_overrides: further configuration values, for example ``num_labels``.
+        attention: transformers' ``attn_implementation``.
+
+    Raises:
+        ValueError: unknown family or dtype, or neither or both of source and architecture.
+        FileNotFoundError: the folder does not exist or holds no model.
+        OSError: the hub cannot be reached, or knows no such model.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    if family not in FAMILIES:
+        raise ValueError(f"model.family={family!r}; allowed: {', '.join(FAMILIES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    if source is None and architecture is None:
+        raise ValueError(
+            "the model has neither weights nor an architecture; set model.path, model.hub_id "
+            "or model.architecture"
+        )
+    auto_class = {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "masked_lm": transformers.AutoModelForMaskedLM,
+        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+    }[family]
+    overrides = dict(config_overrides or {})
+    if source is None:
+        assert architecture is not None
+        values = {key: value for key, value in architecture.items() if key != "model_type"}
+        config = AutoConfig.for_model(architecture["model_type"], **values, **overrides)
+        _set_dropout(config, dropout)
+        return auto_class.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+    _check_folder(source, ("config.json",))
+    config = AutoConfig.from_pretrained(str(source), revision=revision, **overrides)
+    _set_dropout(config, dropout)
+    return auto_class.from_pretrained(
+        str(source),
+        revision=revision,
+        config=config,
+        dtype=DTYPES[dtype],
+        attn_implementation=attention,
+        use_safetensors=True,
+    )
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for key in DROPOUT_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, dropout)
+
+
+def _check_folder(source: str | Path, files: tuple[str, ...]) -> None:
+    """Raise where `source` looks like a path but is not a folder with one of `files`."""
+    path = Path(source)
+    looks_local = path.is_absolute() or str(source).startswith((".", "~")) or path.exists()
+    if not looks_local:
+        return
+    if not path.is_dir():
+        raise FileNotFoundError(f"model folder {source} does not exist")
+    if not any((path / name).exists() for name in files):
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(f"{source} holds none of {', '.join(files)}; it holds {found}")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return one sha256 over names, types and bytes of all parameters (tied ones once)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\0".encode())
+        data = parameter.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""What a method and a task are: the two interfaces that the trainer and the tasks share.
+
+`delta_lora.trainer` knows nothing but these two classes, so it holds no method and no task name.
+`tasks/` may import this module and nothing else of `delta_lora`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """How a metric is named, printed and compared.
+
+    Attributes:
+        name: key in records, for example ``rouge_l``.
+        label: column head in tables, for example ``ROUGE-L``.
+        scale: factor from the stored value (fractions are stored in [0, 1]) to the printed one.
+        decimals: digits behind the point in tables.
+        higher_is_better: direction of the metric.
+    """
+
+    name: str
+    label: str
+    scale: float = 1.0
+    decimals: int = 2
+    higher_is_better: bool = True
+
+
+@dataclass
+class Batch:
+    """One micro-batch as the trainer sees it.
+
+    Attributes:
+        tensors: what `Task.loss` reads, by name.
+        num_targets: number of terms in the summed loss (target tokens, or samples).
+        num_tokens: number of input tokens, for the throughput figure.
+        example_ids: names of the examples, for error messages.
+    """
+
+    tensors: dict[str, Tensor]
+    num_targets: int
+    num_tokens: int
+    example_ids: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch with its tensors on `device`."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Batch(moved, self.num_targets, self.num_tokens, self.example_ids)
+
+
+class Method(ABC):
+    """How a model is adapted: what is injected, what trains, what happens around a step.
+
+    One file in `delta_lora/methods/` and one yaml in `configs/method/` make a method. The order of
+    calls in a run is: `inject`, `param_groups`, then per optimiser step `before_micro_batch` for
+    every micro-batch, `extra_loss` once (after the last micro-batch's forward pass), `before_step`
+    (gradients complete and clipped, optimiser not yet run), `after_step` (parameters updated,
+    gradients still there), and `finish` once at the end. A step that the loss scaler skipped calls
+    neither `after_step` nor counts as a step.
+    """
+
+    #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).
+    num_updatable_parameters: int = 0
+
+    @abstractmethod
+    def inject(
+        self,
+        model: nn.Module,
+        *,
+        projections: Sequence[str] | None,
+        head: Sequence[str],
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Prepare `model` in place: add branches, set `requires_grad` of every parameter.
+
+        Args:
+            model: the pre-trained model.
+            projections: names or patterns of the adapted layers; None finds W_Q and W_V by
+                structure.
+            head: names of task modules that are new (a classification head) and train with every
+                method.
+            total_steps: number of optimiser steps of the run, for schedules.
+            seed: seed of the run, for the initialisation and for anything the method draws itself.
+
+        Raises:
+            ValueError: a setting does not fit the model, or a pattern matches nothing.
+        """
+
+    @abstractmethod
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return optimiser groups ``{"params": [(name, parameter), ...], "lr": float}``."""
+
+    def before_micro_batch(self, step: int, micro_step: int) -> None:  # noqa: B027 - a hook
+        """Run before every forward pass in training (`step` counts applied steps from 0)."""
+
+    def extra_loss(self) -> Tensor | None:
+        """Return a regulariser to add once per optimiser step, or None."""
+        return None
+
+    def before_step(self, step: int) -> None:  # noqa: B027 - a hook
+        """Run when gradients are complete, before the optimiser."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - a hook
+        """Run after the optimiser, before gradients are cleared."""
+
+    def finish(self, num_steps: int) -> None:  # noqa: B027 - a hook
+        """Run once after the last step; raise RuntimeError if a needed hook never ran."""
+
+    def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Run the model on merged weights within the context; restore it bit by bit afterwards."""
+        return nullcontext(model)
+
+    def updated_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return every parameter a run changes, by its name in `model` (tied names once).
+
+        Default: all parameters that require a gradient.
+        """
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the method's own state (importances, factors at the start step) as tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state but got {sorted(state)}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for the record (ranks after pruning, number of W updates); JSON values."""
+        return {}
+
+
+class Task(ABC):
+    """What is learned and how it is scored.
+
+    One file in `tasks/` and one yaml in `configs/task/` make a task. Scoring is a pure function of
+    (predictions, references), so that it can run again without the model.
+    """
+
+    #: key of the task in records.
+    name: str
+    #: bumped when a score can change.
+    version: int
+    #: what `score` returns, in table order.
+    metrics: tuple[MetricSpec, ...]
+    #: names of new task modules that train with every method.
+    head: tuple[str, ...] = ()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read and check all data; nothing else of the task works before.
+
+        Raises:
+            FileNotFoundError: a folder or file is missing.
+            ValueError: a file is empty, truncated or has the wrong columns (file and line named).
+        """
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """Return source, revision, protocol, sha256 of what was read and rows per split."""
+
+    @abstractmethod
+    def examples(self, split: str, tokenizer: Any) -> Sequence[Any]:
+        """Return the encoded examples of ``train`` or ``validation`` for the loss."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Make one micro-batch."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss **summed** over the batch's targets (float32 scalar)."""
+
+    def inputs(self, split: str) -> Sequence[Any]:
+        """Return the distinct inputs that `predict` reads (the split defaults to the test set)."""
+        return ()
+
+    def predict(
+        self, model: nn.Module, tokenizer: Any, split: str, done: Iterable[dict[str, Any]] = ()
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield chunks of predictions, JSON objects with at least ``id`` and ``prediction``.
+
+        Args:
+            model: the model on merged weights, in eval mode.
+            tokenizer: its tokenizer.
+            split: ``test`` or ``validation``.
+            done: predictions that an interrupted run already wrote; they are skipped without
+                changing the composition of the remaining chunks, so the result is the same.
+        """
+        return iter(())
+
+    def score(self, predictions: Sequence[dict[str, Any]], split: str) -> Scores:
+        """Return the metrics of `predictions`."""
+        return Scores({}, {})
+
+
+@dataclass
+class Scores:
+    """Metric values, and the reason for each that could not be computed.
+
+    Attributes:
+        values: by metric name; fractions in [0, 1] where the metric is one.
+        missing: metric name to reason and fix (for example: no Java).
+    """
+
+    values: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,104 @@
+"""Where a result comes from: code, packages, machine; and the signature that names a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+#: packages whose versions can change a result.
+PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy",
+    "scikit-learn", "nltk", "sacrebleu", "rouge-score", "pycocoevalcap", "hydra-core",
+)  # fmt: skip
+
+
+def signature(config: Mapping[str, Any], length: int = 12) -> str:
+    """Return the name of a run: the first hex digits of a hash of its resolved configuration.
+
+    Args:
+        config: plain JSON values; the caller has left out what cannot change the result (logger,
+            paths, launcher) and has replaced paths to data by checksums.
+        length: number of hex digits.
+    """
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def sha256_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
+    """Return one sha256 over the names and contents of the files directly in `folder`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist")
+    digest = hashlib.sha256()
+    for path in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def git_state(root: Path) -> dict[str, Any]:
+    """Return commit and whether tracked files differ from it; nulls outside a git checkout."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        diff = _git(root, "diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None, "diff_sha256": None}
+    return {
+        "commit": commit,
+        "dirty": bool(diff),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+    }
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def device() -> dict[str, Any]:
+    """Return what the run computed on."""
+    import torch
+
+    facts: dict[str, Any] = {"machine": platform.machine(), "num_threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts |= {
+            "type": "cuda",
+            "name": torch.cuda.get_device_name(),
+            "count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
+    else:
+        facts |= {"type": "cpu", "name": _cpu_name()}
+    return facts
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603

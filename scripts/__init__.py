@@ -1,0 +1,1 @@
+"""The commands of the suite; each file runs as `python scripts/<name>.py`."""

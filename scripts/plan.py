@@ -1,0 +1,238 @@
+"""What a table still needs: its cells, their state, and how long the rest will take.
+
+A cell is one row on one run with one seed. Cells of several tables that have the same signature are
+the same run and run once. Nothing here imports torch, so a plan takes seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from scripts.table_spec import TableSpec
+
+#: keys that a table sets itself, with what to use instead.
+RESERVED = {
+    "seed": "--seeds (SEEDS= with make)",
+    "scale": "--scale (SCALE= with make)",
+    "method": "the rows of configs/table",
+}
+
+
+class CellStatus(Protocol):
+    """State of a cell (done, partial, missing, stale, failed) and the reason for it."""
+
+    @property
+    def state(self) -> str:
+        """One of done, partial, missing, stale, failed."""
+
+    @property
+    def reason(self) -> str:
+        """Why; empty where the state says it all."""
+
+
+class CellModule(Protocol):
+    """What planning needs of `scripts.cell`; tests give their own."""
+
+    def compose(self, overrides: Sequence[str]) -> Any:
+        """Return the configuration of one run."""
+
+    def run_dir(self, cfg: Any) -> Path:
+        """Return its folder, named by its signature."""
+
+    def group(self, cfg: Any) -> str:
+        """Return its signature without the seed."""
+
+    def status(self, cfg: Any) -> CellStatus:
+        """Return its state."""
+
+    def check(self, cfg: Any) -> None:
+        """Raise ValueError where it cannot run as asked."""
+
+    def load_record(self, folder: Path) -> dict[str, Any]:
+        """Return its record with the resources under ``resources``."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run that a table needs.
+
+    Attributes:
+        row: name of the table's row.
+        run: name of the table's run (its task).
+        seed: seed of the run.
+        overrides: the Hydra overrides that compose it.
+        config: the composed configuration.
+        folder: its run folder; the last part is the signature.
+    """
+
+    row: str
+    run: str
+    seed: int
+    overrides: tuple[str, ...]
+    config: Any
+    folder: Path
+
+    @property
+    def signature(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """How messages call the cell."""
+        return f"{self.row} on {self.run}, seed {self.seed}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of a list such as ``1,2,3``.
+
+    Raises:
+        ValueError: an entry is no integer of 0 or more, or is there twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"seeds={text!r}: use integers of 0 or more with commas, such as 1,2,3")
+    seeds = [int(part) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={text!r}: a seed is named twice")
+    return seeds
+
+
+def parse_overrides(text: str) -> list[str]:
+    """Return Hydra overrides given as one string.
+
+    Raises:
+        ValueError: the quoting is broken, an entry is no override, or it sets what a table sets.
+    """
+    try:
+        overrides = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot read the overrides {text!r}: {error}") from None
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if override.startswith("-") or not (separator or override.startswith("~")):
+            raise ValueError(f"{override!r} is no override; write key=value, for example lr=0.1")
+        key = key.lstrip("+~")
+        if key in RESERVED:
+            raise ValueError(f"{override!r}: {key} is set by {RESERVED[key]}")
+    return overrides
+
+
+def list_cells(
+    spec: TableSpec, *, scale: str, seeds: Sequence[int], extra: Sequence[str], cell: CellModule
+) -> list[Cell]:
+    """Return the cells of a table, all rows of the first seed first.
+
+    Args:
+        spec: the table.
+        scale: tiny, small or paper.
+        seeds: seeds of every row.
+        extra: overrides of every run, applied last.
+        cell: `scripts.cell`.
+
+    Raises:
+        ValueError: an override does not compose; the row is named.
+    """
+    cells = []
+    for seed in seeds:
+        for run, base in spec.runs.items():
+            for row in spec.rows:
+                overrides = (*base, *row.overrides, f"scale={scale}", f"seed={seed}", *extra)
+                try:
+                    config = cell.compose(list(overrides))
+                    folder = cell.run_dir(config)
+                except ValueError as error:
+                    raise ValueError(f"{spec.name}, row {row.name}: {error}") from error
+                cells.append(Cell(row.name, run, seed, overrides, config, folder))
+    return cells
+
+
+class Durations:
+    """Expected seconds of a run, from the runs that are finished.
+
+    The mean of the same group (all settings but the seed) if it has one, else of the same task at
+    the same scale, else unknown.
+    """
+
+    def __init__(self) -> None:
+        self._by_group: dict[str, list[float]] = defaultdict(list)
+        self._by_kind: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def read(self, outputs: Iterable[Path], cell: CellModule) -> None:
+        """Add every finished run in the folders `outputs`."""
+        for parent in sorted(set(outputs)):
+            for path in sorted(parent.glob("*/record.json")):
+                record = cell.load_record(path.parent)
+                resources = record.get("resources")
+                if record["status"] == "completed" and resources is not None:
+                    keys = ("train_time_s", "predict_time_s", "score_time_s")
+                    seconds = math.fsum(resources.get(key, 0.0) for key in keys)
+                    self.add(record["group"], record["config"], seconds)
+
+    def add(self, group: str, config: Any, seconds: float) -> None:
+        """Add one finished run."""
+        self._by_group[group].append(seconds)
+        self._by_kind[_kind(config)].append(seconds)
+
+    def expect(self, group: str, config: Any) -> float | None:
+        """Return the expected seconds of a run, or None where no earlier run tells."""
+        values = self._by_group.get(group) or self._by_kind.get(_kind(config))
+        return math.fsum(values) / len(values) if values else None
+
+    def basis(self, group: str, config: Any) -> str:
+        """Return which runs `expect` is the mean of."""
+        if self._by_group.get(group):
+            return "same settings"
+        return "same task and scale" if self._by_kind.get(_kind(config)) else "no earlier run"
+
+
+def _kind(config: Any) -> tuple[str, str]:
+    return config["choices"]["scale"], config["choices"]["task"]
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a duration as people say it: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def describe(
+    spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellStatus]
+) -> list[str]:
+    """Return the plan of a table as lines: totals, then every row that is not done.
+
+    Args:
+        spec: the table.
+        cells: from `list_cells`.
+        states: state by signature.
+    """
+    counts = Counter(states[cell.signature].state for cell in cells)
+    order = ("done", "partial", "stale", "failed", "missing")
+    totals = ", ".join(f"{counts[state]} {state}" for state in order)
+    lines = [f"{spec.name}: {len(cells)} runs: {totals}"]
+    for row in spec.rows:
+        mine = [cell for cell in cells if cell.row == row.name]
+        open_cells = [cell for cell in mine if states[cell.signature].state != "done"]
+        if not open_cells:
+            continue
+        if all(states[cell.signature].state == "missing" for cell in mine):
+            lines.append(f"  {row.name}: {len(mine)} missing")
+            continue
+        lines.append(f"  {row.name}: {len(mine) - len(open_cells)} of {len(mine)} done")
+        for cell in open_cells:
+            status = states[cell.signature]
+            reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
+            lines.append(f"    {cell.run}, seed {cell.seed}: {status.state}{reason}")
+    return lines

@@ -1,0 +1,61 @@
+"""Run one cell, or a sweep of cells with ``-m``.
+
+Examples:
+    python scripts/train.py task=e2e model=gpt2_medium method=delta_lora recipe=e2e seed=1
+    python scripts/train.py -m method=delta_lora method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from scripts import cell
+
+logger = logging.getLogger("train")
+
+
+@hydra.main(config_path="../configs", config_name="train", version_base="1.3")
+def main(_: DictConfig) -> None:
+    """Compose, run and report one cell."""
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        cfg = cell.compose(overrides)
+        folder = cell.run_dir(cfg)
+        if cell.status(cfg).state == "done":
+            logger.info("already done: %s (delete the folder to run it again)", folder)
+        record = cell.run(cfg)
+    except (cell.ConfigError, cell.LockedError) as error:
+        _stop(str(error))
+    except KeyboardInterrupt as stop:
+        _stop(f"{stop or 'stopped'}; the same command continues", code=130)
+    if not record:  # a process of a distributed run other than the main one
+        return
+    for name, value in record["metrics"].items():
+        logger.info("test/%s = %.4f", name, value)
+    for name, reason in record["missing_metrics"].items():
+        logger.warning("test/%s is missing: %s", name, reason)
+    logger.info("record: %s", folder / "record.json")
+
+
+def _stop(message: str, code: int = 2) -> None:
+    """End the process with a message and no traceback."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        cell.check_choices(argument for argument in sys.argv[1:] if not argument.startswith("-"))
+    except cell.ConfigError as error:
+        _stop(str(error))
+    main()

@@ -1,0 +1,260 @@
+"""The loop: equal steps however a batch is split, bit-identical continuation, clear stops."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from delta_lora import checkpoint
+from delta_lora.trainer import (
+    FitResult,
+    NonFiniteLossError,
+    Trainer,
+    schedule_factor,
+    step_indices,
+)
+from tests.toy import ToyMethod, ToyTask, toy_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS: dict[str, Any] = {
+    "batch_size": 8, "num_epochs": 5, "warmup_steps": 3, "weight_decay": 0.1, "device": "cpu",
+    "log_every_steps": 3, "checkpoint_every_steps": 4,
+}  # fmt: skip
+
+
+def fit(
+    folder: Path, *, seed: int = 1, dropout: float = 0.0, method: ToyMethod | None = None,
+    task: ToyTask | None = None, **settings: Any,
+) -> tuple[torch.nn.Module, FitResult]:  # fmt: skip
+    task = task or ToyTask()
+    task.load()
+    model, method = toy_model(dropout), method or ToyMethod()
+    method.inject(model)
+    result = Trainer(**{**SETTINGS, **settings}).fit(
+        model, method=method, task=task, train=task.examples("train"),
+        validation=task.examples("validation"), seed=seed, folder=folder,
+    )  # fmt: skip
+    return model, result
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedule_warms_up_from_zero_and_decays_to_its_end(schedule: str) -> None:
+    factors = [schedule_factor(schedule, step, 4, 20) for step in range(21)]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert factors[20] == (1.0 if schedule == "constant" else pytest.approx(0.0, abs=1e-12))
+    assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
+
+
+def test_schedule_equals_the_one_of_transformers() -> None:
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for name, build in (
+        ("linear", get_linear_schedule_with_warmup),
+        ("cosine", get_cosine_schedule_with_warmup),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = build(optimizer, 7, 50)
+        for step in range(50):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(
+                schedule_factor(name, step, 7, 50), abs=1e-12
+            )
+            optimizer.step()
+            theirs.step()
+
+
+def test_every_epoch_is_a_permutation_filled_up_with_repeats() -> None:
+    epochs = [[step_indices(10, 4, 5, 3 * e + k) for k in range(3)] for e in range(2)]
+    for epoch in epochs:
+        flat = [i for batch in epoch for i in batch]
+        assert [len(batch) for batch in epoch] == [4, 4, 4]
+        assert sorted(flat[:10]) == list(range(10))
+        assert set(flat[10:]) <= set(range(10))
+    assert epochs[0] != epochs[1]
+    assert step_indices(10, 4, 6, 0) != step_indices(10, 4, 5, 0)
+
+
+def test_accumulation_does_not_change_the_run(tmp_path: Path) -> None:
+    whole, _ = fit(tmp_path / "a")
+    split, _ = fit(tmp_path / "b", micro_batch_size=3)
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_run_once_per_step_in_order(tmp_path: Path) -> None:
+    method = ToyMethod()
+    fit(tmp_path, method=method, max_steps=2, micro_batch_size=4)
+    one = [("micro", 0), ("micro", 0), ("before", 0), ("after", 0)]
+    assert method.calls == one + [(name, 1) for name, _ in one]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 13])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    straight, expected = fit(tmp_path / "straight", dropout=0.3)
+
+    class Killed(ToyMethod):
+        def after_step(self, step: int) -> None:
+            super().after_step(step)
+            if step == stop_at:
+                raise ZeroDivisionError("killed")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", dropout=0.3, method=Killed())
+    method = ToyMethod()
+    resumed, result = fit(tmp_path / "killed", dropout=0.3, method=method)
+    assert torch.equal(weights(resumed), weights(straight))
+    assert method.num_after == expected.num_steps
+    assert vars(result) | {"resources": 0} == vars(expected) | {"resources": 0}
+    read = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "killed")]
+    assert read[0] == read[1]
+
+
+def test_a_signal_writes_a_checkpoint_and_stops(tmp_path: Path) -> None:
+    class Signalled(ToyMethod):
+        def after_step(self, step: int) -> None:
+            super().after_step(step)
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 9 of 20"):
+        fit(tmp_path, method=Signalled(), checkpoint_every_steps=1000)
+    stored = checkpoint.latest(tmp_path / "checkpoints")
+    assert stored is not None
+    assert stored.step == 9
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, _ = fit(tmp_path)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    (newest / "weights.safetensors").write_bytes(b"cut")
+    resumed, _ = fit(tmp_path)
+    assert "damaged" in caplog.text
+    assert torch.equal(weights(resumed), weights(straight))
+    for path in (tmp_path / "checkpoints").iterdir():
+        (path / "state.json").unlink()
+    with pytest.raises(RuntimeError, match="none of the 2 checkpoints"):
+        fit(tmp_path)
+
+
+def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(tmp_path: Path) -> None:
+    model, result = fit(tmp_path, checkpoint_rule="best", num_epochs=60)
+    losses = [entry["loss"] for entry in result.validation]
+    assert min(losses) < losses[-1], "the run must overfit for this test to say anything"
+    assert result.chosen_step == result.validation[losses.index(min(losses))]["step"]
+    best = checkpoint.latest(tmp_path / "best")
+    assert best is not None
+    stored = torch.cat([best.tensors["weights"][n].flatten() for n, _ in model.named_parameters()])
+    assert torch.equal(weights(model), stored)
+
+
+def test_a_non_finite_loss_names_step_and_examples(tmp_path: Path) -> None:
+    class Broken(ToyTask):
+        def load(self) -> None:
+            super().load()
+            self.y[11] = math.nan
+
+    broken_step = next(s for s in range(4) if 11 in step_indices(32, 8, 1, s))
+    with pytest.raises(NonFiniteLossError, match=rf"step {broken_step} is nan.*toy-11"):
+        fit(tmp_path, task=Broken())
+
+
+def test_metrics_hold_nothing_that_varies(tmp_path: Path) -> None:
+    fit(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    allowed = {
+        "step", "epoch", "train/loss", "train/learning_rate", "train/grad_norm", "validation/loss",
+    }  # fmt: skip
+    assert {key for line in lines for key in line} == allowed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"schedule": "step"}, "schedule='step'; allowed: linear"),
+        ({"precision": "fp16"}, "needs a CUDA device"),
+        ({"warmup_ratio": 0.1}, "both warmup_steps=3 and warmup_ratio=0.1"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1 must lie in"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must lie in"),
+        ({"checkpoint_rule": "best", "evaluate_every_epochs": None}, "needs evaluations"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(**{**SETTINGS, **settings})
+
+
+def test_a_string_is_not_a_number() -> None:
+    with pytest.raises(TypeError, match="max_steps='10' must be an integer"):
+        Trainer(**{**SETTINGS, "max_steps": "10"})
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    task = ToyTask()
+    task.load()
+    trainer = Trainer(**SETTINGS)
+    for identity, context in (({"data": "a"}, None), ({"data": "b"}, "delete that folder")):
+        model, method = toy_model(), ToyMethod()
+        arguments: dict[str, Any] = {
+            "method": method, "task": task, "train": task.examples("train"),
+            "validation": [], "seed": 1, "folder": tmp_path, "identity": identity,
+        }  # fmt: skip
+        if context is None:
+            trainer.fit(model, **arguments)
+        else:
+            with pytest.raises(RuntimeError, match=context):
+                trainer.fit(model, **arguments)
+
+
+def test_bf16_autocast_trains_on_a_cpu(tmp_path: Path) -> None:
+    _, full = fit(tmp_path / "a")
+    model, result = fit(tmp_path / "b", precision="bf16")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert result.final_train_loss == pytest.approx(full.final_train_loss, rel=0.05)
+    assert result.final_train_loss != full.final_train_loss
+
+
+def test_two_processes_give_the_run_of_one(tmp_path: Path) -> None:
+    one, _ = fit(tmp_path / "one", micro_batch_size=2)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import os, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from tests.unit.test_trainer import fit\n"
+        f"folder = Path({str(tmp_path / 'two')!r})\n"
+        "model, _ = fit(folder, micro_batch_size=2)\n"
+        "name = os.environ['RANK'] + '.safetensors'\n"
+        "save_file(dict(model.named_parameters()), folder / name)\n"
+    )
+    (tmp_path / "two").mkdir()
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", str(script),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        other = load_file(tmp_path / "two" / f"{rank}.safetensors")
+        flat = torch.cat([other[name].flatten() for name, _ in one.named_parameters()])
+        torch.testing.assert_close(flat, weights(one), rtol=1e-5, atol=1e-6)
+    a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
+    for mine, theirs in zip(a.splitlines(), b.splitlines(), strict=True):
+        assert json.loads(theirs) == pytest.approx(json.loads(mine), rel=1e-5)
