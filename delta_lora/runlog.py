@@ -146,7 +146,7 @@ class WandbMirror:
         signature: id of the run.
         group: signature without the seed.
         tags: table, task, method, scale.
-        config: resolved configuration.
+        run_config: resolved configuration.
 
     Raises:
         ValueError: unknown `mode`, or ``online`` without a key.
@@ -162,7 +162,7 @@ class WandbMirror:
         signature: str,
         group: str,
         tags: Sequence[str],
-        config: Mapping[str, Any],
+        run_config: Mapping[str, Any],
     ) -> None:
         import wandb
 
@@ -187,7 +187,7 @@ class WandbMirror:
             name=f"{'-'.join(tags)}-{signature[:6]}",
             group=group,
             tags=list(tags),
-            config=dict(config),
+            config=dict(run_config),
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )

@@ -165,7 +165,7 @@ class Trainer:
         *,
         batch_size: int,
         micro_batch_size: int | None = None,
-        eval_batch_size: int = 32,
+        eval_batch_size: int = 8,
         num_epochs: float = 1.0,
         max_steps: int | None = None,
         warmup_steps: int | None = None,

@@ -571,7 +571,7 @@ def _mirrors(cfg: DictConfig, folder: Path) -> list[Any]:
             signature=folder.name,
             group=group(cfg),
             tags=[choices.task, choices.method, choices.scale],
-            config=signed_config(cfg),
+            run_config=signed_config(cfg),
             _convert_="all",
         )
     ]

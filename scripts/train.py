@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from scripts import cell
@@ -53,9 +56,30 @@ def _stop(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Compose the run (of a sweep: its first one) so that mistakes get our messages, not Hydra's.
+
+    Raises:
+        cell.ConfigError: unknown group member or key, or a value that cannot be read.
+    """
+    overrides = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
+    cell.check_choices(overrides)
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        firsts = [
+            f"{p.get_key_element()}={next(p.sweep_string_iterator())}"
+            if p.is_sweep_override()
+            else str(p.input_line)
+            for p in parsed
+        ]
+    except OverrideParseException as error:
+        raise cell.ConfigError(f"cannot read the override {error.override!r}: {error}") from error
+    cell.compose(firsts)
+
+
 if __name__ == "__main__":
     try:
-        cell.check_choices(argument for argument in sys.argv[1:] if not argument.startswith("-"))
+        check_arguments(sys.argv[1:])
     except cell.ConfigError as error:
         _stop(str(error))
     main()
