@@ -1,0 +1,253 @@
+"""Where data comes from: a pinned release on the network, or files in a folder.
+
+A reader of a task gets a `Document`: the unpacked text of one file with the sha256 of its bytes, so
+that every record can name exactly what was read. Whatever is wrong with a file is reported with
+its path and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+from requests.exceptions import RequestException
+
+logger = logging.getLogger(__name__)
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text file, unpacked.
+
+    Attributes:
+        path: where it was read, for messages.
+        name: its name without ``.gz``.
+        text: its content, line ends as they are in the file.
+        sha256: of the unpacked bytes, hexadecimal.
+        num_bytes: size of the unpacked bytes.
+    """
+
+    path: Path
+    name: str
+    text: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Files of a repository at one commit, with their checksums.
+
+    Attributes:
+        repository: for example ``microsoft/LoRA``.
+        commit: full hash, 40 hexadecimal digits.
+        url: folder that the files are downloaded from; it should contain the commit.
+        files: file name -> sha256 of the unpacked file.
+    """
+
+    repository: str
+    commit: str
+    url: str
+    files: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", dict(self.files))
+        if not re.fullmatch("[0-9a-f]{40}", self.commit):
+            raise ValueError(
+                f"commit={self.commit!r} of {self.repository} is not a full hash (40 hexadecimal "
+                "digits); a branch or a short hash does not pin the data"
+            )
+        for name, sha256 in self.files.items():
+            if not re.fullmatch("[0-9a-f]{64}", sha256):
+                raise ValueError(
+                    f"{self.repository}: sha256 of {name} is {sha256!r}, not 64 hexadecimal digits"
+                )
+
+    @property
+    def revision(self) -> str:
+        """``repository@commit``."""
+        return f"{self.repository}@{self.commit}"
+
+    def fetch(self, cache_dir: str | Path | None = None, *, retries: int = 2) -> Path:
+        """Download the files that the cache does not hold yet, and verify all of them.
+
+        Args:
+            cache_dir: None takes the user's cache folder.
+            retries: further attempts after a failed or damaged download.
+
+        Returns:
+            The folder that holds the files.
+
+        Raises:
+            RuntimeError: a file cannot be downloaded.
+            ValueError: what was downloaded is not the pinned file.
+        """
+        root = Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
+        folder = root / self.repository.replace("/", "--") / self.commit
+        fetcher = pooch.create(
+            path=folder,
+            base_url=self.url.rstrip("/") + "/",
+            registry={name: f"sha256:{sha256}" for name, sha256 in self.files.items()},
+            retry_if_failed=retries,
+        )
+        downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
+        advice = (
+            "where there is no network, take a copy of the files and use task.source=files "
+            "task.data_dir=FOLDER"
+        )
+        for name in self.files:
+            try:
+                fetcher.fetch(name, downloader=downloader)
+            except RequestException as error:
+                raise RuntimeError(
+                    f"could not download {fetcher.get_url(name)} ({self.revision}): {error}; "
+                    f"{advice}"
+                ) from error
+            except ValueError as error:
+                raise ValueError(
+                    f"{fetcher.get_url(name)} is not the pinned file of {self.revision} "
+                    f"(sha256 {self.files[name]} expected): the download is damaged or something "
+                    f"else answered in its place; {advice}"
+                ) from error
+        return folder
+
+
+def open_folder(data_dir: str | Path) -> Path:
+    """Return `data_dir` as an absolute path; a relative one starts at the working folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: it is a file.
+    """
+    folder = Path(data_dir).expanduser().resolve()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"data_dir={str(data_dir)!r} is a file; give the folder it is in")
+    parent = next(parent for parent in folder.parents if parent.is_dir())
+    raise FileNotFoundError(
+        f"data_dir={str(data_dir)!r} does not exist (looked for {folder}; {parent} holds "
+        f"{listing(parent)})"
+    )
+
+
+def listing(folder: Path, limit: int = 20) -> str:
+    """Return the names in `folder` for a message, folders with a slash."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    if not names:
+        return "nothing"
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """Return ``folder/name`` or ``folder/name.gz``, or None if neither is there.
+
+    Raises:
+        ValueError: both are there, so it is not clear which one counts.
+    """
+    plain, packed = folder / name, folder / f"{name}.gz"
+    if plain.is_file() and packed.is_file():
+        raise ValueError(f"{folder} holds both {plain.name} and {packed.name}; remove one of them")
+    return next((path for path in (plain, packed) if path.is_file()), None)
+
+
+def read_document(path: Path) -> Document:
+    """Read a UTF-8 text file, plain or gzip (by its content, not by its name).
+
+    Raises:
+        ValueError: it is empty, its gzip stream is damaged or ends early, or it is not UTF-8.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".gz" and data and not data.startswith(_GZIP_MAGIC):
+        raise ValueError(f"{path} is named .gz but is no gzip file (starts with {data[:8]!r})")
+    if data.startswith(_GZIP_MAGIC):
+        try:
+            data = gzip.decompress(data)
+        except EOFError as error:
+            raise ValueError(
+                f"{path}: the gzip stream ends early, so the file is truncated; copy it again"
+            ) from error
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path}: the gzip stream is damaged ({error}); copy it again"
+            ) from error
+    if not data.strip():
+        raise ValueError(f"{path} is empty ({len(data)} bytes)")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}); "
+            "the official files are UTF-8, convert this one"
+        ) from error
+    name = path.name.removesuffix(".gz")
+    return Document(path, name, text, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def read_lines(document: Document) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its end).
+
+    Only a line feed (with or without a carriage return before it) ends a line; `str.splitlines`
+    would also split at characters that texts may contain.
+    """
+    lines = document.text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        yield number, line.removesuffix("\r")
+
+
+def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the line a row starts at, its values in the order of `columns`).
+
+    Args:
+        document: a comma-separated file with a header.
+        columns: the header that it must have.
+
+    Raises:
+        ValueError: another header, a row with more or fewer fields, a row that is no valid CSV,
+            or a file that ends within a quoted field.
+    """
+    reader = csv.reader(io.StringIO(document.text, newline=""), strict=True)
+    start = 1
+    try:
+        header = next(reader)
+        if header != list(columns):
+            raise ValueError(f"{document.path}, line 1: columns {header}; expected {list(columns)}")
+        start = reader.line_num + 1
+        for values in reader:
+            if len(values) != len(columns):
+                raise ValueError(
+                    f"{document.path}, line {start}: {len(values)} fields, expected "
+                    f"{len(columns)} ({', '.join(columns)}); the row is truncated or a quote "
+                    f"is missing: {shorten(values)}"
+                )
+            yield start, values
+            start = reader.line_num + 1
+    except csv.Error as error:
+        reason = (
+            "the file ends within a quoted field, so it is truncated"
+            if "unexpected end of data" in str(error)
+            else f"no valid CSV ({error})"
+        )
+        raise ValueError(f"{document.path}, line {start}: {reason}") from error
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """Return ``repr(value)``, cut to `limit` characters for a message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,170 @@
+"""What causal language models share: padding-free batches and the loss on chosen tokens.
+
+A batch is one row: its sequences stand one behind the other and `position_ids` start again at 0 for
+each. Without an attention mask and without a cache `transformers` reads the boundaries from the
+positions and keeps the sequences apart, in every attention implementation. No token is computed
+that is only padding, and logits exist only where there is a loss.
+
+Shapes: T tokens of a batch, N positions with a loss, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from delta_lora.protocols import Batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens of one example.
+
+    Attributes:
+        id: name of the example, for messages.
+        tokens: token ids.
+        num_context: number of leading tokens that are only input; all others are targets (1 for a
+            plain text, whose first token has nothing before it).
+    """
+
+    id: str
+    tokens: Sequence[int]
+    num_context: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_context < len(self.tokens):
+            raise ValueError(
+                f"{self.id}: {self.num_context} context tokens of {len(self.tokens)}; at least one "
+                "token must be input and at least one a target"
+            )
+
+
+def truncate(sequences: Sequence[TokenSequence], limit: int) -> list[TokenSequence]:
+    """Cut sequences to their first `limit` tokens and log how many were cut.
+
+    Raises:
+        ValueError: a context alone fills `limit`, so that no target would be left.
+    """
+    too_long = [sequence for sequence in sequences if len(sequence.tokens) > limit]
+    if not too_long:
+        return list(sequences)
+    for sequence in too_long:
+        if sequence.num_context >= limit:
+            raise ValueError(
+                f"{sequence.id}: its context has {sequence.num_context} tokens, so a length of "
+                f"{limit} leaves no target; raise max_length (or take a model with more positions) "
+                "or remove the example"
+            )
+    logger.warning(
+        "%d of %d sequences are longer than %d tokens and lose their end (first: %s, %d tokens)",
+        len(too_long),
+        len(sequences),
+        limit,
+        too_long[0].id,
+        len(too_long[0].tokens),
+    )
+    return [
+        sequence
+        if len(sequence.tokens) <= limit
+        else TokenSequence(sequence.id, sequence.tokens[:limit], sequence.num_context)
+        for sequence in sequences
+    ]
+
+
+def collate(sequences: Sequence[TokenSequence]) -> Batch:
+    """Make one padding-free batch.
+
+    Returns:
+        A batch with ``input_ids`` and ``position_ids`` (1, T), ``loss_positions`` (N,) into T and
+        ``targets`` (N,), all int64. The last token of a sequence is a target only, so it is not
+        among the T.
+
+    Raises:
+        ValueError: `sequences` is empty.
+    """
+    if not sequences:
+        raise ValueError("a batch needs at least one sequence")
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    loss_positions: list[int] = []
+    targets: list[int] = []
+    for sequence in sequences:
+        start = len(input_ids)
+        length = len(sequence.tokens) - 1
+        input_ids += sequence.tokens[:-1]
+        position_ids += range(length)
+        loss_positions += range(start + sequence.num_context - 1, start + length)
+        targets += sequence.tokens[sequence.num_context :]
+    tensors = {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "loss_positions": torch.tensor(loss_positions),
+        "targets": torch.tensor(targets),
+    }
+    return Batch(tensors, len(targets), len(input_ids), [sequence.id for sequence in sequences])
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss summed over the targets of `batch`.
+
+    With smoothing eps a target's loss is ``(1 - eps) * NLL + eps * mean over V of -log p``
+    (microsoft/LoRA, examples/NLG). The caller divides by the number of targets.
+
+    Args:
+        model: a causal language model of `transformers`, possibly wrapped.
+        batch: made by `collate`.
+        label_smoothing: eps, in [0, 1).
+
+    Returns:
+        float32 scalar, computed in float32 whatever the precision of the logits.
+
+    Raises:
+        TypeError: the model takes no positions, so its sequences would see one another.
+        ValueError: a sequence has more tokens than the model has positions.
+    """
+    base = _unwrap(model)
+    accepted = inspect.signature(type(base).forward).parameters
+    if missing := [name for name in ("position_ids", "logits_to_keep") if name not in accepted]:
+        raise TypeError(
+            f"{type(base).__name__}.forward takes no {' and no '.join(missing)}, which "
+            "padding-free batches need; take a causal model of transformers with absolute or "
+            "rotary positions"
+        )
+    position_ids = batch.tensors["position_ids"]
+    num_positions = getattr(base.config, "max_position_embeddings", None)
+    # The first test needs no value from the device; only a batch that may be too long needs one.
+    if num_positions is not None and position_ids.shape[1] > num_positions:
+        longest = int(position_ids.max()) + 1
+        if longest > num_positions:
+            raise ValueError(
+                f"a sequence of {longest} tokens among {batch.example_ids} but the model has "
+                f"{num_positions} positions; lower task.max_length"
+            )
+    logits_1NV = model(
+        input_ids=batch.tensors["input_ids"],
+        position_ids=position_ids,
+        logits_to_keep=batch.tensors["loss_positions"],
+        use_cache=False,  # with a cache transformers would not look for boundaries
+    ).logits
+    return F.cross_entropy(
+        logits_1NV[0].float(),
+        batch.tensors["targets"],
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the `transformers` model inside DDP, torch.compile or PEFT wrappers."""
+    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
+        model = inner
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()

@@ -1,0 +1,205 @@
+"""Files and downloads: what is read, and what every kind of damage says."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from tasks.data import (
+    Release,
+    find_file,
+    listing,
+    open_folder,
+    read_csv,
+    read_document,
+    read_lines,
+)
+
+COMMIT = "0123456789" * 4
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+# Documents
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_document_is_hashed_unpacked(tmp_path: Path, name: str) -> None:
+    text = "é one\r\ntwo\x85\u2028still two\nthree"
+    data = text.encode()
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    document = read_document(path)
+    assert (document.name, document.text, document.num_bytes) == ("a.txt", text, len(data))
+    assert document.sha256 == hashlib.sha256(data).hexdigest()
+    assert list(read_lines(document)) == [
+        (1, "é one"),
+        (2, "two\x85\u2028still two"),
+        (3, "three"),
+    ]
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    packed = gzip.compress(b"some text\n" * 200, mtime=0)
+    flipped = bytearray(packed)
+    flipped[-6] ^= 0xFF  # in the checksum
+    cases: dict[str, tuple[bytes, str]] = {
+        "cut.gz": (packed[:-12], "cut.gz: the gzip stream ends early, so the file is truncated"),
+        "flipped.gz": (bytes(flipped), r"flipped.gz: the gzip stream is damaged \(CRC"),
+        "plain.gz": (b"some text\n", "plain.gz is named .gz but is no gzip file"),
+        "empty.txt": (b"", r"empty.txt is empty \(0 bytes\)"),
+        "empty.gz": (gzip.compress(b""), "empty.gz is empty"),
+        "blank.txt": (b" \n\n", r"blank.txt is empty \(3 bytes\)"),
+        "latin.txt": (b"one\ntwo\nCaf\xe9 three\n", "latin.txt, line 3: byte 0xe9 is not UTF-8"),
+    }
+    for name, (data, message) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            read_document(write(tmp_path / name, data))
+
+
+def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
+    assert read_document(write(tmp_path / "a.txt", gzip.compress(b"hi\n"))).text == "hi\n"
+
+
+# CSV
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_csv_rows_know_their_line(tmp_path: Path, line_end: str) -> None:
+    text = line_end.join(["mr,ref", 'a,"x ""y"""', '"b","two', 'lines"', "c,z", ""])
+    rows = list(read_csv(read_document(write(tmp_path / "a.csv", text)), ("mr", "ref")))
+    assert rows == [
+        (2, ["a", 'x "y"']),
+        (3, ["b", f"two{line_end}lines"]),
+        (5, ["c", "z"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MR\na\n", r"a.csv, line 1: columns \['MR'\]; expected \['mr', 'ref'\]"),
+        ("ref,mr\na,b\n", r"line 1: columns \['ref', 'mr'\]"),
+        ("mr,ref\na,b\nc\n", r"line 3: 1 fields, expected 2 \(mr, ref\); the row is truncated"),
+        ("mr,ref\na,b,c\n", "line 2: 3 fields, expected 2"),
+        ("mr,ref\na,b\n\nc,d\n", "line 3: 0 fields"),
+        ('mr,ref\n"a","b\nb"\n"c","d\nd', "line 4: the file ends within a quoted field"),
+        ('mr,ref\n"a"x,b\n', "line 2: no valid CSV"),
+    ],
+)
+def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
+    document = read_document(write(tmp_path / "a.csv", text))
+    with pytest.raises(ValueError, match=message):
+        list(read_csv(document, ("mr", "ref")))
+
+
+# Folders
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert open_folder("data") == open_folder(tmp_path / "data") == tmp_path / "data"
+    with pytest.raises(FileNotFoundError, match=r"data_dir='dta' does not exist .* holds data/"):
+        open_folder("dta")
+    write(tmp_path / "file", "x")
+    with pytest.raises(NotADirectoryError, match="'file' is a file"):
+        open_folder("file")
+
+
+def test_finding_files(tmp_path: Path) -> None:
+    assert find_file(tmp_path, "a.txt") is None
+    assert listing(tmp_path) == "nothing"
+    packed = write(tmp_path / "a.txt.gz", b"")
+    assert find_file(tmp_path, "a.txt") == packed
+    write(tmp_path / "a.txt", b"")
+    with pytest.raises(ValueError, match=r"holds both a.txt and a.txt.gz; remove one"):
+        find_file(tmp_path, "a.txt")
+    assert listing(tmp_path, limit=1) == "a.txt and 1 more"
+
+
+# Downloads
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    requests: list[str]
+
+    def log_message(self, format: str, *args: object) -> None:
+        self.requests.append(self.path)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """A folder that a local server answers from, and its address."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    _QuietHandler.requests = []
+    web = HTTPServer(("127.0.0.1", 0), partial(_QuietHandler, directory=str(folder)))
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield folder, f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def release(url: str, **contents: str) -> Release:
+    files = {
+        name.replace("_", "."): hashlib.sha256(text.encode()).hexdigest()
+        for name, text in contents.items()
+    }
+    return Release("owner/name", COMMIT, url, files)
+
+
+def test_a_download_is_verified_and_kept(server: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = server
+    write(folder / "a.txt", "one\n")
+    write(folder / "b.txt", "two\n")
+    pinned = release(url, a_txt="one\n", b_txt="two\n")
+    assert pinned.revision == f"owner/name@{COMMIT}"
+    got = pinned.fetch(tmp_path / "cache")
+    assert {path.name: path.read_text() for path in got.iterdir()} == {
+        "a.txt": "one\n",
+        "b.txt": "two\n",
+    }
+    assert len(_QuietHandler.requests) == 2
+    assert pinned.fetch(tmp_path / "cache") == got
+    assert len(_QuietHandler.requests) == 2
+    write(got / "a.txt", "damaged later")
+    assert (pinned.fetch(tmp_path / "cache") / "a.txt").read_text() == "one\n"
+    assert len(_QuietHandler.requests) == 3
+
+
+def test_another_file_than_the_pinned_one(server: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = server
+    write(folder / "a.txt", "<html>please log in</html>")
+    with pytest.raises(ValueError, match=r"/a.txt is not the pinned file of owner/name@.*files"):
+        release(url, a_txt="one\n").fetch(tmp_path / "cache", retries=0)
+    assert not list((tmp_path / "cache").rglob("*.txt"))
+
+
+def test_a_missing_file_and_no_server(server: tuple[Path, str], tmp_path: Path) -> None:
+    _, url = server
+    with pytest.raises(
+        RuntimeError, match=r"could not download .*/a.txt .*404.*task\.source=files"
+    ):
+        release(url, a_txt="one\n").fetch(tmp_path / "cache", retries=0)
+    with pytest.raises(RuntimeError, match=r"could not download .*task\.source=files"):
+        release("http://127.0.0.1:9", a_txt="one\n").fetch(tmp_path / "cache", retries=0)
+
+
+def test_a_release_must_be_pinned() -> None:
+    with pytest.raises(ValueError, match="commit='main' of owner/name is not a full hash"):
+        Release("owner/name", "main", "http://127.0.0.1", {})
+    with pytest.raises(ValueError, match=r"sha256 of a.txt is 'abc'"):
+        Release("owner/name", COMMIT, "http://127.0.0.1", {"a.txt": "abc"})

@@ -1,0 +1,184 @@
+"""Beam search against a plain one written here, and batches against single prompts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+
+from tasks.generation import BeamSearch, RepeatedNGramBlock
+
+VOCABULARY = 20
+ENDS = [18, 19]
+
+
+def make_model(seed: int) -> GPT2LMHeadModel:
+    """A random GPT-2 whose next-token distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.6,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def make_prompts(seed: int, count: int = 6) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 18, (int(length),), generator=draw).tolist()
+        for length in torch.randint(1, 9, (count,), generator=draw)
+    ]
+
+
+@torch.no_grad()
+def plain_search(
+    model: GPT2LMHeadModel, prompt: list[int], search: BeamSearch
+) -> tuple[list[int], float]:
+    """Beam search as the module's text describes it, one hypothesis at a time, without a cache.
+
+    Returns:
+        The best text without its end token, and its lead over the second best.
+    """
+    size = search.no_repeat_ngram_size
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    results: list[tuple[float, list[int]]] = []
+    for step in range(search.max_new_tokens):
+        candidates = []
+        all_logits = model(torch.tensor([prompt + text for _, text in beams])).logits[:, -1]
+        for (score, text), logits in zip(beams, all_logits.double(), strict=True):
+            for start in range(len(text) - size + 1 if size else 0):
+                if text[start : start + size - 1] == text[len(text) - size + 1 :]:
+                    logits[text[start + size - 1]] = -math.inf
+            for token, value in enumerate(logits.log_softmax(-1).tolist()):
+                candidates.append((score + value, [*text, token]))
+        candidates.sort(reverse=True)
+        kept = candidates[: search.num_beams]
+        is_last = step == search.max_new_tokens - 1
+        for score, text in kept:
+            if text[-1] in ENDS or is_last:
+                results.append((score / len(text) ** search.length_penalty, text))
+        beams = [c for c in candidates if c[1][-1] not in ENDS][: search.num_beams]
+    results.sort(reverse=True)
+    best = results[0][1]
+    lead = results[0][0] - results[1][0] if len(results) > 1 else math.inf
+    return (best[:-1] if best[-1] in ENDS else best), lead
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "length_penalty", "ngram"), [(4, 0.9, 2), (3, 0.6, 3), (5, 0.0, 0), (1, 0.8, 2)]
+)
+def test_generate_equals_a_plain_search(num_beams: int, length_penalty: float, ngram: int) -> None:
+    search = BeamSearch(
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=ngram,
+        max_new_tokens=9,
+        batch_size=1,
+    )
+    lengths = set()
+    for seed in range(4):
+        model = make_model(seed)
+        for prompt in make_prompts(seed):
+            expected, lead = plain_search(model, prompt, search)
+            assert lead > 1e-5, "a near tie decides nothing; take another seed"
+            assert search.generate(model, [prompt], ENDS) == [expected]
+            lengths.add(len(expected))
+    assert len(lengths) > 2 or num_beams == 1  # some end early, some late, some not at all
+
+
+def test_a_batch_with_padding_equals_one_by_one() -> None:
+    search = BeamSearch(num_beams=4, no_repeat_ngram_size=2, max_new_tokens=10)
+    for seed in range(4):
+        model, prompts = make_model(seed), make_prompts(seed, 8)
+        assert len({len(prompt) for prompt in prompts}) > 2
+        batched = search.generate(model, prompts, ENDS)
+        assert batched == [search.generate(model, [prompt], ENDS)[0] for prompt in prompts]
+
+
+def test_the_block_looks_at_generated_tokens_only_and_renormalises() -> None:
+    prompt, generated = [1, 2, 3, 4, 5, 6], [5, 6, 7, 5]
+    input_ids = torch.tensor([prompt + generated, [*prompt, 9, 9, 1, 2]])
+    scores = torch.randn(2, 12).log_softmax(-1)
+    blocked = RepeatedNGramBlock(2, len(prompt))(input_ids, scores)
+
+    assert torch.isneginf(blocked).nonzero().tolist() == [[0, 6]]  # only "5 6" was generated
+    torch.testing.assert_close(blocked.exp().sum(-1), torch.ones(2))
+    logits = scores[0].clone()
+    logits[6] = -torch.inf
+    torch.testing.assert_close(blocked[0], logits.log_softmax(-1))
+    # What makes the class necessary: the block of transformers also counts the prompt ("2 3").
+    theirs = NoRepeatNGramLogitsProcessor(2)(input_ids, scores)
+    assert torch.isneginf(theirs).nonzero().tolist() == [[0, 6], [1, 3]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_block_equals_a_plain_count(size: int) -> None:
+    draw = torch.Generator().manual_seed(size)
+    for length in range(12):
+        ids = torch.randint(0, 3, (8, 2 + length), generator=draw)
+        blocked = RepeatedNGramBlock(size, 2)(ids, torch.zeros(8, 3))
+        for row, banned in zip(ids[:, 2:].tolist(), torch.isneginf(blocked).tolist(), strict=True):
+            seen = {tuple(row[i : i + size]) for i in range(length - size + 1)}
+            tail = row[length - size + 1 :] if size > 1 else []
+            expected = [(*tail, token) in seen for token in range(3)]
+            if all(expected):  # nothing is left to renormalise
+                continue
+            assert banned == expected
+
+
+def test_the_generation_settings_of_a_checkpoint_do_not_count() -> None:
+    search = BeamSearch(num_beams=3, no_repeat_ngram_size=0, max_new_tokens=8)
+    model, prompts = make_model(1), make_prompts(1)
+    expected = search.generate(model, prompts, ENDS)
+    foreign = GenerationConfig(
+        repetition_penalty=9.0, do_sample=True, temperature=5.0, no_repeat_ngram_size=1
+    )
+    model.generation_config = foreign
+    assert search.generate(model, prompts, ENDS) == expected
+    assert model.generation_config is foreign
+
+
+def test_chunks_hold_every_prompt_once_with_neighbours_in_length() -> None:
+    lengths = [3, 9, 3, 5, 9, 1, 4]
+    chunks = BeamSearch(batch_size=3).chunks(lengths)
+    assert chunks == [[1, 4, 3], [6, 0, 2], [5]]
+    assert sorted(itertools.chain(*chunks)) == list(range(7))
+    assert BeamSearch().chunks([]) == []
+
+
+def test_unusable_models_and_prompts() -> None:
+    search = BeamSearch(max_new_tokens=30)
+    model = make_model(0)
+    with pytest.raises(ValueError, match=r"11 tokens and max_new_tokens=30 need 41 positions"):
+        search.generate(model, [[1] * 11], ENDS)
+    assert len(search.generate(model, [[1] * 10], ENDS)) == 1
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        search.generate(model, [[1], []], ENDS)
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+        search.generate(model.train(), [[1]], ENDS)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_beams": 0},
+        {"num_beams": 2.5},
+        {"max_new_tokens": 0},
+        {"batch_size": True},
+        {"no_repeat_ngram_size": -1},
+        {"early_stopping": "always"},
+    ],
+)
+def test_settings_are_checked(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"decoding\.{next(iter(setting))}=.*allowed"):
+        BeamSearch(**setting)  # type: ignore[arg-type]
