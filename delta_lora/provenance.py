@@ -49,10 +49,13 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Return commit and whether tracked files differ from it; nulls outside a git checkout."""
+    """Return commit and whether tracked files differ from it; nulls outside a git checkout.
+
+    Files in ``results/`` do not count: writing a table makes no code dirty.
+    """
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()
-        diff = _git(root, "diff", "HEAD")
+        diff = _git(root, "diff", "HEAD", "--", ".", ":!results")
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None, "diff_sha256": None}
     return {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -159,8 +160,7 @@ def signed_config(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a folder named in the configuration does not exist.
     """
-    content = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(content, dict)
+    content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     for key in NOT_SIGNED:
         node, *rest = key.split(".")
         target = content if not rest else content[node]
@@ -197,9 +197,14 @@ def outputs(cfg: DictConfig) -> Path:
 
 def pretraining(cfg: DictConfig) -> DictConfig:
     """Return the configuration of the run that pre-trains the model of `cfg`."""
-    other = compose([*cfg.model.pretrain, "save_model=true", "logger=none"])
+    other = _pretraining(tuple(cfg.model.pretrain)).copy()
     other.paths = cfg.paths
     return other
+
+
+@functools.cache
+def _pretraining(overrides: tuple[str, ...]) -> DictConfig:
+    return compose([*overrides, "save_model=true", "predict=false", "logger=none"])
 
 
 _CHECKSUMS: dict[tuple[str, float], str] = {}
@@ -374,6 +379,7 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
             return load_record(folder)
         if status(cfg).state == "stale":
             _clear(folder)
+        (folder / "record.json").unlink(missing_ok=True)  # of an attempt that failed
         try:
             return _run(cfg, folder, is_main)
         except ConfigError:
@@ -387,7 +393,8 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
 def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     from hydra.utils import instantiate
 
-    from delta_lora import checkpoint, trainer as training
+    from delta_lora import checkpoint
+    from delta_lora import trainer as training
     from delta_lora.models import fingerprint
 
     trainer = instantiate(cfg.trainer)

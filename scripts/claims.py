@@ -125,7 +125,7 @@ def _judge_comparable(spec: TableSpec, part: Part, resources: Values) -> list[di
             judgement = stats.judge_at_most(ratio, limit=part.limit)
             statement = (
                 f"{spec.row(part.row).label} relative to {spec.row(other).label}, "
-                f"{RESOURCE_LABELS[name]} (at most {part.limit - 1:+.0%})"
+                f"{RESOURCE_LABELS[name]} (at most {(part.limit - 1) * 100:+.0f} %)"
             )
             comparison = _comparison(part.row, other, name, ratio, is_ratio=True)
             parts.append(_part(statement, comparison, judgement, None))

@@ -6,6 +6,7 @@ the same run and run once. Nothing here imports torch, so a plan takes seconds.
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 from collections import Counter, defaultdict
@@ -140,12 +141,17 @@ def list_cells(
         ValueError: an override does not compose; the row is named.
     """
     cells = []
+    composed: dict[tuple[str, str], Any] = {}
     for seed in seeds:
         for run, base in spec.runs.items():
             for row in spec.rows:
                 overrides = (*base, *row.overrides, f"scale={scale}", f"seed={seed}", *extra)
                 try:
-                    config = cell.compose(list(overrides))
+                    if (run, row.name) not in composed:
+                        composed[run, row.name] = cell.compose(list(overrides))
+                    # Composing takes a quarter of a second; another seed is only another value.
+                    config = copy.deepcopy(composed[run, row.name])
+                    config["seed"] = seed
                     folder = cell.run_dir(config)
                 except ValueError as error:
                     raise ValueError(f"{spec.name}, row {row.name}: {error}") from error
@@ -208,9 +214,7 @@ def format_seconds(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def describe(
-    spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellStatus]
-) -> list[str]:
+def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellStatus]) -> list[str]:
     """Return the plan of a table as lines: totals, then every row that is not done.
 
     Args:

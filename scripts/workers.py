@@ -1,8 +1,9 @@
 """Persistent worker processes that run cells, one at a time each.
 
-A worker is a fresh interpreter (spawn), so imports and the METEOR process are paid once and a crash,
-a kill or running out of memory takes one cell with it, not the table: the cell is reported as failed
-and a new worker goes on with the rest. Workers end with their parent, also when that is killed.
+A worker is a fresh interpreter (spawn), so imports and the METEOR process are paid once and a
+crash, a kill or running out of memory takes one cell with it, not the table: the cell is reported
+as failed and a new worker goes on with the rest. Workers end with their parent, also when that is
+killed.
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ class _Worker:
         code = self.process.exitcode
         assert code is not None
         if code >= 0:
-            return f"the worker process ended with exit code {code}; see {self.log}"
+            return f"the worker process ended with exit code {code}; see logs/{self.log.name}"
         name = signal.Signals(-code).name
         hint = " (killed, perhaps for lack of memory)" if name == "SIGKILL" else ""
-        return f"the worker process was ended by {name}{hint}; see {self.log}"
+        return f"the worker process was ended by {name}{hint}; see logs/{self.log.name}"
 
 
 class Pool:

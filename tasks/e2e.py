@@ -361,7 +361,6 @@ class E2E(Task):
             end_tokens += blank_line
         finished = {prediction["id"] for prediction in done}
         chunks = self.decoding.chunks([len(prompt) for prompt in prompts])
-        num_decoded = 0
         logger.info("decoding %d inputs of %s in %d chunks", len(items), split, len(chunks))
         for chunk in chunks:
             if any(items[index].id not in finished for index in chunk):
@@ -382,9 +381,6 @@ class E2E(Task):
                     for index, text in zip(chunk, texts, strict=True)
                     if items[index].id not in finished
                 ]
-            num_decoded += len(chunk)
-            if bar.disable:  # no terminal: the log shows the progress
-                logger.info("decoded %d of %d inputs", num_decoded, len(items))
 
     def _shorten(self, prompts: list[list[int]], tokenizer: Any) -> list[list[int]]:
         """Keep the end of prompts that leave no room for the output, as the recipe does."""

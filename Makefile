@@ -1,0 +1,93 @@
+# Every target sets up what it needs; a second call does nothing again. `make help` lists them.
+
+SCALE ?= auto
+SEEDS ?= 1,2,3
+WORKERS ?= auto
+ARGS ?=
+PYTHON3 ?= python3
+# Grid of `make sweep`.
+RATIOS ?= 0.5,1,2,4
+STARTS ?= 0,100,500
+
+TABLES := $(patsubst configs/table/%.yaml,%,$(sort $(wildcard configs/table/*.yaml)))
+REPRODUCE := $(TABLES:%=reproduce-%)
+
+# PYTHON= takes an existing environment; without it the targets make their own in .venv.
+ifeq ($(strip $(PYTHON)),)
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+else
+RUN := $(PYTHON)
+READY := check-python
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+# Passed through the environment, so that quotes in them survive.
+export ARGS SCALE SEEDS WORKERS
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint plan tiny-models reproduce-all $(REPRODUCE) sweep clean check-python
+
+help:  ## show this list
+	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@for table in $(TABLES); do \
+	  printf '  %-18s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
+
+setup: $(READY)  ## make the environment .venv from requirements.lock
+	@echo "environment ready: $(RUN)"
+
+test: $(READY)  ## run all tests, with the coverage of delta_lora and tasks (ARGS go to pytest)
+	$(RUN) -m pytest --cov=delta_lora --cov=tasks --cov-report=term $$ARGS
+
+lint: $(READY)  ## ruff (lint and format) and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+plan: $(READY)  ## what the tables still need and how long it will take
+	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
+tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
+	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1
+
+reproduce-all: $(READY)  ## all tables
+	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
+$(REPRODUCE): reproduce-%: $(READY)
+	@$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
+sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
+	@scale=$$($(RUN) scripts/scale.py "$$SCALE") && echo "scale: $$scale" && \
+	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
+	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$(STARTS) $$ARGS
+
+clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+
+.venv/.ready: requirements.lock pyproject.toml
+	@command -v "$(PYTHON3)" >/dev/null || { \
+	  echo "error: no '$(PYTHON3)' found; install Python 3.10 to 3.13, or name one: make PYTHON3=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON3)" -c '$(SUITABLE)' || { \
+	  echo "error: $$($(PYTHON3) --version) does not fit; use Python 3.10 to 3.13: make PYTHON3=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON3)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON3) has no venv module; install it (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	"$(PYTHON3)" -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# What an environment given by PYTHON= must have.
+NEEDED := accelerate datasets evaluate hydra nltk numpy pycocoevalcap sacrebleu scipy torch tqdm transformers
+
+check-python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: PYTHON=$(PYTHON) is not found" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(SUITABLE)' || { echo "error: $$($(PYTHON) --version) does not fit; use Python 3.10 to 3.13" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import importlib.util as u, sys; lacking = [m for m in sys.argv[1:] if u.find_spec(m) is None]; \
+	  sys.exit(f"error: PYTHON=$(PYTHON) lacks {lacking}; install requirements.lock there" if lacking else 0)' $(NEEDED)

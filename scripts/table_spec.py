@@ -1,0 +1,309 @@
+"""What a table is: `configs/table/<name>.yaml` and `results/paper/*.yaml`, read and checked.
+
+Adding a table is adding one yaml; `configs/table/table1.yaml` explains the keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "configs" / "table"
+PAPER = ROOT / "results" / "paper"
+
+STATUSES = ("text", "derived", "recalled")
+EXPECTATIONS = ("better", "worse", "best", "comparable")
+RESOURCES = ("peak_memory_bytes", "train_time_s", "predict_time_s", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score of a table.
+
+    Attributes:
+        name: key of the column in the results.
+        label: its head.
+        run: which of the table's runs it is read from; None for a mean of columns.
+        metric: the task's name of the metric; None for a mean of columns.
+        scale: factor from the stored value to the printed one (1 for a mean).
+        decimals: digits behind the point.
+        higher_is_better: direction in which the metric improves.
+        mean_of: names of the columns that it averages, seed by seed.
+    """
+
+    name: str
+    label: str
+    run: str | None
+    metric: str | None
+    scale: float
+    decimals: int
+    higher_is_better: bool
+    mean_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a table; `is_control` marks rows that the paper does not have."""
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+    is_control: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a claim (or a contrast, where `expect` is None)."""
+
+    row: str
+    against: tuple[str, ...]
+    expect: str | None
+    columns: tuple[str, ...]
+    resources: tuple[str, ...]
+    limit: float | None
+    paper: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and the comparisons that must all hold."""
+
+    id: str
+    statement: str
+    status: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table: what runs, what is shown, what is judged."""
+
+    name: str
+    number: int
+    title: str
+    tuning: str
+    runs: Mapping[str, tuple[str, ...]]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+    contrasts: tuple[Part, ...]
+    paper: Mapping[str, Any]
+
+    def row(self, name: str) -> Row:
+        """Return the row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
+    def column(self, name: str) -> Column:
+        """Return the column called `name`."""
+        return next(column for column in self.columns if column.name == name)
+
+
+def table_names() -> list[str]:
+    """Return the tables that have a configuration."""
+    return sorted(path.stem for path in TABLES.glob("*.yaml"))
+
+
+def load_table(name: str) -> TableSpec:
+    """Read and check a table's configuration, its claims and the paper's numbers.
+
+    Args:
+        name: ``table1`` or ``1``.
+
+    Raises:
+        ValueError: the table is unknown or one of the files is inconsistent; the message names the
+            file, the key and what is allowed.
+    """
+    known = table_names()
+    name = f"table{name}" if f"table{name}" in known else name
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown table {name!r}; {hint}available: {', '.join(known)}")
+    path = TABLES / f"{name}.yaml"
+    try:
+        return _build_table(name, read_yaml(path))
+    except ValueError as error:
+        raise ValueError(f"{path.relative_to(ROOT)}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a yaml file's mapping; duplicate keys and other contents raise ValueError."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read {path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold a mapping, got {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
+    keys = ("number", "title", "paper", "tuning", "runs", "columns", "rows")
+    _check_keys(raw, "the table", required=keys, optional=("claims", "contrasts"))
+    runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
+    columns = _build_columns(raw["columns"], tuple(runs))
+    rows = tuple(_build_row(item) for item in raw["rows"])
+    for kind, names in (("row", [r.name for r in rows]), ("column", [c.name for c in columns])):
+        if not names:
+            raise ValueError(f"a table needs at least one {kind}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two {kind}s have the same name: {names}")
+    paper = read_yaml(PAPER / raw["paper"])
+    _check_paper(paper, raw["paper"])
+    spec = TableSpec(
+        name=name,
+        number=int(raw["number"]),
+        title=str(raw["title"]),
+        tuning=str(raw["tuning"]),
+        runs=runs,
+        columns=columns,
+        rows=rows,
+        claims=_load_claims(raw.get("claims", []), rows, columns),
+        contrasts=tuple(
+            _build_part(item, "a contrast", rows, columns, is_contrast=True)
+            for item in raw.get("contrasts", [])
+        ),
+        paper=paper,
+    )
+    strangers = sorted(paper["rows"].keys() - {row.name for row in rows})
+    if strangers:
+        raise ValueError(f"rows of {raw['paper']} are missing from the table: {strangers}")
+    for row_name, row in paper["rows"].items():
+        strangers = sorted(row.get("metrics", {}).keys() - {column.name for column in columns})
+        if strangers:
+            raise ValueError(f"{raw['paper']} has unknown columns in {row_name}: {strangers}")
+    return spec
+
+
+def _build_columns(items: Sequence[Mapping[str, Any]], runs: tuple[str, ...]) -> tuple[Column, ...]:
+    columns: list[Column] = []
+    for item in items:
+        what = f"column {item.get('name')!r}"
+        is_mean = "mean_of" in item
+        source = ("mean_of",) if is_mean else ("metric", "scale")
+        keys = ("name", "label", "decimals", "better", *source)
+        _check_keys(item, what, required=keys, optional=() if is_mean else ("run",))
+        if item["better"] not in ("higher", "lower"):
+            raise ValueError(f"{what}: better={item['better']!r}; use higher or lower")
+        run = None
+        if not is_mean:
+            run = str(item.get("run", runs[0] if len(runs) == 1 else ""))
+            _check_names([run], runs, f"{what}: run")
+        mean_of = tuple(item.get("mean_of", ()))
+        _check_names(mean_of, [c.name for c in columns if not c.mean_of], f"{what}: mean_of")
+        columns.append(
+            Column(
+                name=str(item["name"]),
+                label=str(item["label"]),
+                run=run,
+                metric=item.get("metric"),
+                scale=float(item.get("scale", 1.0)),
+                decimals=int(item["decimals"]),
+                higher_is_better=item["better"] == "higher",
+                mean_of=mean_of,
+            )
+        )
+    return tuple(columns)
+
+
+def _build_row(item: Mapping[str, Any]) -> Row:
+    what = f"row {item.get('name')!r}"
+    _check_keys(item, what, required=("name", "label", "overrides"), optional=("control",))
+    overrides = tuple(map(str, item["overrides"]))
+    return Row(str(item["name"]), str(item["label"]), overrides, bool(item.get("control", False)))
+
+
+def _load_claims(
+    ids: Sequence[str], rows: tuple[Row, ...], columns: tuple[Column, ...]
+) -> tuple[Claim, ...]:
+    known = read_yaml(PAPER / "claims.yaml")
+    _check_names(ids, list(known), "claims")
+    claims = []
+    for claim_id in ids:
+        raw, what = known[claim_id], f"claims.yaml, {claim_id}"
+        optional = ("table", "figure", "source")
+        _check_keys(raw, what, required=("statement", "status", "parts"), optional=optional)
+        _check_names([raw["status"]], STATUSES, f"{what}: status")
+        parts = tuple(_build_part(item, what, rows, columns) for item in raw["parts"])
+        claims.append(Claim(claim_id, raw["statement"], raw["status"], parts))
+    return tuple(claims)
+
+
+def _build_part(
+    raw: Mapping[str, Any],
+    what: str,
+    rows: tuple[Row, ...],
+    columns: tuple[Column, ...],
+    *,
+    is_contrast: bool = False,
+) -> Part:
+    expect = None if is_contrast else raw.get("expect")
+    if is_contrast:
+        _check_keys(raw, what, required=("row", "against"), optional=("columns",))
+    elif expect == "comparable":
+        _check_keys(raw, what, required=("row", "against", "expect", "resources", "limit"))
+    elif expect == "best":
+        _check_keys(raw, what, required=("row", "expect", "columns"))
+    else:
+        _check_names([expect], EXPECTATIONS, f"{what}: expect")
+        _check_keys(
+            raw, what, required=("row", "against", "expect", "columns"), optional=("paper",)
+        )
+    against = tuple(raw.get("against", ()))
+    if expect == "best":
+        against = tuple(r.name for r in rows if not r.is_control and r.name != raw["row"])
+    _check_names([raw["row"], *against], [row.name for row in rows], f"{what}: rows")
+    known = tuple(column.name for column in columns)
+    wanted = () if expect == "comparable" else raw.get("columns", "all")
+    chosen = known if wanted == "all" else tuple(wanted)
+    paper = {str(key): float(value) for key, value in raw.get("paper", {}).items()}
+    _check_names([*chosen, *paper], known, f"{what}: columns")
+    resources = tuple(raw.get("resources", ()))
+    _check_names(resources, RESOURCES, f"{what}: resources")
+    limit = float(raw["limit"]) if expect == "comparable" else None
+    return Part(raw["row"], against, expect, chosen, resources, limit, paper)
+
+
+def _check_paper(paper: Mapping[str, Any], name: str) -> None:
+    """Check that every number of the paper carries its status."""
+    _check_keys(paper, name, required=("title", "rows"))
+    for row_name, row in paper["rows"].items():
+        what = f"{name}, {row_name}"
+        _check_keys(row, what, required=(), optional=("trainable", "updatable", "metrics", "note"))
+        for key, value in row.get("metrics", {}).items():
+            _check_keys(value, f"{what}, {key}", required=("value", "status"))
+            _check_names([value["status"]], STATUSES, f"{what}, {key}: status")
+        for key in row.keys() & {"trainable", "updatable"}:
+            value = row[key]
+            _check_keys(
+                value, f"{what}, {key}", required=("printed", "status"), optional=("count",)
+            )
+            _check_names([value["status"]], STATUSES, f"{what}, {key}: status")
+
+
+def _check_keys(
+    raw: Any, what: str, *, required: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{what} must be a mapping, got {raw!r}")
+    missing = [key for key in required if key not in raw]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    strangers = sorted(map(str, raw.keys() - {*required, *optional}))
+    if strangers:
+        allowed = ", ".join([*required, *optional])
+        raise ValueError(f"{what} has unknown keys {strangers}; allowed: {allowed}")
+
+
+def _check_names(names: Sequence[Any], known: Sequence[str], what: str) -> None:
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise ValueError(f"{what}: unknown {strangers}; allowed: {', '.join(known)}")

@@ -1,0 +1,396 @@
+"""Planning, workers, failures, interruption: `scripts/reproduce.py` on runs of no length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts import plan, reproduce, scale
+from scripts.reproduce import worker_environments
+from scripts.table_spec import ROOT, load_table
+from scripts.workers import Job, Outcome, Pool
+from tests.unit import fake_cell
+
+MODULE = "tests.unit.fake_cell"
+LAUNCH = f"import sys; from scripts.reproduce import main; sys.exit(main(sys.argv[1:], {MODULE!r}))"
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "outputs"
+    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., int]:
+    """Run the command in this process, at scale tiny."""
+
+    def call(*arguments: str) -> int:
+        where = ["--scale", "tiny", "--results", str(tmp_path / "results")]
+        return reproduce.main(["table1", *where, *arguments], MODULE)
+
+    return call
+
+
+def calls(outputs: Path) -> list[list[str]]:
+    """Return (process, method, seed, threads) of every run that was started."""
+    return [line.split() for line in (outputs / "calls.txt").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- whole commands
+
+
+def test_a_table_from_nothing_and_again(
+    command: Callable[..., int],
+    outputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("--workers", "2") == 0
+    first = capsys.readouterr().out
+    assert first.startswith("scale: tiny (as asked)\n")
+    assert "table1: 33 runs: 0 done, 0 partial, 0 stale, 0 failed, 33 missing" in first
+    assert "[33/33]" in first
+    started = calls(outputs)
+    assert len(started) == 33
+    assert len({process for process, *_ in started}) == 2
+    assert str(os.getpid()) not in {process for process, *_ in started}
+    assert {threads for *_, threads in started} == {"1"}
+    table = (tmp_path / "results" / "tiny" / "table1.md").read_bytes()
+    assert table.decode() in first
+    logs = sorted(path.name for path in (outputs / "logs").iterdir())
+    assert logs == ["table1-worker0.log", "table1-worker1.log"]
+    assert "running lora" in (outputs / "logs" / logs[0]).read_text()
+
+    start = time.monotonic()
+    assert command("--workers", "2") == 0
+    assert time.monotonic() - start < 5
+    assert "all 33 runs are done; nothing to run" in capsys.readouterr().out
+    assert len(calls(outputs)) == 33
+    assert (tmp_path / "results" / "tiny" / "table1.md").read_bytes() == table
+
+
+def test_plan_runs_nothing_and_estimates_from_earlier_runs(
+    command: Callable[..., int], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--plan") == 0
+    assert "expected time: unknown" in capsys.readouterr().out
+    assert not outputs.exists()
+
+    cells = plan.list_cells(
+        load_table("table1"), scale="tiny", seeds=[1, 2, 3], extra=[], cell=fake_cell
+    )
+    for cell in cells[:12]:  # all rows of seed 1, one of seed 2
+        fake_cell.write(cell.config, fake_cell.record(cell.config), {"train_time_s": 60.0})
+    error = {"type": "RuntimeError", "message": "out of\nmemory"}
+    fake_cell.write(
+        cells[-1].config, fake_cell.record(cells[-1].config, status="failed", error=error)
+    )
+    assert command("--plan", "--workers", "3") == 0
+    out = capsys.readouterr().out
+    assert "33 runs: 12 done, 0 partial, 0 stale, 1 failed, 20 missing" in out
+    assert "    e2e, seed 3: failed (out of memory)" in out
+    assert "to run: 21; expected time: about 7 min 00 s with 3 worker(s)" in out
+    assert "(21 from same settings)" in out
+    assert not (outputs / "calls.txt").exists()
+
+
+def test_failures_do_not_stop_the_table_and_the_same_command_mends_them(
+    command: Callable[..., int],
+    outputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = "fake.fail=full:1 fake.kill=lora:1 fake.exit=dylora:1 fake.lock=adalora:1"
+    assert command("--seeds", "1", "--workers", "1", "--args", wrong) == 1
+    captured = capsys.readouterr()
+    assert "the same command tries the others again" in captured.err
+    table = (tmp_path / "results" / "tiny" / "table1.md").read_text()
+    for text in (
+        "Full fine-tuning, seed 1: failed: RuntimeError: loss is &lt;nan&gt;",
+        "LoRA, seed 1: failed: the worker process was ended by SIGKILL (killed, perhaps for lack",
+        "DyLoRA, seed 1: failed: the worker process ended with exit code 3; see logs/table1-",
+        "AdaLoRA, seed 1: failed: LockedError: process 7 is already working in this folder",
+        "7 of 11 runs finished",
+    ):
+        assert text in table
+    processes = [process for process, *_ in calls(outputs)]
+    assert len(set(processes)) == 3  # two died and were replaced
+    assert len(processes) == 11
+
+    assert command("--seeds", "1", "--workers", "1") == 0
+    assert "7 done" in capsys.readouterr().out
+    assert len(calls(outputs)) == 15
+    assert "11 of 11 runs finished" in (tmp_path / "results" / "tiny" / "table1.md").read_text()
+
+
+def test_a_failing_preparation_stops_with_its_reason(
+    command: Callable[..., int], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--seeds", "1", "--args", "fake.prepare=fail") == 1
+    assert "no space left on device" in capsys.readouterr().err
+    assert not (outputs / "calls.txt").exists()
+
+
+def test_prepare_only_prepares(command: Callable[..., int], outputs: Path) -> None:
+    assert command("--prepare", "--workers", "1") == 0
+    assert (outputs / "prepared").is_dir()
+    assert not (outputs / "calls.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1,1"], "named twice"),
+        (["--seeds", "1,-2"], "integers of 0 or more"),
+        (["--seeds", ""], "integers of 0 or more"),
+        (["--workers", "0"], "use auto or a number"),
+        (["--args", "seed=4"], "seed is set by --seeds"),
+        (["--args", "+scale=paper"], "scale is set by --scale"),
+        (["--args=--multirun"], "is no override"),
+        (["--args", "recipe.rank"], "is no override"),
+        (["--args", "a='b"], "No closing quotation"),
+        (["--args", "wrong=1"], "table1, row full: unknown key 'wrong'"),
+        (["--args", "fake.refuse=lora"], "row lora on e2e: rank=0 must be 1 or more"),
+    ],
+)
+def test_bad_input_is_explained_before_any_work(
+    command: Callable[..., int],
+    outputs: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert command(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not outputs.exists()
+
+
+def test_an_unusable_results_folder_is_found_before_any_work(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    where = ["--scale", "tiny", "--results", str(tmp_path / "file")]
+    assert reproduce.main(["table1", *where], MODULE) == 2
+    assert "cannot write to the results folder" in capsys.readouterr().err
+    assert not outputs.exists()
+
+
+def _launch(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    where = ["--scale", "tiny", "--results", str(tmp_path / "results"), "--seeds", "1"]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, "table1", *where, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened within a minute"
+        time.sleep(0.05)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states from /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopping_the_command_stops_its_workers(
+    tmp_path: Path, outputs: Path, number: signal.Signals
+) -> None:
+    process = _launch(tmp_path, "--workers", "1", "--args", "fake.wait=lora:1")
+    log = outputs / "calls.txt"
+    _wait_for(lambda: log.exists() and " lora 1 " in log.read_text())
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "stopped; the same command continues from here" in error
+        assert "Traceback" not in error
+    worker = int(calls(outputs)[0][0])
+    _wait_for(lambda: not _is_alive(worker))
+    assert len(calls(outputs)) == 4  # full, dagger, double dagger, lora
+
+
+def test_planning_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from scripts import reproduce, cell, tables; "
+        "heavy = {'torch', 'transformers', 'datasets', 'evaluate'} & set(sys.modules); "
+        "sys.exit(str(sorted(heavy)) if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------- the real cells
+
+
+def test_the_real_cells_of_table1_compose_and_keep_their_signature_when_reseeded() -> None:
+    from scripts import cell
+
+    spec = load_table("table1")
+    cells = plan.list_cells(spec, scale="tiny", seeds=[1, 2], extra=[], cell=cell)
+    assert len({c.signature for c in cells}) == 22
+    again = cell.compose(list(cells[-1].overrides))
+    assert cell.run_dir(again) == cells[-1].folder
+    assert {cell.group(c.config) for c in cells[:11]} == {cell.group(c.config) for c in cells[11:]}
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def test_workers_share_the_jobs_in_order(outputs: Path) -> None:
+    configs = [(f"method={m}", "scale=tiny", "task=e2e", "seed=1", "recipe=e2e", "model=m")
+               for m in ("a", "b", "c")]  # fmt: skip
+    jobs = [Job("run", (overrides,), str(i)) for i, overrides in enumerate(configs)]
+    outputs.mkdir()
+    with Pool(MODULE, environments=[{}], logs=outputs / "logs", name="x") as pool:
+        outcomes = [outcome for outcome in pool.run(jobs) if outcome is not None]
+        assert [outcome.job.key for outcome in outcomes] == ["0", "1", "2"]
+        assert {outcome.error for outcome in outcomes} == {None}
+        assert pool.running == []
+        more = [outcome for outcome in pool.run(jobs[:1]) if outcome is not None]
+        assert more[0].error is None
+    assert len({process for process, *_ in calls(outputs)}) == 1
+
+
+def test_a_pool_needs_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one worker"):
+        Pool(MODULE, environments=[], logs=tmp_path, name="x")
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "_count_cores", lambda: 8)
+    monkeypatch.setattr(reproduce, "_free_memory", lambda: 5 * 2**30)
+    monkeypatch.setattr(reproduce, "count_cuda_devices", lambda: 0)
+    assert len(worker_environments("auto", "tiny", 33)) == 2  # what the memory allows
+    monkeypatch.setattr(reproduce, "_free_memory", lambda: 2**40)
+    assert len(worker_environments("auto", "tiny", 33)) == 8
+    assert len(worker_environments("auto", "tiny", 3)) == 3
+    assert worker_environments("5", "tiny", 33)[4]["OMP_NUM_THREADS"] == "1"
+    assert worker_environments("auto", "small", 33) == [{}]
+    monkeypatch.setattr(reproduce, "count_cuda_devices", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments("auto", "paper", 33)] == [
+        "4",
+        "6",
+    ]
+    assert len(worker_environments("auto", "paper", 1)) == 1
+
+
+def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "30")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = reproduce._Progress(2)
+    cell = plan.Cell("lora", "e2e", 1, (), None, tmp_path)
+    job = Job("run", ((),), "x")
+    progress.tick([(job, 1.0)], {"x": cell}, "3 s")
+    progress.step(cell, Outcome(job, "RuntimeError: no", 2.0), "unknown")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out.strip() == "[1/2] lora on e2e, seed 1: FAILED: RuntimeError: no (2.0 s)"
+    assert "left 3 s: lora on e2e, seed 1" in err
+    assert "1/2 |" in err
+
+
+def test_memory_and_cores_are_read_from_this_machine() -> None:
+    assert reproduce._count_cores() >= 1
+    assert reproduce._free_memory() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("devices", "is_cuda_build", "expected"),
+    [(0, True, "tiny"), (1, False, "tiny"), (2, True, "paper")],
+)
+def test_scale_auto(
+    monkeypatch: pytest.MonkeyPatch, devices: int, is_cuda_build: bool, expected: str
+) -> None:
+    monkeypatch.setattr(scale, "count_cuda_devices", lambda: devices)
+    monkeypatch.setattr(scale, "is_torch_built_for_cuda", lambda: is_cuda_build)
+    chosen, reason = scale.resolve_scale("auto")
+    assert chosen == expected
+    assert reason.startswith("auto: ")
+    assert scale.resolve_scale("small") == ("small", "as asked")
+    with pytest.raises(ValueError, match="use one of auto, tiny, small, paper"):
+        scale.resolve_scale("huge")
+
+
+def test_torch_build_is_read_without_importing_it() -> None:
+    import torch
+
+    assert scale.is_torch_built_for_cuda() == (torch.version.cuda is not None)
+    assert (scale.count_cuda_devices() > 0) >= torch.cuda.is_available()
+
+
+def test_durations_prefer_the_same_settings() -> None:
+    durations = plan.Durations()
+    config = {"choices": {"scale": "tiny", "task": "e2e"}}
+    other = {"choices": {"scale": "paper", "task": "e2e"}}
+    assert durations.expect("g", config) is None
+    durations.add("h", config, 10.0)
+    assert (durations.expect("g", config), durations.basis("g", config)) == (
+        10.0,
+        "same task and scale",
+    )
+    durations.add("g", config, 40.0)
+    assert (durations.expect("g", config), durations.basis("g", config)) == (40.0, "same settings")
+    assert durations.expect("g2", other) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "unknown"),
+        (0.4, "0 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_read_well(seconds: float | None, text: str) -> None:
+    assert plan.format_seconds(seconds) == text
+
+
+def test_runs_shared_by_two_tables_run_once(
+    outputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = load_table("table1")
+    rows = tuple(row for row in first.rows if row.name in ("lora", "delta_lora", "lora_high_lr"))
+    paper = {"title": "", "rows": {}}
+    second = dataclasses.replace(
+        first, name="table6", number=6, rows=rows, paper=paper, claims=(), contrasts=()
+    )
+    monkeypatch.setattr(reproduce, "load_table", {"table1": first, "table6": second}.__getitem__)
+    where = ["--scale", "tiny", "--results", str(tmp_path / "results"), "--seeds", "1"]
+    assert reproduce.main(["table1", "table6", "--workers", "1", *where], MODULE) == 0
+    assert "3 runs are shared by several rows or tables and run once" in capsys.readouterr().out
+    assert len(calls(outputs)) == 11
+    content = json.loads((tmp_path / "results" / "tiny" / "table6.json").read_text())
+    assert [row["method"] for row in content["rows"]] == ["lora", "delta_lora", "lora_high_lr"]
+    assert all(row["metrics"]["bleu"]["n"] == 1 for row in content["rows"])
