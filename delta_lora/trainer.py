@@ -586,8 +586,8 @@ class Trainer:
                     if is_last and (extra := method.extra_loss()) is not None:
                         loss = loss + extra
                     accelerator.backward(loss)
-            method.before_step(step)
             norm = self._clip(accelerator, trained, want_norm)
+            method.before_step(step)
             optimizer.step()
             if not optimizer.step_was_skipped:
                 return step_loss, norm

@@ -7,14 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+import scripts.cell  # noqa: F401  registers the resolver that lora_scaled uses
 from delta_lora.protocols import Method
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+#: the keys of configs/recipe that methods read, at a size where every mechanism runs in few steps.
+RECIPE = {
+    "rank": 2,
+    "alpha": 3,
+    "lora_dropout": 0.1,
+    "update_ratio": 0.5,
+    "start_step": 1,
+    "learning_rate": {
+        "low_rank": 1e-2,
+        "lora_high": 3e-2,
+        "dylora": 1e-2,
+        "adalora": 1e-2,
+        "full": 1e-3,
+        "full_frozen_embeddings": 1e-3,
+        "full_query_value": 1e-3,
+    },
+    "dylora": {"update": "frozen"},
+    "adalora": {
+        "init_rank": 3,
+        "target_rank": 1,
+        "orth_reg_weight": 0.1,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "initial_fraction": 0.1,
+        "final_fraction": 0.3,
+        "interval": 2,
+    },
+}
 
 VOCABULARY = 29
 BATCH = 4
@@ -70,7 +105,7 @@ def _encoder(model: type, config: type, **extra: Any) -> Callable[[], nn.Module]
         config(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=LENGTH + 4,
@@ -109,7 +144,7 @@ def llama() -> nn.Module:
         tf.LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=24,
@@ -123,7 +158,7 @@ def vit() -> nn.Module:
     return tf.ViTForImageClassification(
         tf.ViTConfig(
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=24,
             image_size=8,
@@ -153,13 +188,13 @@ CASES = {
         _encoder(tf.RobertaForSequenceClassification, tf.RobertaConfig),
         None,
         ("classifier",),
-        _pair("roberta.encoder.layer.{}.attention.self", range(2), ("query", "value")),
+        _pair("roberta.encoder.layer.{}.attention.self", range(1), ("query", "value")),
     ),
     "bert": Case(
         _encoder(tf.BertForSequenceClassification, tf.BertConfig),
         None,
         ("classifier",),
-        _pair("bert.encoder.layer.{}.attention.self", range(2), ("query", "value")),
+        _pair("bert.encoder.layer.{}.attention.self", range(1), ("query", "value")),
     ),
     "gpt2": Case(
         gpt2,
@@ -182,15 +217,34 @@ CASES = {
         ),
     ),
     "llama": Case(
-        llama, None, (), _pair("model.layers.{}.self_attn", range(2), ("q_proj", "v_proj"))
+        llama, None, (), _pair("model.layers.{}.self_attn", range(1), ("q_proj", "v_proj"))
     ),
     "vit": Case(
         vit,
         None,
         ("classifier",),
-        _pair("vit.layers.{}.attention", range(2), ("q_proj", "v_proj")),
+        _pair("vit.layers.{}.attention", range(1), ("q_proj", "v_proj")),
     ),
 }
+
+
+def method_from_config(name: str, recipe: Any = None, **overrides: Any) -> Method:
+    """Return the method of ``configs/method/<name>.yaml`` with the values of `recipe`."""
+    config = OmegaConf.create(
+        {
+            "recipe": RECIPE if recipe is None else recipe,
+            "method": OmegaConf.load(CONFIGS / "method" / f"{name}.yaml"),
+        }
+    )
+    return instantiate(config.method, **overrides)
+
+
+def inject(method: Method, model: nn.Module, case: Case, *, total_steps: int = 10, seed: int = 3):
+    """Inject `method` as a run on `case` does; return the model."""
+    method.inject(
+        model, projections=case.projections, head=case.head, total_steps=total_steps, seed=seed
+    )
+    return model
 
 
 def inputs(model: nn.Module, step: int = 0, batch: int = BATCH) -> dict[str, Tensor]:
@@ -213,11 +267,16 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).logits
 
 
+def loss_of(model: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of logits; in their type, where transformers' is float32 always."""
+    if isinstance(model, tf.GPT2LMHeadModel | tf.LlamaForCausalLM):
+        scores, labels = scores[:, :-1], labels[:, 1:]
+    return F.cross_entropy(scores.flatten(0, -2), labels.flatten())
+
+
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the mean loss of `model` on `batch`."""
-    if isinstance(model, TinyMlp):
-        return F.cross_entropy(model(batch["input_ids"]), batch["labels"])
-    return model(**batch).loss
+    return loss_of(model, logits(model, batch), batch["labels"])
 
 
 def adamw(method: Method, model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
@@ -241,15 +300,18 @@ def train(
 ) -> Iterator[int]:
     """Train in the order of calls that `Method` promises; yield after every step.
 
-    At a yield the optimiser and `after_step` have run and the gradients are still there.
+    The model is in training mode and every micro-batch has its own seed, so dropout repeats. At a
+    yield the optimiser and `after_step` have run and the gradients are still there.
     """
+    model.train()
     optimizer = optimizer or adamw(method, model, weight_decay)
     for step in range(first_step, first_step + num_steps):
         optimizer.zero_grad()
         batch = inputs(model, step)
         for micro_step in range(num_micro):
+            torch.manual_seed(100 * step + micro_step)
             method.before_micro_batch(step, micro_step)
-            part = {k: v[micro_step::num_micro] for k, v in batch.items()}
+            part = {k: v[micro_step::num_micro].contiguous() for k, v in batch.items()}
             total = loss(model, part) / num_micro
             extra = method.extra_loss() if micro_step == num_micro - 1 else None
             (total if extra is None else total + extra).backward()

@@ -1,0 +1,279 @@
+"""Delta-LoRA: LoRA whose weight W moves along with the product of the factors.
+
+Zi et al., "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices",
+arXiv 2309.02411, Algorithm 1 and equations 3 to 6.
+
+As printed (A is (out, r) and B is (r, in) there), for t = 0 .. T-1: AdamW on A and B; then, if
+t > K, ``W(t+1) = W(t) + lambda * (alpha / r) * (A(t+1) B(t+1) - A(t) B(t))``; and
+``h = W x + (alpha / r) A B x``.
+In our symbols: ``if step > start_step: W += update_ratio * scaling * (B' @ A' - B @ A)`` with
+``lora_A``, ``lora_B`` before and after the optimiser step of the same `step`.
+
+Deviations: none. Equation 5 as printed has the sign of its expansion reversed; the products above
+are what is computed.
+
+State kept: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of the factors,
+together twice the factors (3 MiB for GPT2-Medium at rank 4). They are rewritten in every step, so
+a checkpoint needs none of them; it holds the two counters of 8 bytes.
+
+Details:
+1. `step` counts applied optimiser steps from 0 and the inequality is strict: the first update of W
+   is at step K + 1. K = -1 updates from the first step on, K = 0 leaves one step out.
+2. The delta is one product of rank 2 rank, ``[B' B] @ [A'; -A]``, added by one `addmm_` into the
+   slice of W: nothing of W's size is allocated.
+3. W has no gradient, no optimiser state and no weight decay.
+4. W must be float32 (or float64). bfloat16 rounds the update away: relative error .92 at learning
+   rate 2e-5, .14 at 2e-4, with lambda 2. Autocast over a float32 W is fine.
+5. No dropout in the branch: W may follow the product only because dL/dW = dL/d(BA), which dropout
+   breaks. `allow_dropout` is for the ablation `delta_lora_dropout` (Table 5).
+6. The updates telescope: with A_k and B_k as they stood before the first update,
+   ``W_T - W_0 = update_ratio * scaling * (B_T @ A_T - B_k @ A_k)``.
+7. A step that the loss scaler skipped changes neither A, B nor W, and does not count.
+8. `update_ratio` 0 leaves W alone, so the run is LoRA without dropout to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.low_rank import (
+    LowRankBranch,
+    LowRankLinear,
+    inject_branches,
+    merged_layers,
+    weight_slice,
+)
+from delta_lora.projections import Projection
+from delta_lora.protocols import Method
+
+logger = logging.getLogger(__name__)
+
+
+class DeltaLora(Method):
+    """Delta-LoRA on W_Q and W_V.
+
+    Args:
+        rank: r, at least 1 and at most the smaller side of a projection.
+        alpha: numerator of the scaling alpha / rank, above 0.
+        learning_rate: peak learning rate, above 0.
+        update_ratio: lambda, at least 0.
+        start_step: K, at least -1; W is updated at the steps above it.
+        dropout: probability on the input of the branch, in [0, 1); above 0 only for the ablation.
+        allow_dropout: says that a dropout above 0 is meant.
+        form: ``in_place``, the update of W as Algorithm 1 prints it.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        learning_rate: float,
+        update_ratio: float,
+        start_step: int,
+        dropout: float = 0.0,
+        allow_dropout: bool = False,
+        form: str = "in_place",
+    ) -> None:
+        self.rank = check_integer("rank", rank, at_least=1)
+        self.alpha = check_real("alpha", alpha, above=0)
+        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+        self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
+        self.start_step = check_integer("start_step", start_step, at_least=-1)
+        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
+        self.form = check_choice("form", form, ("in_place",))
+        if not check_bool("allow_dropout", allow_dropout) and self.dropout > 0:
+            raise ValueError(
+                f"dropout={self.dropout:g} is not allowed in Delta-LoRA: with dropout in the "
+                "branch the gradient of W is not that of B @ A, which the method rests on; "
+                "use dropout=0, or allow_dropout=true for the ablation (method=delta_lora_dropout)"
+            )
+        self._targets: list[_Target] = []
+        self._num_steps = 0
+        self._num_updates = 0
+        self._snapshot_step: int | None = None
+
+    def inject(
+        self,
+        model: nn.Module,
+        *,
+        projections: Sequence[str] | None,
+        head: Sequence[str],
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Freeze the model, add the branches, let branches and head train.
+
+        Raises:
+            RuntimeError: the model was injected before.
+            ValueError: nothing matches, the rank is larger than a projection, or W has a type that
+                rounds the update away.
+        """
+        check_integer("total_steps", total_steps, at_least=1)
+
+        def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
+            return LowRankBranch(
+                p, rank=self.rank, alpha=self.alpha, weight=weight, generator=generator
+            )
+
+        inject_branches(
+            model,
+            projections=projections,
+            head=head,
+            rank=self.rank,
+            dropout=self.dropout,
+            seed=seed,
+            make_branch=make_branch,
+            weight_dtypes=(torch.float32, torch.float64),
+        )
+        self._targets = [
+            _Target(layer, branch)
+            for layer in model.modules()
+            if isinstance(layer, LowRankLinear)
+            for branch in layer.branches
+        ]
+        if self.update_ratio > 0:
+            self.num_updatable_parameters = sum(
+                target.branch.projection.num_entries for target in self._targets
+            )
+            if self.start_step + 1 >= total_steps:
+                logger.warning(
+                    "start_step=%d with %d steps in all: W is updated at steps above start_step, "
+                    "counted from 0, so the update never fires and the run is LoRA; choose "
+                    "start_step <= %d",
+                    self.start_step,
+                    total_steps,
+                    total_steps - 2,
+                )
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return A, B and the head as one group; W is in none."""
+        return [{"params": list(super().updated_tensors(model).items()), "lr": self.learning_rate}]
+
+    def before_step(self, step: int) -> None:
+        """Keep A and B as they are before the optimiser step."""
+        if self._updates_at(step):
+            for target in self._targets:
+                target.keep_factors()
+            self._snapshot_step = step
+
+    def after_step(self, step: int) -> None:
+        """Add the delta of this step to W if `step` is above `start_step`.
+
+        Raises:
+            RuntimeError: the step is out of order, or `before_step` was not called for it.
+        """
+        if step != self._num_steps:
+            raise RuntimeError(
+                f"after_step({step}) but {self._num_steps} steps were applied so far; call it once "
+                "per applied optimiser step, counted from 0"
+            )
+        if self._updates_at(step):
+            if self._snapshot_step != step:
+                raise RuntimeError(
+                    f"after_step({step}) without before_step({step}); Delta-LoRA needs A and B "
+                    "from before the optimiser step"
+                )
+            for target in self._targets:
+                target.add_delta(self.update_ratio)
+            self._num_updates += 1
+        self._num_steps += 1
+
+    def _updates_at(self, step: int) -> bool:
+        return self.update_ratio > 0 and step > self.start_step
+
+    def finish(self, num_steps: int) -> None:
+        """Check that `after_step` ran once for each of `num_steps` steps.
+
+        Raises:
+            RuntimeError: it did not, so W is not what Algorithm 1 gives.
+        """
+        if self._num_steps != num_steps:
+            raise RuntimeError(
+                f"after_step ran {self._num_steps} times in {num_steps} steps; Delta-LoRA needs it "
+                "after every optimiser step (and before_step before it), so this run is void"
+            )
+
+    def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Run on ``W + scaling * B @ A`` within the context."""
+        return merged_layers(model)
+
+    def updated_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return A, B, the head, and every whole weight of which a slice is updated."""
+        tensors = super().updated_tensors(model)
+        if self.update_ratio > 0:
+            for name, module in model.named_modules():
+                if isinstance(module, LowRankLinear):
+                    tensors[f"{name}.base_layer.weight"] = module.weight
+        return tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counters, as int64 scalars."""
+        return {
+            "num_steps": torch.tensor(self._num_steps),
+            "num_updates": torch.tensor(self._num_updates),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the counters.
+
+        Raises:
+            ValueError: the state is not one of this method.
+        """
+        if set(state) != {"num_steps", "num_updates"}:
+            raise ValueError(
+                f"the state of Delta-LoRA has num_steps and num_updates, got {sorted(state)}; "
+                "resume from a checkpoint of the same method"
+            )
+        self._num_steps = int(state["num_steps"])
+        self._num_updates = int(state["num_updates"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return how often W was updated and at which step first (None if it never was)."""
+        first = self.start_step + 1 if self._num_updates else None
+        return {"num_weight_updates": self._num_updates, "first_weight_update_step": first}
+
+
+class _Target:
+    """One projection: its branch, its slice of W, and the factors of the rank-2r product.
+
+    `left` is ``[B' B]``, (out, 2 rank); `right` is ``[A'; -A]``, (2 rank, in).
+    """
+
+    def __init__(self, layer: LowRankLinear, branch: LowRankBranch) -> None:
+        self.layer = layer
+        self.branch = branch
+        self.left: Tensor | None = None
+        self.right: Tensor | None = None
+
+    @torch.no_grad()
+    def keep_factors(self) -> None:
+        """Write the factors of the moment into the second halves."""
+        A_RI, B_OR = self.branch.lora_A, self.branch.lora_B
+        if self.left is None or self.right is None or self.left.device != B_OR.device:
+            self.left = torch.empty_like(B_OR).repeat(1, 2)
+            self.right = torch.empty_like(A_RI).repeat(2, 1)
+        rank = self.branch.rank
+        self.left[:, rank:].copy_(B_OR)
+        torch.neg(A_RI, out=self.right[rank:])
+
+    @torch.no_grad()
+    def add_delta(self, update_ratio: float) -> None:
+        """Add ``update_ratio * scaling * (B' @ A' - B @ A)`` to the slice of W."""
+        assert self.left is not None
+        assert self.right is not None
+        rank = self.branch.rank
+        self.left[:, :rank].copy_(self.branch.lora_B)
+        self.right[:rank].copy_(self.branch.lora_A)
+        W_slice = weight_slice(self.layer.weight, self.branch.projection)
+        left, right = self.left, self.right
+        if self.branch.projection.is_transposed:
+            left, right = right.T, left.T
+        W_slice.addmm_(left, right, alpha=update_ratio * self.branch.scaling)

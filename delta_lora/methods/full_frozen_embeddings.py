@@ -1,0 +1,67 @@
+"""Fine-tuning with frozen embeddings, the dagger rows of the paper's tables.
+
+Zi et al., arXiv 2309.02411, Tables 1, 3 and 4: "Fine-tuning" with a dagger, token and position
+embeddings frozen.
+
+Update: ``theta <- AdamW(theta, dL/dtheta)`` for every parameter that is no embedding.
+
+State kept: none beyond the optimiser's (two float32 tensors of the size of what trains).
+
+Details:
+1. Embeddings are found by structure (`projections.embedding_parameters`): every `nn.Embedding`
+   (tokens, positions, token types), and in a ViT the class token, the position embeddings and the
+   patch projection.
+2. A tied LM head (GPT-2, BART) is the same tensor as the token embedding, so it is frozen as well;
+   an untied one (Llama) trains.
+3. LayerNorms behind an embedding train; the paper names only the embeddings.
+4. Frozen means no gradient, no optimiser state and no weight decay: the values stay to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from delta_lora.checks import check_real
+from delta_lora.projections import embedding_parameters, head_parameters
+from delta_lora.protocols import Method
+
+
+class FullFrozenEmbeddings(Method):
+    """Fine-tuning of everything but the embeddings (dagger).
+
+    Args:
+        learning_rate: peak learning rate, above 0.
+    """
+
+    def __init__(self, *, learning_rate: float) -> None:
+        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+
+    def inject(
+        self,
+        model: nn.Module,
+        *,
+        projections: Sequence[str] | None,
+        head: Sequence[str],
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Freeze the embeddings; `projections`, `total_steps` and `seed` are not used.
+
+        Raises:
+            ValueError: the model has no embedding, nothing else to train, or no such head.
+        """
+        head_parameters(model, head)
+        for parameter in embedding_parameters(model).values():
+            parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"{type(model).__name__} has nothing but embeddings, so nothing would train; "
+                "use method=full"
+            )
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return all trainable parameters as one group."""
+        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
