@@ -105,7 +105,7 @@ class Progress:
             dynamic_ncols=True,
         )
         self._plain = enabled and not is_terminal
-        self._description, self._unit = description, unit
+        self._description, self._unit, self._note = description, unit, ""
         self._total, self._done, self._initial = total, initial, initial
         self._start = self._last = time.monotonic()
 
@@ -113,6 +113,7 @@ class Progress:
         """Advance by `count` units and show `note` behind the numbers."""
         self._done += count
         if note:
+            self._note = note
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
@@ -123,7 +124,7 @@ class Progress:
             logger.info(
                 "%s %d/%d %s, %.2f/s, %.0f s left%s",
                 self._description, self._done, self._total, self._unit, rate, left,
-                f", {note}" if note else "",
+                f", {self._note}" if self._note else "",
             )  # fmt: skip
             self._last = now
 
