@@ -1,18 +1,24 @@
 """Pre-training of the tiny models on the embedded general corpus.
 
-Documents are tokenised, joined with the end token between them and cut into blocks of equal length
-(no padding; a block may start inside a document). What a model learns from a block is its
-objective; a new one is one more function in `_OBJECTIVES`. Nothing is predicted: the figure of
-merit is the validation loss.
+A sequence is one document, or two that belong together, with the end token behind each. Whole
+sequences are packed into blocks of equal length; positions start again with each, so a model reads
+them as if they stood alone (`transformers` finds the boundaries from the positions). That matters:
+with blocks cut from one long stream, names of other documents stand in the way and a tiny model
+does not learn to copy from its context within the same budget.
+
+What a model learns from a block is its objective; a new one is one more function in `_OBJECTIVES`.
+Nothing is predicted: the figure of merit is the validation loss.
+
+Shapes: B blocks of T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Task
 from tasks.embedded.bpe import train_tokenizer
-from tasks.embedded.general import documents
+from tasks.embedded.general import sequences
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +34,81 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 
 
-def _causal(blocks_BT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Every token is predicted from those before it; the first of a block is not predicted."""
-    inputs_BT = blocks_BT[:, :-1].contiguous()
-    # All ones: the model then knows that the end tokens between documents are no padding.
-    mask_BT = torch.ones_like(inputs_BT)
-    return {"input_ids": inputs_BT, "attention_mask": mask_BT}, blocks_BT[:, 1:].contiguous()
+#: blocks that are open at a time while packing; more fill better and keep less of the order.
+NUM_OPEN_BLOCKS = 32
 
 
-#: objective -> function from blocks (batch, block_size) to (model inputs, labels).
-_OBJECTIVES: dict[str, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]] = {"causal": _causal}
+class Block(NamedTuple):
+    """Packed sequences.
+
+    Attributes:
+        input_ids: (T,) tokens; the rest of the block is filled with the end token.
+        position_ids: (T,) from 0 in each sequence, and in the rest.
+        segments: (T,) number of the sequence, from 1; 0 is the rest.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+
+
+def pack(encoded: Iterable[list[int]], *, block_size: int, fill: int) -> list[Block]:
+    """Pack whole sequences into blocks, each into the first open block where it fits.
+
+    Args:
+        encoded: token ids of the sequences; what is longer than a block is cut.
+        block_size: tokens of a block (T).
+        fill: token of the rest of a block.
+
+    Returns:
+        The blocks; equal input gives equal blocks.
+    """
+    open_blocks: list[list[list[int]]] = []
+    full: list[list[list[int]]] = []
+    for sequence in encoded:
+        cut = sequence[:block_size]
+        for block in open_blocks:
+            if _num_tokens(block) + len(cut) <= block_size:
+                block.append(cut)
+                break
+        else:
+            open_blocks.append([cut])
+        if len(open_blocks) > NUM_OPEN_BLOCKS:
+            fullest = max(open_blocks, key=_num_tokens)
+            open_blocks.remove(fullest)
+            full.append(fullest)
+    return [_block(parts, block_size, fill) for parts in full + open_blocks]
+
+
+def _num_tokens(parts: list[list[int]]) -> int:
+    return sum(map(len, parts))
+
+
+def _block(parts: list[list[int]], block_size: int, fill: int) -> Block:
+    rest = block_size - _num_tokens(parts)
+    lengths = [*map(len, parts), rest]
+    segments = [*range(1, len(parts) + 1), 0]
+    return Block(
+        input_ids=torch.tensor([*chain.from_iterable(parts), *[fill] * rest]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        segments=torch.tensor(segments).repeat_interleave(torch.tensor(lengths)),
+    )
+
+
+def _causal(
+    input_ids_BT: Tensor, position_ids_BT: Tensor, segments_BT: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every token but the first of a sequence is predicted from those before it."""
+    labels_BT = torch.full_like(input_ids_BT, IGNORED)
+    follows = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
+    labels_BT[:, :-1][follows] = input_ids_BT[:, 1:][follows]
+    return {"input_ids": input_ids_BT, "position_ids": position_ids_BT}, labels_BT
+
+
+#: objective -> function from the fields of stacked blocks to (model inputs, labels).
+_OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]] = {
+    "causal": _causal
+}
 
 
 class Pretraining(Task):
@@ -46,11 +117,11 @@ class Pretraining(Task):
     Args:
         objective: what is learned from a block; ``causal``.
         corpus_seed: seed of the corpus, apart from the seed of the run.
-        num_documents: training documents.
-        num_validation_documents: documents of the same world after those, for the validation loss.
-        block_size: tokens of a block, at least 2; a model sees one less.
+        num_documents: training sequences (two documents that belong together count as one).
+        num_validation_documents: sequences of the same world after those, for the validation loss.
+        block_size: tokens of a block, at least 2.
         vocab_size: tokens of the tokenizer that `build_tokenizer` trains.
-        tokenizer_documents: training documents that the tokenizer is trained on.
+        tokenizer_documents: training sequences that the tokenizer is trained on.
     """
 
     name = "pretraining"
@@ -92,35 +163,35 @@ class Pretraining(Task):
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.tokenizer_documents = tokenizer_documents
-        self._documents: dict[str, list[str]] = {}
+        self._sequences: dict[str, list[list[str]]] = {}
 
     def load(self) -> None:
-        """Write the documents of both splits into memory."""
+        """Write the sequences of both splits into memory."""
         total = self.num_documents + self.num_validation_documents
-        stream = documents(self.corpus_seed, total)
+        stream = sequences(self.corpus_seed, total)
         train = list(islice(stream, self.num_documents))
-        self._documents = {"train": train, "validation": list(stream)}
-        logger.info("general corpus: %d documents, seed %d", total, self.corpus_seed)
+        self._sequences = {"train": train, "validation": list(stream)}
+        logger.info("general corpus: %d sequences, seed %d", total, self.corpus_seed)
 
-    def _texts(self, split: str) -> list[str]:
-        if not self._documents:
+    def _texts(self, split: str) -> list[list[str]]:
+        if not self._sequences:
             raise RuntimeError("the task is not loaded; call load() first")
-        if split not in self._documents:
-            raise ValueError(f"split={split!r}; allowed: {', '.join(self._documents)}")
-        return self._documents[split]
+        if split not in self._sequences:
+            raise ValueError(f"split={split!r}; allowed: {', '.join(self._sequences)}")
+        return self._sequences[split]
 
     def provenance(self) -> dict[str, Any]:
         """Return the corpus seed, a hash of all documents, and the number of each split."""
         digest = hashlib.sha256()
-        for text in chain(self._texts("train"), self._texts("validation")):
-            digest.update(text.encode() + b"\0")
+        for documents in chain(self._texts("train"), self._texts("validation")):
+            digest.update("\0".join(documents).encode() + b"\0\0")
         return {
             "source": "embedded",
             "corpus": "general",
             "corpus_seed": self.corpus_seed,
             "objective": self.objective,
             "sha256": digest.hexdigest(),
-            "rows": {split: len(texts) for split, texts in self._documents.items()},
+            "rows": {split: len(texts) for split, texts in self._sequences.items()},
         }
 
     def build_tokenizer(self) -> Any:
@@ -132,7 +203,7 @@ class Pretraining(Task):
         Raises:
             ValueError: the corpus has too few words for `vocab_size` tokens.
         """
-        texts = self._texts("train")[: self.tokenizer_documents]
+        texts = list(chain.from_iterable(self._texts("train")[: self.tokenizer_documents]))
         tokenizer = train_tokenizer(texts, vocab_size=self.vocab_size)
         if len(tokenizer) < self.vocab_size:
             raise ValueError(
@@ -141,33 +212,42 @@ class Pretraining(Task):
             )
         return tokenizer
 
-    def examples(self, split: str, tokenizer: Any) -> Sequence[Tensor]:
+    def examples(self, split: str, tokenizer: Any) -> Sequence[Block]:
         """Return the blocks of ``train`` or ``validation``.
 
         Args:
-            split: which documents.
+            split: which sequences.
             tokenizer: its `eos_token_id` ends every document.
 
         Returns:
-            Blocks of shape (block_size,), int64.
+            Blocks of `block_size` tokens.
 
         Raises:
-            ValueError: an unknown split, or documents that do not fill one block.
+            ValueError: an unknown split.
         """
-        encoded = tokenizer(self._texts(split), add_special_tokens=False)["input_ids"]
-        ids = list(chain.from_iterable([*text, tokenizer.eos_token_id] for text in encoded))
-        num_blocks = len(ids) // self.block_size
-        if num_blocks == 0:
-            raise ValueError(
-                f"the {split} documents have {len(ids)} tokens, less than one block of "
-                f"{self.block_size}; lower block_size or raise the number of documents"
-            )
-        blocks_NT = torch.tensor(ids[: num_blocks * self.block_size]).view(-1, self.block_size)
-        return list(blocks_NT)
+        groups = self._texts(split)
+        flat = tokenizer(list(chain.from_iterable(groups)), add_special_tokens=False)["input_ids"]
+        documents = iter(flat)
+        end = tokenizer.eos_token_id
+        encoded = [
+            list(chain.from_iterable([*next(documents), end] for _ in group)) for group in groups
+        ]
+        num_cut = sum(len(sequence) > self.block_size for sequence in encoded)
+        blocks = pack(encoded, block_size=self.block_size, fill=end)
+        logger.info(
+            "pre-training, %s: %d tokens in %d blocks of %d; %d sequences cut to a block",
+            split,
+            _num_tokens(encoded),
+            len(blocks),
+            self.block_size,
+            num_cut,
+        )
+        return blocks
 
-    def collate(self, examples: Sequence[Tensor]) -> Batch:
+    def collate(self, examples: Sequence[Block]) -> Batch:
         """Stack blocks into one micro-batch."""
-        inputs, labels_BT = _OBJECTIVES[self.objective](torch.stack(list(examples)))
+        fields_BT = [torch.stack(column) for column in zip(*examples, strict=True)]
+        inputs, labels_BT = _OBJECTIVES[self.objective](*fields_BT)
         return Batch(
             tensors={**inputs, "labels": labels_BT},
             num_targets=int((labels_BT != IGNORED).sum()),
@@ -186,6 +266,7 @@ class Pretraining(Task):
             float32 scalar.
         """
         inputs = {key: value for key, value in batch.tensors.items() if key != "labels"}
+        # Without a mask and without a cache transformers keeps the sequences of a block apart.
         logits_BTV = model(**inputs, use_cache=False).logits
         return F.cross_entropy(
             logits_BTV.flatten(0, 1).float(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
 from tasks.embedded.wording import Chooser, article, listing, sentence, tokenise
 from tasks.embedded.world import CATEGORIES, Entity, World
@@ -21,8 +22,6 @@ WORLD_SIZE = 400
 TOKENISED_SHARE = 0.5
 #: share of the texts about other things than venues that define them first, as a guide does.
 GUIDE_SHARE = 0.6
-import os
-COPIED = float(os.environ.get('COPIED','6'))
 #: share of the cards whose prose is the next document.
 SPLIT_SHARE = 0.5
 
@@ -315,7 +314,7 @@ class _Writer:
         """Return one document, or two that belong together, in a random format."""
         formats: list[tuple[Callable[[], list[str]], float]] = [
             (self.card, 8), (self.extraction, 1), (self.questions, 2), (self.listed, 1),
-            (self.table, 1), (self.story, 1), (self.correction, 1), (self.copied, COPIED),
+            (self.table, 1), (self.story, 1), (self.correction, 1), (self.copied, 3),
             (self.saying, 0.5),
         ]  # fmt: skip
         functions, weights = zip(*formats, strict=True)
@@ -325,25 +324,41 @@ class _Writer:
         return texts
 
 
-def documents(seed: int, num_documents: int) -> Iterator[str]:
-    """Yield the documents of the general corpus.
+def sequences(seed: int, num_sequences: int) -> Iterator[list[str]]:
+    """Yield the general corpus as lists of documents that belong together.
 
     Args:
-        seed: equal seeds give equal documents; a longer corpus begins with the shorter one.
-        num_documents: at least 1.
+        seed: equal seeds give equal corpora; a longer corpus begins with the shorter one.
+        num_sequences: at least 1.
 
     Yields:
-        Documents of one or more lines, without a trailing newline.
+        One document, or a card and the text about it as two. A document has one or more lines and
+        no trailing newline.
+
+    Raises:
+        ValueError: `num_sequences` is below 1.
+    """
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences={num_sequences}: at least 1 is needed")
+    rng = random.Random(f"general-{seed}")  # noqa: S311 (not for security)
+    writer = _Writer(rng, World(rng, size=WORLD_SIZE))
+    for _ in range(num_sequences):
+        yield writer.write()
+
+
+def documents(seed: int, num_documents: int) -> Iterator[str]:
+    """Yield the documents of `sequences` one by one.
+
+    Args:
+        seed: as in `sequences`.
+        num_documents: at least 1.
+
+    Returns:
+        The first `num_documents` documents.
 
     Raises:
         ValueError: `num_documents` is below 1.
     """
     if num_documents < 1:
         raise ValueError(f"num_documents={num_documents}: at least 1 is needed")
-    rng = random.Random(f"general-{seed}")  # noqa: S311 (not for security)
-    writer = _Writer(rng, World(rng, size=WORLD_SIZE))
-    left = num_documents
-    while left > 0:
-        texts = writer.write()[:left]
-        left -= len(texts)
-        yield from texts
+    return islice(chain.from_iterable(sequences(seed, num_documents)), num_documents)

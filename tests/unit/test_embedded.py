@@ -92,6 +92,13 @@ def test_tokenise(raw, tokenised):
     assert tokenise(tokenised) == tokenised
 
 
+def test_documents_are_those_of_the_sequences(corpus):
+    groups = list(general.sequences(seed=3, num_sequences=500))
+    flat = [document for group in groups for document in group]
+    assert corpus[: len(flat)] == flat
+    assert {len(group) for group in groups} == {1, 2}
+
+
 def test_general_corpus_is_a_function_of_its_seed(corpus):
     assert list(general.documents(seed=3, num_documents=3000)) == corpus
     assert list(general.documents(seed=3, num_documents=100)) == corpus[:100]

@@ -1,0 +1,192 @@
+"""METEOR 1.5 as e2e-metrics runs it: the official jar through its stdio interface.
+
+``java -jar meteor-1.5.jar - - -stdio -l en -norm`` answers one line a request:
+``SCORE ||| reference ||| ... ||| output`` gives the statistics of an instance, and
+``EVAL ||| statistics ||| ...`` the score of every instance and, last, that of the whole set, in
+which the statistics (not the scores) are summed. Loading the paraphrase table takes some ten
+seconds, so one Java process serves the whole life of ours. It is started at the first score, again
+if it died, is killed where it does not answer in time, and ends with our process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import IO
+
+from tasks.metrics import java
+from tasks.metrics.java import MetricUnavailableError
+
+logger = logging.getLogger(__name__)
+
+#: seconds for one answer, the first with the loading of the tables included.
+TIMEOUT_S = 300.0
+# 0.6 GiB is what the tables need.
+_HEAP = "-Xmx1G"
+_SEPARATOR = " ||| "
+
+
+class MeteorDiedError(MetricUnavailableError):
+    """The Java process ended, or answered nonsense, in the middle of a request."""
+
+
+class MeteorProcess:
+    """The Java process; a lock makes it safe to use from several threads."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+
+    def command(self) -> list[str]:
+        """Return the command line.
+
+        Raises:
+            MetricUnavailableError: no Java, or no METEOR jar.
+        """
+        runtime = java.find_java()
+        jar = java.find_file("meteor/meteor-1.5.jar")
+        java.find_file("meteor/data/paraphrase-en.gz")  # the jar reads it from beside itself
+        flags = [_HEAP, "-XX:+UseSerialGC", *java.LOCALE_FLAGS]
+        return [runtime, *flags, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+
+    def start(self) -> None:
+        """Start the process where none is alive; loading goes on in the background.
+
+        Raises:
+            MetricUnavailableError: no Java, or no METEOR jar.
+        """
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
+        if self._owner != os.getpid():  # we are a fork: the pipes belong to the parent
+            self._process, self._errors, self._owner = None, None, os.getpid()
+        if self._process is not None and self._process.poll() is None:
+            return
+        command = self.command()
+        self.close()
+        logger.info("starting METEOR 1.5 (loading its paraphrase table takes some seconds)")
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
+        self._process = subprocess.Popen(  # noqa: S603 -- our own command line
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        atexit.register(self.close)
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        """Return METEOR of the whole set; see `meteor`."""
+        with self._lock:
+            try:
+                return self._score(predictions, references)
+            except MeteorDiedError as error:
+                logger.warning("%s; once more with a new process", error)
+                return self._score(predictions, references)
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        errors, self._errors = self._errors, None
+        atexit.unregister(self.close)
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, errors):
+            try:
+                if stream is not None:
+                    stream.close()
+            except BrokenPipeError:  # what was buffered for a dead process
+                continue
+
+    def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        self._start()
+        statistics = []
+        for prediction, texts in zip(predictions, references, strict=True):
+            # As the official script does, for outputs only.
+            output = prediction.replace("|||", "").replace("  ", " ")
+            statistics += self._ask(_SEPARATOR.join(("SCORE", *texts, output)), 1)
+        answers = self._ask(_SEPARATOR.join(("EVAL", *statistics)), len(statistics) + 1)
+        try:
+            return float(answers[-1])
+        except ValueError:
+            self.close()
+            raise MeteorDiedError(f"METEOR answered {answers[-1]!r} instead of a score") from None
+
+    def _ask(self, request: str, num_answers: int) -> list[str]:
+        """Send one line and read lines; a process that gives no answer in time is killed."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            process.kill()  # ends the blocked write or read below
+
+        clock = threading.Timer(self.timeout_s, expire)
+        clock.start()
+        answers: list[bytes] = []
+        try:
+            process.stdin.write(request.encode() + b"\n")
+            process.stdin.flush()
+            for _ in range(num_answers):
+                answers.append(process.stdout.readline())
+        except BrokenPipeError:
+            answers.append(b"")
+        finally:
+            clock.cancel()
+        if all(answer.endswith(b"\n") for answer in answers):
+            return [answer.decode("utf-8", "replace").strip() for answer in answers]
+        reason = self._last_error()
+        self.close()
+        if expired.is_set():
+            raise MetricUnavailableError(
+                f"METEOR gave no answer within {self.timeout_s:g} s and was ended; "
+                f"score the predictions again on a machine that is less busy{reason}"
+            )
+        raise MeteorDiedError(
+            f"the Java process of METEOR ended unexpectedly; it needs 1 GiB of memory{reason}"
+        )
+
+    def _last_error(self) -> str:
+        """Return what the process wrote last to its error stream, to be put behind a message."""
+        if self._errors is None:
+            return ""
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return f" (Java says: {lines[0]})" if lines else ""
+
+
+@functools.cache
+def shared_process() -> MeteorProcess:
+    """Return the one process that all scores share (not yet started)."""
+    return MeteorProcess()
+
+
+def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return METEOR 1.5 of the whole set.
+
+    Args:
+        predictions: one text per instance, as `ptb.tokenize` returns it.
+        references: for every instance one or more such texts.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        MetricUnavailableError: no Java, no METEOR jar, or the process failed twice or did not
+            answer in time.
+    """
+    return shared_process().score(predictions, references)
