@@ -371,7 +371,6 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
     if status(cfg).state == "done":
         return load_record(run_dir(cfg))
     check(cfg)
-    prepare([cfg])
     folder = run_dir(cfg)
     is_main = int(os.environ.get("RANK", "0")) == 0
     with lock(folder, wait=wait) if is_main else contextlib.nullcontext():
@@ -402,6 +401,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     task, method = instantiate(cfg.task), instantiate(cfg.method)
     with _as_config_error():
         task.load()
+    prepare([cfg])
     tokenizer = _tokenizer(cfg, task)
     train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
     total_steps = trainer.total_steps(len(train))

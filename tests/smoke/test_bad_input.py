@@ -1,0 +1,113 @@
+"""What a user can get wrong: each answered before any work, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import cell
+from scripts import train as command_line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=lorra", r"unknown method 'lorra'\. Did you mean 'lora'"),
+        ("task=e3e", r"unknown task 'e3e'\. Did you mean 'e2e'"),
+        ("model=gpt2_med", r"unknown model 'gpt2_med'\. Did you mean 'gpt2_medium'"),
+        ("trainer.max_step=3", r"unknown key 'trainer.max_step'\. Did you mean 'max_steps'"),
+        ("methd=lora", r"unknown key 'methd'\. Did you mean 'method'"),
+        ("trainer.max_steps=[1", r"cannot read the override"),
+        ("seed=-1", r"seed=-1 must be an integer of 0 or more"),
+        ("seed=abc", r"seed='abc' must be an integer"),
+    ],
+)
+def test_mistyped_overrides(override: str, message: str) -> None:
+    with pytest.raises(cell.ConfigError, match=message):
+        command_line.check_arguments(["scale=tiny", override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=lora", "method.rank=0"], r"rank=0 .*>= 1"),
+        (["method=lora", "method.rank=2000"], r"rank=2000 is larger than .* use rank <= 1024"),
+        (["method=delta_lora", "method.update_ratio=-1"], r"update_ratio=-1 .*>= 0"),
+        (["method=delta_lora", "method.dropout=0.1"], r"dropout=0\.1 is not allowed in Delta-LoRA"),
+        (["method=delta_lora", "method.start_step=-2"], r"start_step=-2"),
+        (["method=lora", "method.learning_rate=fast"], r"learning_rate='fast'"),
+        (["method=lora", "trainer.batch_size=0"], r"batch_size=0 must be at least 1"),
+        (["method=lora", "task.protocol=raw"], r"task.protocol='raw'; allowed: lora, challenge"),
+        (["method=lora", "task.source=files"], r"task.source=files needs task.data_dir"),
+        (["method=lora", "task.source=cloud"], r"task.source='cloud'; allowed: hub, files"),
+        (["method=lora", "trainer.precision=fp8"], r"precision='fp8'; allowed: fp32, bf16, fp16"),
+        (["method=lora", "model.projections=[c_atn]"], r"c_atn.*c_attn"),
+    ],
+)
+def test_bad_values_are_found_before_data_or_weights_are_read(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    cfg = cell.compose([*overrides, f"paths.outputs={tmp_path}", "logger=none"])
+    with pytest.raises(cell.ConfigError, match=message):
+        cell.run(cfg)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cfg = cell.compose(["scale=tiny", f"paths.outputs={tmp_path / 'file' / 'runs'}"])
+    with pytest.raises(cell.ConfigError, match="cannot write to the output folder"):
+        cell.run(cfg)
+
+
+def test_a_data_folder_that_does_not_exist(tmp_path: Path) -> None:
+    cfg = cell.compose(["task.source=files", f"task.data_dir={tmp_path / 'none'}"])
+    with pytest.raises(cell.ConfigError, match="no such folder"):
+        cell.run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trainset.csv", "", r"trainset\.csv is empty"),
+        (
+            "trainset.csv",
+            "meaning,text\na,b\n",
+            r"trainset\.csv, line 1: columns .* expected \['mr', 'ref'\]",
+        ),
+        ("trainset.csv", 'mr,ref\n"name[A]","cut', r"trainset\.csv, line"),
+    ],
+)
+def test_broken_files_are_named(
+    name: str, content: str, message: str, tmp_path: Path, small: Callable[..., list[str]]
+) -> None:
+    good = 'mr,ref\n"name[A], near[B]",A is near B.\n'
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
+        (data / file).write_text(good)
+    (data / name).write_text(content)
+    cfg = cell.compose(
+        small("task.source=files", "task.protocol=challenge", f"task.data_dir={data}")
+    )
+    with pytest.raises(cell.ConfigError, match=message):
+        cell.run(cfg)
+    assert not (cell.run_dir(cfg) / "config.yaml").exists()
+
+
+def test_an_update_that_never_fires_is_a_warning(
+    small: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = cell.run(cell.compose(small("method=delta_lora", "method.start_step=6", "seed=3")))
+    assert "the update never fires" in caplog.text
+    assert record["training"]["method"]["num_weight_updates"] == 0
+
+
+def test_messages_reach_the_terminal_without_a_traceback(train: Any) -> None:
+    done = train(["method=lorra"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method 'lorra'")
+    assert "Traceback" not in done.stderr
