@@ -461,6 +461,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     resources["predict_time_s"] = time.monotonic() - start
     start = time.monotonic()
     scores = task.score(predictions, "test") if predictions else None
+    references = task.reference_scores("test") if cfg.score_references else None
     resources["score_time_s"] = time.monotonic() - start
 
     changed = method.updated_tensors(model)
@@ -482,6 +483,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         "parameters": parameters,
         "metrics": scores.values if scores else {},
         "missing_metrics": scores.missing if scores else {},
+        "reference_metrics": references.values if references else {},
         "training": {
             "steps": result.num_steps,
             "epochs": result.num_epochs,

@@ -170,6 +170,13 @@ def _facts(results: Results) -> list[str]:
     for run, task in results["tasks"].items():
         known = {key: value for key, value in task.items() if value is not None}
         lines.append(f"Task {run}: " + (_list([f"{k} {v}" for k, v in known.items()])))
+    scored = [
+        f"{column['label']} {results['references'][column['name']]:.{column['decimals']}f}"
+        for column in results["column_specs"]
+        if column["name"] in results["references"]
+    ]
+    if scored:
+        lines.append(f"One reference against the others: {_list(scored)}")
     lines.append(f"Seeds: {_list(results['seeds'])}; {num_done} of {num_all} runs finished")
     if results["overrides"]:
         lines.append(f"Overrides of every run: {_list(results['overrides'])}")

@@ -132,6 +132,7 @@ def build_results(
         "overrides": list(extra),
         "tuning": spec.tuning,
         "tasks": {run: _task_facts(run, done) for run in spec.runs},
+        "references": _references(spec, done),
         "models": sorted({record["model"]["name"] for record in records}),
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
         "code": _code(records),
@@ -356,6 +357,18 @@ def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
             keys = ("name", "version", "protocol", "source", "revision")
             return {key: entry.record["task"].get(key) for key in keys}
     return {}
+
+
+def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, float]:
+    """Return, by column, what one reference scores against the others, where a run says it."""
+    values: dict[str, float] = {}
+    for entry in done:
+        assert entry.record is not None
+        found = entry.record.get("reference_metrics", {})
+        for column in spec.columns:
+            if column.run == entry.cell.run and column.metric in found:
+                values.setdefault(column.name, found[column.metric] * column.scale)
+    return values
 
 
 def _code(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
