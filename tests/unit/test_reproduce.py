@@ -59,10 +59,10 @@ def test_a_table_from_nothing_and_again(
     assert command("--workers", "2") == 0
     first = capsys.readouterr().out
     assert first.startswith("scale: tiny (as asked)\n")
-    assert "table1: 33 runs: 0 done, 0 partial, 0 stale, 0 failed, 33 missing" in first
-    assert "[33/33]" in first
+    assert "table1: 36 runs: 0 done, 0 partial, 0 stale, 0 failed, 36 missing" in first
+    assert "[36/36]" in first
     started = calls(outputs)
-    assert len(started) == 33
+    assert len(started) == 36
     assert len({process for process, *_ in started}) == 2
     assert str(os.getpid()) not in {process for process, *_ in started}
     assert {threads for *_, threads in started} == {"1"}
@@ -75,8 +75,8 @@ def test_a_table_from_nothing_and_again(
     start = time.monotonic()
     assert command("--workers", "2") == 0
     assert time.monotonic() - start < 5
-    assert "all 33 runs are done; nothing to run" in capsys.readouterr().out
-    assert len(calls(outputs)) == 33
+    assert "all 36 runs are done; nothing to run" in capsys.readouterr().out
+    assert len(calls(outputs)) == 36
     assert (tmp_path / "results" / "tiny" / "table1.md").read_bytes() == table
 
 
@@ -98,10 +98,10 @@ def test_plan_runs_nothing_and_estimates_from_earlier_runs(
     )
     assert command("--plan", "--workers", "3") == 0
     out = capsys.readouterr().out
-    assert "33 runs: 12 done, 0 partial, 0 stale, 1 failed, 20 missing" in out
+    assert "36 runs: 12 done, 0 partial, 0 stale, 1 failed, 23 missing" in out
     assert "    e2e, seed 3: failed (out of memory)" in out
-    assert "to run: 21; expected time: about 7 min 00 s with 3 worker(s)" in out
-    assert "(21 from same settings)" in out
+    assert "to run: 24; expected time: about 8 min 00 s with 3 worker(s)" in out
+    assert "(24 from same settings)" in out
     assert not (outputs / "calls.txt").exists()
 
 
@@ -121,17 +121,17 @@ def test_failures_do_not_stop_the_table_and_the_same_command_mends_them(
         "LoRA, seed 1: failed: the worker process was ended by SIGKILL (killed, perhaps for lack",
         "DyLoRA, seed 1: failed: the worker process ended with exit code 3; see logs/table1-",
         "AdaLoRA, seed 1: failed: LockedError: process 7 is already working in this folder",
-        "7 of 11 runs finished",
+        "7 of 12 runs finished",
     ):
         assert text in table
     processes = [process for process, *_ in calls(outputs)]
-    assert len(set(processes)) == 3  # two died and were replaced
-    assert len(processes) == 11
+    assert len(set(processes)) == 3  # those that died were replaced, the last one had nothing left
+    assert len(processes) == 12
 
     assert command("--seeds", "1", "--workers", "1") == 0
     assert "7 done" in capsys.readouterr().out
-    assert len(calls(outputs)) == 15
-    assert "11 of 11 runs finished" in (tmp_path / "results" / "tiny" / "table1.md").read_text()
+    assert len(calls(outputs)) == 17
+    assert "12 of 12 runs finished" in (tmp_path / "results" / "tiny" / "table1.md").read_text()
 
 
 def test_a_failing_preparation_stops_with_its_reason(
@@ -250,10 +250,10 @@ def test_the_real_cells_of_table1_compose_and_keep_their_signature_when_reseeded
 
     spec = load_table("table1")
     cells = plan.list_cells(spec, scale="tiny", seeds=[1, 2], extra=[], cell=cell)
-    assert len({c.signature for c in cells}) == 22
+    assert len({c.signature for c in cells}) == 24
     again = cell.compose(list(cells[-1].overrides))
     assert cell.run_dir(again) == cells[-1].folder
-    assert {cell.group(c.config) for c in cells[:11]} == {cell.group(c.config) for c in cells[11:]}
+    assert {cell.group(c.config) for c in cells[:12]} == {cell.group(c.config) for c in cells[12:]}
 
 
 # ---------------------------------------------------------------------- parts
@@ -390,7 +390,7 @@ def test_runs_shared_by_two_tables_run_once(
     where = ["--scale", "tiny", "--results", str(tmp_path / "results"), "--seeds", "1"]
     assert reproduce.main(["table1", "table6", "--workers", "1", *where], MODULE) == 0
     assert "3 runs are shared by several rows or tables and run once" in capsys.readouterr().out
-    assert len(calls(outputs)) == 11
+    assert len(calls(outputs)) == 12
     content = json.loads((tmp_path / "results" / "tiny" / "table6.json").read_text())
     assert [row["method"] for row in content["rows"]] == ["lora", "delta_lora", "lora_high_lr"]
     assert all(row["metrics"]["bleu"]["n"] == 1 for row in content["rows"])

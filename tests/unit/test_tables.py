@@ -75,9 +75,10 @@ def test_table1_has_the_papers_rows_in_order_then_the_controls(spec: TableSpec) 
     ]  # fmt: skip
     assert [r.name for r in spec.rows if r.is_control] == [
         "lora_no_dropout", "lora_scaled", "delta_lora_dropout", "lora_high_lr",
+        "untrained",
     ]  # fmt: skip
-    assert [r.name for r in spec.rows] == [
-        r.overrides[0].removeprefix("method=") for r in spec.rows
+    assert [r.name for r in spec.rows[:-1]] == [
+        r.overrides[0].removeprefix("method=") for r in spec.rows[:-1]
     ]
     assert [c.id for c in spec.claims] == ["C1", "C8", "C9"]
 
@@ -160,7 +161,7 @@ def editable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("name: bleu,", "name: blue,", r"C1: columns: unknown \['bleu'\]"),
         ("name: lora_scaled", "name: lora_scalad", r"contrast: rows: unknown .'lora_scaled'"),
         ("better: higher", "better: more", "use higher or lower"),
-        ("tuning: no", "colour: red\ntuning: no", "unknown keys .'colour'"),
+        ("tuning: one", "colour: red\ntuning: one", "unknown keys .'colour'"),
         ("number: 1", "number: 1\nnumber: 2", "duplicate key"),
     ],
 )
@@ -346,7 +347,7 @@ def test_failed_and_missing_runs_stay_visible(spec: TableSpec) -> None:
     assert "AdaLoRA, seed 1: failed: loss is &lt;nan&gt; \\| at step 3 &amp; later_on" in text
     assert "<nan>" not in text
     assert r"\textless{}nan\textgreater{} \textbar{} at step 3 \& later\_on" in to_latex(results)
-    assert "27 of 33 runs finished" in text
+    assert "30 of 36 runs finished" in text
 
 
 def test_a_failure_without_a_record_is_shown(spec: TableSpec) -> None:
@@ -413,7 +414,7 @@ def test_several_commits_and_changed_trees_are_named(spec: TableSpec) -> None:
     finish(cells[3:4], provenance={"git": {"commit": None, "dirty": None}, "device": device})
     text = to_markdown(build(spec))
     assert (
-        "- Code: commit 0123456789ab (29 runs), unknown commit (1 runs), commit fedcba987654 with "
+        "- Code: commit 0123456789ab (32 runs), unknown commit (1 runs), commit fedcba987654 with "
         "uncommitted changes (3 runs) (several versions of the code in one table)"
     ) in text
 
@@ -477,7 +478,7 @@ def test_json_is_strict_and_complete(spec: TableSpec) -> None:
 def test_csv_has_one_line_per_row_and_column(spec: TableSpec) -> None:
     finish(cells_of(spec))
     lines = list(csv.DictReader(io.StringIO(to_csv(build(spec)))))
-    assert len(lines) == 11 * (5 + 4)
+    assert len(lines) == 12 * (5 + 4)
     line = next(x for x in lines if x["method"] == "delta_lora" and x["column"] == "bleu")
     assert float(line["mean"]) == pytest.approx(70.2333, abs=1e-3)
     assert (line["paper_value"], line["paper_status"]) == ("70.84", "recalled")
@@ -496,7 +497,7 @@ def test_markdown_and_latex_tables_are_rectangular(spec: TableSpec) -> None:
     latex = to_latex(results)
     rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert {len(re.findall(r"(?<!\\)&", line)) for line in rows} == {9}
-    assert len(rows) == 1 + 11 + 7
+    assert len(rows) == 1 + 12 + 7
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
     assert r"W\_Q" in latex
     assert r"$\times$ (1 + $\lambda$)" in latex
@@ -511,7 +512,7 @@ def test_accepted_records_stand_in_for_run_folders(spec: TableSpec, tmp_path: Pa
     finish(cells)
     entries = tables.collect(cells, fake_cell)
     folder = tmp_path / "results" / "runs" / "tiny" / "table1"
-    assert len(tables.accept(entries, folder)) == 33
+    assert len(tables.accept(entries, folder)) == 36
     before = to_json(tables.build_results(spec, "tiny", SEEDS, (), entries))
     for cell in cells:
         for path in cell.folder.iterdir():
@@ -525,7 +526,7 @@ def test_records_of_uncommitted_code_are_not_accepted(spec: TableSpec, tmp_path:
     cells = cells_of(spec)
     git = {"commit": "0123456789abcdef", "dirty": True}
     finish(cells, provenance={"git": git, "device": {"name": "test CPU"}})
-    with pytest.raises(ValueError, match="33 of 33 records come from uncommitted"):
+    with pytest.raises(ValueError, match="36 of 36 records come from uncommitted"):
         tables.accept(tables.collect(cells, fake_cell), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -556,4 +557,4 @@ def test_command_regenerates_from_records(
     assert tables.main([*arguments, "--accept"], fake_cell) == 0
     written = (tmp_path / "results" / "tiny" / "table1.md").read_text(encoding="utf-8")
     assert written in capsys.readouterr().out
-    assert len(list((tmp_path / "results" / "runs").rglob("*.json"))) == 33
+    assert len(list((tmp_path / "results" / "runs").rglob("*.json"))) == 36
