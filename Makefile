@@ -28,7 +28,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint plan tiny-models reproduce-all $(REPRODUCE) sweep clean check-python
+.PHONY: help setup test lint plan tiny-models reproduce-all $(REPRODUCE) sweep report clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -64,6 +64,9 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	@scale=$$($(RUN) scripts/scale.py "$$SCALE") && echo "scale: $$scale" && \
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$(STARTS) $$ARGS
+
+report: $(READY)  ## put the generated tables into README
+	@$(RUN) scripts/report.py
 
 clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info

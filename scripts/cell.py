@@ -540,6 +540,7 @@ def _model(cfg: DictConfig, task: Any) -> Any:
         revision=revision,
         dtype=cfg.model.dtype,
         dropout=cfg.model.dropout,
+        config_overrides=OmegaConf.to_container(cfg.model.config_overrides),
         attention=cfg.model.attention,
     )
 
@@ -552,6 +553,7 @@ def _random_model(cfg: DictConfig) -> Any:
         architecture=cfg.model.architecture,
         dtype=cfg.model.dtype,
         dropout=cfg.model.dropout,
+        config_overrides=OmegaConf.to_container(cfg.model.config_overrides),
         attention=cfg.model.attention,
     )
 
