@@ -402,11 +402,7 @@ class Trainer:
 
         stored = checkpoint.latest(folder / "checkpoints")
         if stored is not None:
-            if stored.state["identity"] != identity:
-                raise RuntimeError(
-                    f"the checkpoint in {folder} was made with {stored.state['identity']}, this "
-                    f"run has {identity}; delete that folder to start again"
-                )
+            _check_identity(stored, identity, folder)
             step, log_position = stored.step, stored.state["log_position"]
             result = FitResult(**stored.state["result"])
             checkpoint.restore_weights(bare_model, stored.tensors.get("weights", {}))
@@ -714,6 +710,18 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _check_identity(stored: checkpoint.Checkpoint, identity: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of other data or another base; say what differs."""
+    theirs = stored.state["identity"]
+    differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
+    if differing:
+        changes = "; ".join(f"{k}: {theirs.get(k)} then, {identity.get(k)} now" for k in differing)
+        raise RuntimeError(
+            f"the checkpoint in {folder} belongs to another run ({changes}); delete that folder "
+            "to start again"
+        )
 
 
 def _raise_if_not_finite(pending: tuple[int, Tensor, list[str]] | None) -> None:

@@ -350,6 +350,8 @@ def prepare(cfgs: Iterable[DictConfig]) -> None:
             if status(other).state != "done":
                 logger.info("pre-training %s (once; kept in %s)", cfg.model.name, run_dir(other))
                 run(other, wait=True)
+                while not _is_main() and status(other).state != "done":
+                    time.sleep(0.2)  # the main process is still writing the weights
             done.add(name)
 
 
@@ -372,7 +374,7 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
         return load_record(run_dir(cfg))
     check(cfg)
     folder = run_dir(cfg)
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = _is_main()
     with lock(folder, wait=wait) if is_main else contextlib.nullcontext():
         if status(cfg).state == "done":  # another process finished it while this one waited
             return load_record(folder)
@@ -387,6 +389,11 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
             if is_main:
                 _write_failure(cfg, folder, error)
             raise
+
+
+def _is_main() -> bool:
+    """Return whether this is the main process of a distributed run, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:

@@ -30,6 +30,8 @@ logger = logging.getLogger("train")
 def main(_: DictConfig) -> None:
     """Compose, run and report one cell."""
     overrides = list(HydraConfig.get().overrides.task)
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.disable(logging.INFO)  # the main process reports
     try:
         cfg = cell.compose(overrides)
         folder = cell.run_dir(cfg)
