@@ -326,11 +326,11 @@ def _check_fits(cfg: DictConfig) -> None:
 
 
 @contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
+def _as_config_error(*more: type[Exception]) -> Iterator[None]:
     """Turn what a constructor or a loader says about the user's input into a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, *more) as error:
         raise ConfigError(str(error)) from error
     except Exception as error:
         if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
@@ -406,7 +406,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     trainer = instantiate(cfg.trainer)
     trainer.prepare_backend()
     task, method = instantiate(cfg.task), instantiate(cfg.method)
-    with _as_config_error():
+    with _as_config_error(RuntimeError):  # a download that fails is one
         task.load()
     prepare([cfg])
     tokenizer = _tokenizer(cfg, task)
