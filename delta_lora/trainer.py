@@ -19,8 +19,6 @@ import logging
 import math
 import os
 import random
-import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +32,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from delta_lora import checkpoint, memory
+from delta_lora.checks import check_choice, check_integer, check_real
 from delta_lora.protocols import Batch, Method, Task
 from delta_lora.runlog import Progress, RunLog
+from delta_lora.session import Session, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -189,39 +189,38 @@ class Trainer:
         num_threads: int | None = None,
         deterministic: bool = False,
     ) -> None:
-        _check_int("batch_size", batch_size, 1)
-        _check_int("eval_batch_size", eval_batch_size, 1)
-        _check_int("log_every_steps", log_every_steps, 1)
-        _check_int("checkpoint_every_steps", checkpoint_every_steps, 1)
-        for name, value in (
-            ("micro_batch_size", micro_batch_size),
-            ("evaluate_every_epochs", evaluate_every_epochs),
-            ("num_threads", num_threads),
+        for name, least, integer in (
+            ("batch_size", 1, batch_size),
+            ("eval_batch_size", 1, eval_batch_size),
+            ("log_every_steps", 1, log_every_steps),
+            ("checkpoint_every_steps", 1, checkpoint_every_steps),
+            ("micro_batch_size", 1, micro_batch_size),
+            ("evaluate_every_epochs", 1, evaluate_every_epochs),
+            ("num_threads", 1, num_threads),
+            ("max_steps", 0, max_steps),
+            ("warmup_steps", 0, warmup_steps),
         ):
-            if value is not None:
-                _check_int(name, value, 1)
-        if max_steps is not None:
-            _check_int("max_steps", max_steps, 0)
-        if warmup_steps is not None:
-            _check_int("warmup_steps", warmup_steps, 0)
+            if integer is not None:
+                check_integer(f"trainer.{name}", integer, at_least=least)
+        check_real("trainer.num_epochs", num_epochs, above=0)
+        check_real("trainer.weight_decay", weight_decay, at_least=0)
+        check_real("trainer.adam_beta1", adam_beta1, at_least=0, below=1)
+        check_real("trainer.adam_beta2", adam_beta2, at_least=0, below=1)
+        check_real("trainer.adam_epsilon", adam_epsilon, above=0)
+        check_real("trainer.label_smoothing", label_smoothing, at_least=0, below=1)
+        if warmup_ratio is not None:
+            check_real("trainer.warmup_ratio", warmup_ratio, at_least=0, at_most=1)
+        if max_grad_norm is not None:
+            check_real("trainer.max_grad_norm", max_grad_norm, above=0)
+        check_choice("trainer.schedule", schedule, SCHEDULES)
+        check_choice("trainer.precision", precision, PRECISIONS)
+        check_choice("trainer.checkpoint_rule", checkpoint_rule, CHECKPOINT_RULES)
+        check_choice("trainer.device", device, ("auto", "cpu"))
         if warmup_steps is not None and warmup_ratio is not None:
             raise ValueError(
                 f"both warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio} are given; "
                 "set one of them to null"
             )
-        _check_number("num_epochs", num_epochs, 0.0, exclusive=True)
-        _check_number("warmup_ratio", warmup_ratio or 0.0, 0.0, 1.0)
-        _check_number("weight_decay", weight_decay, 0.0)
-        _check_number("adam_beta1", adam_beta1, 0.0, 1.0)
-        _check_number("adam_beta2", adam_beta2, 0.0, 1.0)
-        _check_number("adam_epsilon", adam_epsilon, 0.0, exclusive=True)
-        _check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-        if max_grad_norm is not None:
-            _check_number("max_grad_norm", max_grad_norm, 0.0, exclusive=True)
-        _check_choice("schedule", schedule, SCHEDULES)
-        _check_choice("precision", precision, PRECISIONS)
-        _check_choice("checkpoint_rule", checkpoint_rule, CHECKPOINT_RULES)
-        _check_choice("device", device, ("auto", "cpu"))
         if checkpoint_rule == "best" and evaluate_every_epochs is None:
             raise ValueError("checkpoint_rule=best needs evaluations; set evaluate_every_epochs")
         if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
@@ -423,7 +422,7 @@ class Trainer:
             else None
         )
         progress = Progress(total, initial=step, description="train", unit="step", enabled=is_main)
-        session = _Session(accelerator.device, result.resources)
+        session = Session(accelerator.device, result.resources)
         loss_sum = torch.zeros((), device=accelerator.device)
         num_targets_logged = 0
         is_due = False
@@ -453,7 +452,7 @@ class Trainer:
                 },
             )
 
-        with _stop_signals() as stop, contextlib.closing(progress):
+        with stop_signals() as stop, contextlib.closing(progress):
             while step < total:
                 indices = step_indices(len(train), self.batch_size, seed, step)
                 share = len(indices) // world
@@ -647,71 +646,6 @@ class Trainer:
         return _sum_over_processes(accelerator, loss_sum) / max(1, targets)
 
 
-class _Session:
-    """Time, tokens and memory of this session, added to what earlier sessions used."""
-
-    def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
-        self._device, self._earlier = device, dict(earlier)
-        self._start = time.monotonic()
-        self.num_tokens = 0
-        memory.reset_peak(device)
-
-    def _elapsed_s(self) -> float:
-        return time.monotonic() - self._start
-
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / max(self._elapsed_s(), 1e-9)
-
-    def measured(self) -> dict[str, float]:
-        return {
-            "system/tokens_per_s": self.tokens_per_s(),
-            "system/peak_memory_bytes": float(memory.peak_bytes(self._device)),
-            "system/train_time_s": self.resources()["train_time_s"],
-        }
-
-    def resources(self) -> dict[str, float]:
-        time_s = self._earlier.get("train_time_s", 0.0) + self._elapsed_s()
-        tokens = self._earlier.get("train_tokens", 0) + self.num_tokens
-        peak = max(self._earlier.get("peak_memory_bytes", 0), memory.peak_bytes(self._device))
-        return {
-            "train_time_s": time_s,
-            "train_tokens": tokens,
-            "tokens_per_s": tokens / max(time_s, 1e-9),
-            "peak_memory_bytes": peak,
-            "sessions": self._earlier.get("sessions", 0) + 1,
-        }
-
-
-class _Stop:
-    requested = False
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the running step."""
-    stop = _Stop()
-
-    def request(signum: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        logger.warning(
-            "signal %d: finishing this step and writing a checkpoint (again to stop at once)",
-            signum,
-        )
-
-    try:
-        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals stay as they are
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _check_identity(stored: checkpoint.Checkpoint, identity: dict[str, Any], folder: Path) -> None:
     """Refuse a checkpoint of other data or another base; say what differs."""
     theirs = stored.state["identity"]
@@ -741,26 +675,3 @@ def _sum_over_processes(accelerator: Accelerator, value: Any) -> Any:
         tensor = torch.as_tensor(value, device=accelerator.device)
         value = accelerator.reduce(tensor, reduction="sum")
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"trainer.{name}={value!r} must be an integer")
-    if value < minimum:
-        raise ValueError(f"trainer.{name}={value} must be at least {minimum}")
-
-
-def _check_number(
-    name: str, value: Any, minimum: float, maximum: float = math.inf, exclusive: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"trainer.{name}={value!r} must be a number")
-    inside = minimum < value <= maximum if exclusive else minimum <= value <= maximum
-    if not inside or not math.isfinite(value):
-        bracket = "(" if exclusive else "["
-        raise ValueError(f"trainer.{name}={value} must lie in {bracket}{minimum}, {maximum}]")
-
-
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"trainer.{name}={value!r}; allowed: {', '.join(allowed)}")

@@ -58,6 +58,8 @@ def test_the_eleven_methods_are_configured():
 @every_method
 def test_every_recipe_has_the_values_of_the_method(name):
     recipes = sorted((CONFIGS / "recipe").glob("*.yaml"))
+    if name != "full":  # the one method that pre-trains the tiny models
+        recipes = [path for path in recipes if not path.stem.startswith("pretrain_")]
     assert recipes
     for path in recipes:
         method_from_config(name, OmegaConf.load(path))

@@ -185,12 +185,12 @@ def test_metrics_hold_nothing_that_varies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"schedule": "step"}, "schedule='step'; allowed: linear"),
+        ({"batch_size": 0}, r"trainer\.batch_size=0 .* >= 1"),
+        ({"schedule": "step"}, "schedule='step' is not known; choose one of 'linear'"),
         ({"precision": "fp16"}, "needs a CUDA device"),
         ({"warmup_ratio": 0.1}, "both warmup_steps=3 and warmup_ratio=0.1"),
-        ({"label_smoothing": -0.1}, "label_smoothing=-0.1 must lie in"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must lie in"),
+        ({"label_smoothing": -0.1}, r"label_smoothing=-0\.1 is not allowed"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0 is not allowed"),
         ({"checkpoint_rule": "best", "evaluate_every_epochs": None}, "needs evaluations"),
     ],
 )
@@ -200,7 +200,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_string_is_not_a_number() -> None:
-    with pytest.raises(TypeError, match="max_steps='10' must be an integer"):
+    with pytest.raises(TypeError, match="max_steps='10' is a str, not an integer"):
         Trainer(**{**SETTINGS, "max_steps": "10"})
 
 

@@ -1,0 +1,91 @@
+"""One sitting of a run: what it uses of the machine, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from delta_lora import memory
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Time, tokens and memory of this session, added to what earlier sessions used.
+
+    Args:
+        device: whose memory is measured.
+        earlier: `resources` of the sessions before; empty for a new run.
+    """
+
+    def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
+        self._device, self._earlier = device, dict(earlier)
+        self._start = time.monotonic()
+        self.num_tokens = 0
+        memory.reset_peak(device)
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._start
+
+    def tokens_per_s(self) -> float:
+        """Return input tokens per second of this session."""
+        return self.num_tokens / max(self._elapsed_s(), 1e-9)
+
+    def measured(self) -> dict[str, float]:
+        """Return what a mirror shows beside the losses."""
+        return {
+            "system/tokens_per_s": self.tokens_per_s(),
+            "system/peak_memory_bytes": float(memory.peak_bytes(self._device)),
+            "system/train_time_s": self.resources()["train_time_s"],
+        }
+
+    def resources(self) -> dict[str, float]:
+        """Return seconds, tokens, tokens per second, peak memory in bytes, number of sessions."""
+        time_s = self._earlier.get("train_time_s", 0.0) + self._elapsed_s()
+        tokens = self._earlier.get("train_tokens", 0) + self.num_tokens
+        peak = max(self._earlier.get("peak_memory_bytes", 0), memory.peak_bytes(self._device))
+        return {
+            "train_time_s": time_s,
+            "train_tokens": tokens,
+            "tokens_per_s": tokens / max(time_s, 1e-9),
+            "peak_memory_bytes": peak,
+            "sessions": self._earlier.get("sessions", 0) + 1,
+        }
+
+
+class Stop:
+    """Whether a signal asked the loop to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the running step."""
+    stop = Stop()
+
+    def request(signum: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        logger.warning(
+            "signal %d: finishing this step and writing a checkpoint (again to stop at once)",
+            signum,
+        )
+
+    try:
+        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals stay as they are
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
