@@ -39,7 +39,7 @@ CONFIGS = ROOT / "configs"
 GROUPS = ("task", "recipe", "model", "method", "trainer", "logger", "scale")
 RECORD_SCHEMA = 1
 #: what cannot change a result and is left out of the signature.
-NOT_SIGNED = ("logger", "paths", "trainer.checkpoint_every_steps")
+NOT_SIGNED = ("logger", "choices.logger", "paths", "trainer.checkpoint_every_steps")
 
 logger = logging.getLogger(__name__)
 

@@ -174,3 +174,17 @@ def test_a_sweep_runs_every_combination(small: Callable[..., list[str]], train: 
     for ratio in ("0.5", "1"):
         cfg = cell.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
         assert cell.status(cfg).state == "done"
+
+
+def test_a_signature_names_what_can_change_the_result_and_nothing_else(
+    small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    def name(*more: str) -> str:
+        return cell.signature(cell.compose(small("method=lora", *more)))
+
+    for same in ("logger=wandb", f"paths.outputs={tmp_path}", "trainer.checkpoint_every_steps=3"):
+        assert name(same) == name(), same
+    for other in ("seed=2", "method.rank=2", "trainer.max_steps=5", "task.decoding.num_beams=3"):
+        assert name(other) != name(), other
+    groups = {cell.group(cell.compose(small("method=lora", f"seed={seed}"))) for seed in (1, 2, 3)}
+    assert len(groups) == 1
