@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -156,6 +157,10 @@ class Task(ABC):
     metrics: tuple[MetricSpec, ...]
     #: names of new task modules that train with every method.
     head: tuple[str, ...] = ()
+    #: values of the model's configuration that the head needs, for example ``num_labels``.
+    model_config: Mapping[str, Any] = MappingProxyType({})
+    #: metric of the validation split by which the best epoch is chosen; None: validation loss.
+    selection_metric: str | None = None
 
     @abstractmethod
     def load(self) -> None:
@@ -203,6 +208,10 @@ class Task(ABC):
     def score(self, predictions: Sequence[dict[str, Any]], split: str) -> Scores:
         """Return the metrics of `predictions`."""
         return Scores({}, {})
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for the record that are known after predicting; JSON values."""
+        return {}
 
 
 @dataclass

@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class FitResult:
         num_steps: applied optimiser steps.
         num_epochs: passes over the data.
         final_train_loss: mean loss per target since the last log line.
-        validation: one entry per evaluation (step, epoch, loss).
+        validation: one entry per evaluation (step, epoch, loss, the task's metrics).
         checkpoint_rule: ``last`` or ``best``.
         chosen_step: the step whose weights the model holds now.
         skipped_steps: fp16 steps that overflowed and were repeated.
@@ -146,7 +146,8 @@ class Trainer:
         precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (weights stay in float32).
         gradient_checkpointing: recompute activations in the backward pass.
         compile: run the model through `torch.compile`.
-        checkpoint_rule: ``last``, or ``best`` by validation loss.
+        checkpoint_rule: ``last``, or ``best`` by the task's `selection_metric` on the validation
+            split (without one: by validation loss); of equal ones the first.
         evaluate_every_epochs: evaluations happen at these ends of epochs and at the last step;
             None: never.
         log_every_steps: distance of log lines.
@@ -319,6 +320,7 @@ class Trainer:
         folder: Path,
         mirrors: Sequence[Any] = (),
         identity: dict[str, Any] | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> FitResult:
         """Train `model`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -333,6 +335,8 @@ class Trainer:
             mirrors: further loggers (`delta_lora.runlog.MetricLogger`).
             identity: JSON values that a checkpoint must agree on to be continued (for example
                 the checksum of the base weights).
+            score: returns the task's metrics of the validation split; called at every evaluation
+                and recorded beside the loss. Needed where `task.selection_metric` is not None.
 
         Returns:
             What happened; `model` holds the weights that the checkpoint rule names.
@@ -354,7 +358,7 @@ class Trainer:
         try:
             return self._fit(
                 accelerator, model, method, task, train, validation, seed, folder, mirrors,
-                identity or {},
+                identity or {}, score,
             )  # fmt: skip
         finally:
             accelerator.free_memory()
@@ -372,6 +376,7 @@ class Trainer:
         folder: Path,
         mirrors: Sequence[Any],
         identity: dict[str, Any],
+        score: Callable[[nn.Module], dict[str, float]] | None,
     ) -> FitResult:
         world, rank = accelerator.num_processes, accelerator.process_index
         is_main = accelerator.is_main_process
@@ -508,21 +513,25 @@ class Trainer:
 
                 if self._evaluates_at(step, steps_per_epoch, total) and len(validation):
                     _raise_if_not_finite(pending)
-                    value = self._evaluate(accelerator, model, task, validation)
-                    is_best = value < min((v["loss"] for v in result.validation), default=math.inf)
-                    result.validation.append(
-                        {"step": step, "epoch": result.num_epochs, "loss": value}
-                    )
+                    values = {"loss": self._evaluate(accelerator, model, task, validation)}
+                    if score is not None:
+                        bare_model.eval()
+                        values.update(score(bare_model))
+                    result.validation.append({"step": step, "epoch": result.num_epochs, **values})
                     if log is not None:
-                        log.log(step, {"epoch": result.num_epochs, "validation/loss": value})
-                    if self.checkpoint_rule == "best" and is_best:
+                        named = {f"validation/{name}": value for name, value in values.items()}
+                        log.log(step, {"epoch": result.num_epochs, **named})
+                    if (
+                        self.checkpoint_rule == "best"
+                        and best_entry(result.validation, task) == (result.validation[-1])
+                    ):
                         result.chosen_step = step
                         if is_main:
                             checkpoint.save(
                                 best_folder,
                                 step,
                                 tensors={"weights": method.updated_tensors(bare_model)},
-                                state={"loss": value},
+                                state=values,
                                 keep=1,
                             )
                     model.train()
@@ -537,11 +546,15 @@ class Trainer:
                         raise KeyboardInterrupt(f"stopped at step {step} of {total}")
 
         method.finish(total)
-        if self.checkpoint_rule == "best":
+        if self.checkpoint_rule == "best" and total > 0:
             accelerator.wait_for_everyone()
             best = checkpoint.latest(best_folder)
             if best is None:
-                raise RuntimeError(f"no evaluation gave a finite loss; nothing in {best_folder}")
+                raise RuntimeError(
+                    f"no evaluation gave a value of {task.selection_metric or 'a finite loss'}, so "
+                    "there is no best step; use trainer.checkpoint_rule=last, or a smaller "
+                    "learning rate"
+                )
             checkpoint.restore_weights(bare_model, best.tensors["weights"])
         else:
             result.chosen_step = total
@@ -644,6 +657,23 @@ class Trainer:
             num_targets += batch.num_targets
         targets = _sum_over_processes(accelerator, num_targets)
         return _sum_over_processes(accelerator, loss_sum) / max(1, targets)
+
+
+def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:
+    """Return the best evaluation by the task's `selection_metric`, or by loss where it has none.
+
+    Args:
+        validation: entries of `FitResult.validation`.
+        task: names the metric; its `MetricSpec` says which direction is better.
+
+    Returns:
+        The first of the best; None if no entry has a finite value.
+    """
+    name = task.selection_metric or "loss"
+    higher = any(spec.name == name and spec.higher_is_better for spec in task.metrics)
+    known = [entry for entry in validation if math.isfinite(entry.get(name, math.nan))]
+    sign = -1.0 if higher else 1.0
+    return min(known, key=lambda entry: sign * entry[name], default=None)
 
 
 def _check_identity(stored: checkpoint.Checkpoint, identity: dict[str, Any], folder: Path) -> None:

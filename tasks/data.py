@@ -11,6 +11,7 @@ import csv
 import gzip
 import hashlib
 import io
+import json
 import logging
 import re
 import sys
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pooch
 from requests.exceptions import RequestException
@@ -122,6 +124,86 @@ class Release:
                     f"else answered in its place; {advice}"
                 ) from error
         return folder
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hugging Face hub in Parquet form (no loading script is ever run).
+
+    Attributes:
+        repository: for example ``EdinburghNLP/xsum``.
+        revision: full commit hash, or a named ref of the hub such as ``refs/convert/parquet``,
+            whose commit of the day is then looked up and recorded.
+        name: configuration of the data set, or None.
+    """
+
+    repository: str
+    revision: str
+    name: str | None = None
+
+    def resolve(self) -> str:
+        """Return ``repository@commit``.
+
+        Raises:
+            RuntimeError: the hub cannot be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if re.fullmatch("[0-9a-f]{40}", self.revision):
+            return f"{self.repository}@{self.revision}"
+        try:
+            commit = HfApi().dataset_info(self.repository, revision=self.revision).sha
+        except (HfHubHTTPError, OSError) as error:
+            raise RuntimeError(self._advice(error)) from error
+        return f"{self.repository}@{commit}"
+
+    def fetch(
+        self, split: str, columns: Sequence[str], cache_dir: str | Path | None = None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Download a split, or read it from the cache.
+
+        Args:
+            split: its name on the hub.
+            columns: columns to return, in this order.
+            cache_dir: None takes the cache of `datasets`.
+
+        Returns:
+            The rows, and a sha256 over their values.
+
+        Raises:
+            RuntimeError: it cannot be downloaded.
+            ValueError: a column is missing.
+        """
+        import datasets
+
+        try:
+            table = datasets.load_dataset(
+                self.repository,
+                self.name,
+                split=split,
+                revision=self.revision,
+                cache_dir=None if cache_dir is None else str(Path(cache_dir).expanduser()),
+            )
+        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise RuntimeError(self._advice(error)) from error
+        if missing := [column for column in columns if column not in table.column_names]:
+            raise ValueError(
+                f"{self.repository}, {split}: no column {', '.join(missing)}; it has "
+                f"{', '.join(table.column_names)}"
+            )
+        rows = [{column: row[column] for column in columns} for row in table]
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+        return rows, digest.hexdigest()
+
+    def _advice(self, error: Exception) -> str:
+        return (
+            f"could not read {self.repository} (revision {self.revision}) from the hub: {error}; "
+            "where there is no network, take a copy of the files and use task.source=files "
+            "task.data_dir=FOLDER"
+        )
 
 
 def open_folder(data_dir: str | Path) -> Path:
@@ -245,6 +327,117 @@ def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, 
             else f"no valid CSV ({error})"
         )
         raise ValueError(f"{document.path}, line {start}: {reason}") from error
+
+
+def read_tsv(
+    document: Document, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, column -> value) of a tab-separated file with a header, without quoting.
+
+    A quote is a character like any other, as in the GLUE files. Columns beyond those named are
+    left out.
+
+    Raises:
+        ValueError: a required column is missing or twice in the header, or a row has more or fewer
+            fields than it.
+    """
+    lines = read_lines(document)
+    _, first = next(lines)
+    header = first.removeprefix("\ufeff").split("\t")
+    for column in required:
+        if header.count(column) != 1:
+            problem = "no" if column not in header else "more than one"
+            raise ValueError(
+                f"{document.path}, line 1: {problem} column {column!r}; the header is {header}, "
+                f"needed are {list(required)}, separated by tabs"
+            )
+    wanted = [column for column in (*required, *optional) if column in header]
+    for number, line in lines:
+        values = line.split("\t")
+        if len(values) != len(header):
+            raise ValueError(
+                f"{document.path}, line {number}: {len(values)} fields, but the header has "
+                f"{len(header)} ({', '.join(header)}); the row is truncated or has a tab within a "
+                f"field: {shorten(line)}"
+            )
+        row = dict(zip(header, values, strict=True))
+        yield number, {column: row[column] for column in wanted}
+
+
+def read_parquet(
+    path: Path, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, column -> value) of a Parquet file.
+
+    Raises:
+        ValueError: it is no Parquet file, or a required column is missing.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    if missing := [column for column in required if column not in table.column_names]:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
+        )
+    wanted = [column for column in (*required, *optional) if column in table.column_names]
+    yield from enumerate(table.select(wanted).to_pylist(), start=1)
+
+
+def read_jsonl(
+    document: Document, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, key -> text) of a file with one JSON object a line.
+
+    Numbers and null of optional keys become their text and an empty one; other keys are left out.
+
+    Raises:
+        ValueError: a line is no JSON object, lacks a required key, or holds something else than
+            text there.
+    """
+    for number, line in read_lines(document):
+        place = f"{document.path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{place}: no valid JSON ({error.msg} at column {error.colno}): {shorten(line)}"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {shorten(line)}")
+        if missing := [key for key in required if key not in row]:
+            raise ValueError(
+                f"{place}: no {', '.join(map(repr, missing))}; the object has "
+                f"{', '.join(map(repr, row)) or 'no keys'}"
+            )
+        for key in required:
+            if not isinstance(row[key], str):
+                raise ValueError(f"{place}: {key!r} is {shorten(row[key])}; expected a text")
+        values = {key: row[key] for key in required}
+        for key in optional:
+            if row.get(key) is not None:
+                values[key] = str(row[key])
+        yield number, values
+
+
+def file_facts(document: Document, num_rows: int, official_sha256: str | None) -> dict[str, Any]:
+    """Return what a record says of a file: name, sha256, bytes, rows, and whether it is official.
+
+    Args:
+        document: what was read.
+        num_rows: rows that it gave.
+        official_sha256: of the unpacked official file; None where there is none to compare with.
+    """
+    return {
+        "name": document.name,
+        "sha256": document.sha256,
+        "bytes": document.num_bytes,
+        "rows": num_rows,
+        "official": official_sha256 is not None and document.sha256 == official_sha256,
+    }
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -1,0 +1,50 @@
+"""Bring predictions and inputs together: exactly one prediction for each input, in its order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+#: how many names an error message lists.
+NUM_LISTED = 5
+
+
+def align(
+    predictions: Sequence[dict[str, Any]],
+    ids: Sequence[str],
+    split: str,
+    inputs: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the predictions in the order of `ids`.
+
+    Args:
+        predictions: objects with ``id`` and, where they say it, ``input``.
+        ids: names of the inputs of a split, all different.
+        split: its name, for messages.
+        inputs: what each input says; a prediction that says something else belongs to other data.
+
+    Raises:
+        ValueError: a prediction is missing, double, unknown or of another input.
+    """
+    counts = Counter(prediction["id"] for prediction in predictions)
+    known = set(ids)
+    for problem, names in (
+        ("no prediction for", [name for name in ids if name not in counts]),
+        ("more than one prediction for", [name for name, count in counts.items() if count > 1]),
+        ("predictions for unknown inputs", [name for name in counts if name not in known]),
+    ):
+        if names:
+            more = ", ..." if len(names) > NUM_LISTED else ""
+            raise ValueError(
+                f"{problem} {len(names)} of {len(ids)} inputs of {split}: "
+                f"{', '.join(map(str, names[:NUM_LISTED]))}{more}"
+            )
+    by_id = {prediction["id"]: prediction for prediction in predictions}
+    for name, expected in zip(ids, inputs or (), strict=inputs is not None):
+        if (got := by_id[name].get("input", expected)) != expected:
+            raise ValueError(
+                f"the prediction {name} is for the input {got!r}, but here the input is "
+                f"{expected!r}: it was made from other data"
+            )
+    return [by_id[name] for name in ids]
