@@ -161,6 +161,8 @@ class Task(ABC):
     model_config: Mapping[str, Any] = MappingProxyType({})
     #: metric of the validation split by which the best epoch is chosen; None: validation loss.
     selection_metric: str | None = None
+    #: split that the final predictions and scores of a run are of.
+    scored_split: str = "test"
 
     @abstractmethod
     def load(self) -> None:
@@ -208,6 +210,14 @@ class Task(ABC):
     def score(self, predictions: Sequence[dict[str, Any]], split: str) -> Scores:
         """Return the metrics of `predictions`."""
         return Scores({}, {})
+
+    def reference_scores(self, split: str) -> dict[str, Scores]:
+        """Return what needs no model, by name: a reference against the others, word counts, ..."""
+        return {}
+
+    def length(self, example: Any) -> int:
+        """Return the number of tokens of an encoded example, for grouping by length."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how long an example is")
 
     def describe(self) -> dict[str, Any]:
         """Return facts for the record that are known after predicting; JSON values."""

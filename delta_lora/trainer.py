@@ -32,7 +32,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from delta_lora import checkpoint, memory
-from delta_lora.checks import check_choice, check_integer, check_real
+from delta_lora.checks import check_bool, check_choice, check_integer, check_real
 from delta_lora.protocols import Batch, Method, Task
 from delta_lora.runlog import Progress, RunLog
 from delta_lora.session import Session, stop_signals
@@ -130,6 +130,8 @@ class Trainer:
     Args:
         batch_size: examples of one optimiser step, over all processes and micro-batches.
         micro_batch_size: examples of one forward pass on one process; None: no accumulation.
+        group_by_length: sort a process's examples of a step by length before they are cut into
+            micro-batches: less padding, and the same examples in the step.
         eval_batch_size: examples of one forward pass in evaluation.
         num_epochs: passes over the training data; ignored where `max_steps` is given.
         max_steps: number of optimiser steps, or None; 0 trains nothing.
@@ -166,6 +168,7 @@ class Trainer:
         *,
         batch_size: int,
         micro_batch_size: int | None = None,
+        group_by_length: bool = False,
         eval_batch_size: int = 8,
         num_epochs: float = 1.0,
         max_steps: int | None = None,
@@ -230,6 +233,7 @@ class Trainer:
             )
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.group_by_length = check_bool("trainer.group_by_length", group_by_length)
         self.eval_batch_size = eval_batch_size
         self.num_epochs = num_epochs
         self.max_steps = max_steps
@@ -462,6 +466,8 @@ class Trainer:
                 indices = step_indices(len(train), self.batch_size, seed, step)
                 share = len(indices) // world
                 own = indices[rank * share : (rank + 1) * share]
+                if self.group_by_length:
+                    own = sorted(own, key=lambda i: task.length(train[i]))
                 batches = [task.collate([train[i] for i in part]) for part in self._split(own)]
                 num_targets = _sum_over_processes(
                     accelerator, sum(batch.num_targets for batch in batches)

@@ -1,9 +1,12 @@
-"""One cell of a table = one run: compose, check, build, fit, predict, score, write the record.
+"""One cell of a table = one run: its identity, its state, and how it runs from start to record.
 
 A run's folder ``outputs/<signature>/`` holds ``config.yaml``, ``metrics.jsonl``,
 ``predictions.jsonl``, ``record.json`` (what a repetition gives again to the bit),
 ``resources.json`` (seconds, memory, rates), ``checkpoints/`` and ``adapter/``. The same
 configuration always has the same folder: asking again continues a killed run, or says it is done.
+
+A run may start from another one: from the model that it pre-trained (``model.pretrain``), or from
+what it trained on another task (``init_from``). Such runs are made first where they do not exist.
 
 Planning (`compose`, `signature`, `status`) imports neither torch nor transformers.
 """
@@ -11,45 +14,46 @@ Planning (`compose`, `signature`, `status`) imports neither torch nor transforme
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fcntl
 import functools
-import json
 import logging
 import os
-import re
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import provenance
+from scripts.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
+from scripts.run_folder import (
+    RECORD,
+    RESOURCES,
+    LockedError,
+    clear,
+    load_record,
+    lock,
+    predict,
+    read_adapter,
+    write_adapter,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
-GROUPS = ("task", "recipe", "model", "method", "trainer", "logger", "scale")
+__all__ = [
+    "ConfigError", "LockedError", "check", "check_choices", "compose", "group", "load_record",
+    "lock", "outputs", "prepare", "pretraining", "run", "run_dir", "signature", "start", "status",
+]  # fmt: skip
+
 RECORD_SCHEMA = 1
 #: what cannot change a result and is left out of the signature.
-NOT_SIGNED = ("logger", "choices.logger", "paths", "trainer.checkpoint_every_steps")
+NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpoint_every_steps")
+#: keys that are signed only where they are set, with the value that means they are not.
+SIGNED_IF_SET = {"init_from": None, "trainer.group_by_length": False}
+#: overrides of a task's data that a run hands to the run that it starts from.
+DATA_KEYS = ("task.source", "task.data_dir", "task.cache_dir")
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """The run cannot start as asked; the message says what to change."""
-
-
-class LockedError(RuntimeError):
-    """Another process works in the same run folder."""
 
 
 @dataclass(frozen=True)
@@ -58,94 +62,6 @@ class CellStatus:
 
     state: str
     reason: str = ""
-
-
-def _scaled_alpha(alpha: float, update_ratio: float) -> float:
-    """Return alpha x (1 + lambda): the LoRA that Delta-LoRA equals under Adam with K = -1."""
-    return float(alpha) * (1.0 + float(update_ratio))
-
-
-OmegaConf.register_new_resolver("scaled_alpha", _scaled_alpha, replace=True)
-
-
-# ---------------------------------------------------------------------- configuration
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration of one run.
-
-    Args:
-        overrides: Hydra overrides such as ``method=lora`` or ``trainer.max_steps=200``.
-
-    Raises:
-        ConfigError: an unknown group member or key (with near matches), or a bad value.
-    """
-    overrides = list(overrides)
-    check_choices(overrides)
-    try:
-        with contextlib.ExitStack() as stack:
-            if not GlobalHydra.instance().is_initialized():
-                stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
-            cfg = hydra_compose("train", overrides, return_hydra_config=True)
-        choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
-        with open_dict(cfg):
-            del cfg["hydra"]
-            cfg.choices = choices
-        OmegaConf.to_container(cfg, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ConfigError(f"seed={cfg.seed!r} must be an integer of 0 or more")
-    return cfg
-
-
-def check_choices(overrides: Iterable[str]) -> None:
-    """Check group members and option names of `overrides` before Hydra sees them.
-
-    Raises:
-        ConfigError: unknown member of a group; near matches and the list are named.
-    """
-    for override in overrides:
-        group, separator, value = override.partition("=")
-        if not separator or group not in GROUPS:
-            continue
-        known = options(group)
-        for name in value.split(","):
-            if name not in known:
-                raise ConfigError(
-                    f"unknown {group} {name!r}.{_near(name, known)} Known: {', '.join(known)}"
-                )
-
-
-def options(group: str) -> list[str]:
-    """Return the members of a configuration group, for example all methods."""
-    folder = CONFIGS / group
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-
-
-def _explain(error: Exception) -> str:
-    """Return a message for a composition error, with near matches for an unknown key."""
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(str(cause).strip())
-        cause = cause.__cause__
-    message = "; ".join(dict.fromkeys(line for text in causes for line in text.split("\n") if line))
-    unknown = re.search(r"Could not override '([\w.]+)'", message)
-    if unknown:
-        parent, _, key = unknown.group(1).rpartition(".")
-        with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
-            if not GlobalHydra.instance().is_initialized():
-                stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
-            node = OmegaConf.select(hydra_compose("train"), parent) if parent else None
-            known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
-            return f"unknown key {unknown.group(1)!r}.{_near(key, known)} Known: {', '.join(known)}"
-    return message
 
 
 # ---------------------------------------------------------------------- identity
@@ -162,9 +78,10 @@ def signed_config(cfg: DictConfig) -> dict[str, Any]:
     """
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     for key in NOT_SIGNED:
-        node, *rest = key.split(".")
-        target = content if not rest else content[node]
-        target.pop(rest[0] if rest else node, None)
+        _drop(content, key)
+    for key, unset in SIGNED_IF_SET.items():
+        if OmegaConf.select(cfg, key) == unset:
+            _drop(content, key)
     if cfg.task.get("data_dir") is not None:
         content["task"]["data_dir"] = _folder_checksum("task.data_dir", cfg.task.data_dir)
     for key in ("path", "tokenizer_path"):
@@ -172,7 +89,15 @@ def signed_config(cfg: DictConfig) -> dict[str, Any]:
             content["model"][key] = _folder_checksum(f"model.{key}", cfg.model[key])
     if cfg.model.pretrain is not None:
         content["model"]["pretrain"] = signature(pretraining(cfg))
+    if cfg.init_from is not None:
+        before = start(cfg)
+        content["init_from"] = before.name if isinstance(before, Path) else signature(before)
     return content
+
+
+def _drop(content: dict[str, Any], key: str) -> None:
+    node, _, rest = key.partition(".")
+    (content[node] if rest else content).pop(rest or node, None)
 
 
 def signature(cfg: DictConfig) -> str:
@@ -207,6 +132,43 @@ def _pretraining(overrides: tuple[str, ...]) -> DictConfig:
     return compose([*overrides, "save_model=true", "predict=false", "logger=none"])
 
 
+def start(cfg: DictConfig) -> DictConfig | Path:
+    """Return the run whose weights the run of `cfg` starts from.
+
+    ``init_from`` names a task (of the same name as its recipe) or is the folder of a finished run.
+    The run on a task is the same command with another task and recipe: same model, method, scale
+    and seed, and every override that is not about task or recipe.
+
+    Raises:
+        ConfigError: it is neither, or the run would start from itself.
+    """
+    name = str(cfg.init_from)
+    if (CONFIGS / "task" / f"{name}.yaml").is_file():
+        if name == cfg.choices.task:
+            raise ConfigError(f"init_from={name} is the task of this run itself; use null")
+        return _start(name, tuple(_kept(cfg.overrides)), cfg.seed)
+    folder = Path(name).expanduser().resolve()
+    if not (folder / RECORD).is_file():
+        raise ConfigError(
+            f"init_from={name} is neither a task nor the folder of a run with a {RECORD}; "
+            "use a task such as glue/mnli, a run folder, or null"
+        )
+    return folder
+
+
+def _kept(overrides: Iterable[str]) -> Iterator[str]:
+    dropped = ("task", "recipe", "seed", "init_from", "score_references")
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key.split(".")[0] not in dropped or key in DATA_KEYS:
+            yield override
+
+
+@functools.cache
+def _start(task: str, overrides: tuple[str, ...], seed: int) -> DictConfig:
+    return compose([*overrides, f"task={task}", f"recipe={task}", f"seed={seed}"])
+
+
 _CHECKSUMS: dict[tuple[str, float], str] = {}
 
 
@@ -214,7 +176,7 @@ def _folder_checksum(key: str, path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{key}={path}: no such folder (looked in {folder.resolve()})")
-    newest = max((p.stat().st_mtime for p in folder.iterdir()), default=0.0)
+    newest = max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0)
     cache_key = (str(folder.resolve()), newest)
     if cache_key not in _CHECKSUMS:
         _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
@@ -227,64 +189,30 @@ def _folder_checksum(key: str, path: str) -> str:
 def status(cfg: DictConfig) -> CellStatus:
     """Return whether the run of `cfg` is done, partial, missing, stale or failed."""
     folder = run_dir(cfg)
-    record_file = folder / "record.json"
-    if not record_file.exists():
+    if not (folder / RECORD).exists():
         started = (folder / "checkpoints").is_dir() or (folder / "config.yaml").exists()
         return CellStatus("partial", "started, not finished") if started else CellStatus("missing")
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = load_record(folder)
     if record["status"] == "failed":
         return CellStatus("failed", record["error"]["message"])
     if cfg.model.pretrain is not None:
-        base = run_dir(pretraining(cfg)) / "record.json"
-        if base.exists():
-            weights = json.loads(base.read_text(encoding="utf-8"))["model"]["saved_weights_sha256"]
-            if weights != record["model"]["weights_sha256"]:
-                return CellStatus("stale", "the pre-trained model was made anew since")
+        base = _finished(run_dir(pretraining(cfg)))
+        if base and base["model"]["saved_weights_sha256"] != record["model"]["weights_sha256"]:
+            return CellStatus("stale", "the pre-trained model was made anew since")
+    if cfg.init_from is not None:
+        before = start(cfg)
+        base = _finished(before if isinstance(before, Path) else run_dir(before))
+        if base and base["adapter_sha256"] != record["init_from"]["adapter_sha256"]:
+            return CellStatus("stale", "the run that it starts from was made anew since")
     return CellStatus("done")
 
 
-def load_record(folder: Path) -> dict[str, Any]:
-    """Return a run's record with its resources under ``resources``."""
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    resources = folder / "resources.json"
-    if resources.exists():
-        record["resources"] = json.loads(resources.read_text(encoding="utf-8"))
-    return record
-
-
-@contextlib.contextmanager
-def lock(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the run folder for this process.
-
-    Raises:
-        LockedError: another process holds it and `wait` is False.
-        ConfigError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the output folder {folder}: {error.strerror}; "
-            "choose another with paths.outputs=FOLDER"
-        ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            owner = stream.read().strip() or "unknown"
-            if not wait:
-                raise LockedError(
-                    f"process {owner} is already working in {folder}; wait for it, or stop it"
-                ) from None
-            logger.info("waiting for process %s, which works in %s", owner, folder)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        stream.truncate()
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a completed run, or None."""
+    if not (folder / RECORD).exists():
+        return None
+    record = load_record(folder)
+    return record if record["status"] == "completed" else None
 
 
 # ---------------------------------------------------------------------- one run
@@ -319,9 +247,14 @@ def _check_fits(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     with _as_config_error(), torch.device("meta"):
-        model = _random_model(cfg)
+        task = instantiate(cfg.task)
+        model = _random_model(cfg, task)
         instantiate(cfg.method).inject(
-            model, projections=cfg.model.projections, head=(), total_steps=10**9, seed=cfg.seed
+            model,
+            projections=cfg.model.projections,
+            head=task.head,
+            total_steps=10**9,
+            seed=cfg.seed,
         )
 
 
@@ -330,9 +263,9 @@ def _as_config_error(*more: type[Exception]) -> Iterator[None]:
     """Turn what a constructor or a loader says about the user's input into a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, OSError, *more) as error:
-        raise ConfigError(str(error)) from error
     except Exception as error:
+        if isinstance(error, (ValueError, TypeError, OSError, *more)):
+            raise ConfigError(str(error)) from error
         if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
             raise ConfigError(str(error.__cause__)) from error
         raise
@@ -347,12 +280,18 @@ def prepare(cfgs: Iterable[DictConfig]) -> None:
         other = pretraining(cfg)
         name = signature(other)
         if name not in done:
-            if status(other).state != "done":
-                logger.info("pre-training %s (once; kept in %s)", cfg.model.name, run_dir(other))
-                run(other, wait=True)
-                while not _is_main() and status(other).state != "done":
-                    time.sleep(0.2)  # the main process is still writing the weights
+            _ensure(other, f"pre-training {cfg.model.name} (once; kept in {run_dir(other)})")
             done.add(name)
+
+
+def _ensure(cfg: DictConfig, message: str) -> None:
+    """Run `cfg` unless it is done."""
+    if status(cfg).state == "done":
+        return
+    logger.info(message)
+    run(cfg, wait=True)
+    while not _is_main() and status(cfg).state != "done":
+        time.sleep(0.2)  # the main process is still writing
 
 
 def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
@@ -379,8 +318,8 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
         if status(cfg).state == "done":  # another process finished it while this one waited
             return load_record(folder)
         if status(cfg).state == "stale":
-            _clear(folder)
-        (folder / "record.json").unlink(missing_ok=True)  # of an attempt that failed
+            clear(folder)
+        (folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed
         try:
             return _run(cfg, folder, is_main)
         except ConfigError:
@@ -401,7 +340,9 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
 
     from delta_lora import checkpoint
     from delta_lora import trainer as training
+    from delta_lora.analysis import similarity
     from delta_lora.models import fingerprint
+    from delta_lora.projections import head_parameters
 
     trainer = instantiate(cfg.trainer)
     trainer.prepare_backend()
@@ -409,6 +350,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     with _as_config_error(RuntimeError):  # a download that fails is one
         task.load()
     prepare([cfg])
+    before = _prepare_start(cfg)
     tokenizer = _tokenizer(cfg, task)
     train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
     total_steps = trainer.total_steps(len(train))
@@ -417,6 +359,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         model = _model(cfg, task)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
+        originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
         method.inject(
             model,
             projections=cfg.model.projections,
@@ -424,10 +367,13 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
             total_steps=total_steps,
             seed=cfg.seed,
         )
+        if before is not None:
+            _restore_start(model, before, head=task.head)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = {
         "trainable": num_trainable,
         "updatable": method.num_updatable_parameters,
+        "head": sum(p.numel() for p in head_parameters(model, task.head).values()),
         "total": num_total,
     }
     logger.info(
@@ -447,6 +393,13 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         "num_examples": len(train),
         "total_steps": total_steps,
     }
+    if before is not None:
+        identity["init_from"] = before.facts
+
+    def score(network: Any) -> dict[str, float]:
+        chunks = task.predict(network, tokenizer, "validation")
+        return task.score([p for chunk in chunks for p in chunk], "validation").values
+
     result = trainer.fit(
         model,
         method=method,
@@ -457,22 +410,32 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         folder=folder,
         mirrors=mirrors,
         identity=identity,
+        score=None if task.selection_metric is None else score,
     )
     if not is_main:
         return {}
     resources = dict(result.resources)
 
-    start = time.monotonic()
+    began = time.monotonic()
     with method.merged(model) as merged:
-        predictions = _predict(task, merged, tokenizer, folder) if cfg.predict else []
-    resources["predict_time_s"] = time.monotonic() - start
-    start = time.monotonic()
-    scores = task.score(predictions, "test") if predictions else None
-    references = task.reference_scores("test") if cfg.score_references else None
-    resources["score_time_s"] = time.monotonic() - start
+        analysis = similarity.cosine_similarities(originals, merged)
+        split = task.scored_split
+        predictions = predict(task, merged, tokenizer, folder, split) if cfg.predict else []
+    resources["predict_time_s"] = time.monotonic() - began
+    began = time.monotonic()
+    scores = task.score(predictions, split) if predictions else None
+    references = task.reference_scores(split) if cfg.score_references else {}
+    resources["score_time_s"] = time.monotonic() - began
 
-    changed = method.updated_tensors(model)
-    _write_adapter(cfg, folder, changed, method.describe())
+    adapter_sha256 = write_adapter(
+        folder,
+        method.updated_tensors(model),
+        {
+            "method": OmegaConf.to_container(cfg.method, resolve=True),
+            "model": OmegaConf.to_container(cfg.model, resolve=True),
+            "facts": method.describe(),
+        },
+    )
     record = {
         "schema": RECORD_SCHEMA,
         "signature": folder.name,
@@ -487,10 +450,16 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
             "revision": cfg.model.revision,
             "weights_sha256": weights_sha256,
         },
+        "init_from": None if before is None else before.facts,
         "parameters": parameters,
-        "metrics": scores.values if scores else {},
+        "metrics": {
+            **(scores.values if scores else {}),
+            **_epoch_metrics(result.validation, task),
+        },
         "missing_metrics": scores.missing if scores else {},
-        "reference_metrics": references.values if references else {},
+        "reference_metrics": {name: found.values for name, found in references.items()},
+        "cosine_similarity": analysis,
+        "decoding": task.describe(),
         "training": {
             "steps": result.num_steps,
             "epochs": result.num_epochs,
@@ -504,6 +473,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
             "method": method.describe(),
         },
         "num_predictions": len(predictions),
+        "adapter_sha256": adapter_sha256,
         "config": signed_config(cfg),
         "provenance": {
             "git": provenance.git_state(ROOT),
@@ -515,8 +485,8 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         record["model"]["saved_weights_sha256"] = fingerprint(model)
-    checkpoint.write_json(folder / "resources.json", resources)
-    checkpoint.write_json(folder / "record.json", record)
+    checkpoint.write_json(folder / RESOURCES, resources)
+    checkpoint.write_json(folder / RECORD, record)
     for mirror in mirrors:
         mirror.log_record(record, folder / "predictions.jsonl")
         mirror.close()
@@ -539,7 +509,7 @@ def _model(cfg: DictConfig, task: Any) -> Any:
     from delta_lora.models import load_model
 
     if cfg.model.init == "random":
-        return _random_model(cfg)
+        return _random_model(cfg, task)
     source, revision = _source(cfg)
     return load_model(
         cfg.model.family,
@@ -547,12 +517,18 @@ def _model(cfg: DictConfig, task: Any) -> Any:
         revision=revision,
         dtype=cfg.model.dtype,
         dropout=cfg.model.dropout,
-        config_overrides=OmegaConf.to_container(cfg.model.config_overrides),
+        config_overrides=_config_overrides(cfg, task),
         attention=cfg.model.attention,
     )
 
 
-def _random_model(cfg: DictConfig) -> Any:
+def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:
+    """Return the configuration values of the model, and those that the task's head needs."""
+    overrides: Any = OmegaConf.to_container(cfg.model.config_overrides)
+    return {**overrides, **task.model_config}
+
+
+def _random_model(cfg: DictConfig, task: Any) -> Any:
     from delta_lora.models import load_model
 
     return load_model(
@@ -560,7 +536,7 @@ def _random_model(cfg: DictConfig) -> Any:
         architecture=cfg.model.architecture,
         dtype=cfg.model.dtype,
         dropout=cfg.model.dropout,
-        config_overrides=OmegaConf.to_container(cfg.model.config_overrides),
+        config_overrides=_config_overrides(cfg, task),
         attention=cfg.model.attention,
     )
 
@@ -595,68 +571,6 @@ def _mirrors(cfg: DictConfig, folder: Path) -> list[Any]:
     ]
 
 
-def _predict(task: Any, model: Any, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
-    """Predict the test set into ``predictions.jsonl``, continuing what an earlier session wrote."""
-    from delta_lora.runlog import Progress
-
-    final, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    if final.exists():
-        return _read_lines(final)
-    inputs = task.inputs("test")
-    if not len(inputs):
-        return []
-    predictions = _read_lines(partial)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(p) for p in predictions)
-        progress = Progress(
-            len(inputs), initial=len(predictions), description="decode", unit="input"
-        )
-        with contextlib.closing(progress):
-            for chunk in task.predict(model, tokenizer, "test", tuple(predictions)):
-                predictions += chunk
-                stream.writelines(_line(p) for p in chunk)
-                stream.flush()
-                progress.update(len(chunk))
-    order = {p["id"]: p for p in predictions}
-    predictions = [order[key] for key in sorted(order)]
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(p) for p in predictions)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(final)
-    return predictions
-
-
-def _line(prediction: dict[str, Any]) -> str:
-    return json.dumps(prediction, ensure_ascii=False) + "\n"
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]
-
-
-def _write_adapter(
-    cfg: DictConfig, folder: Path, tensors: dict[str, Any], facts: dict[str, Any]
-) -> None:
-    """Write every parameter that the run changed, with what is needed to use it again."""
-    from delta_lora import checkpoint
-
-    adapter = folder / "adapter"
-    adapter.mkdir(exist_ok=True)
-    checkpoint.write_tensors(adapter / "adapter_model.safetensors", tensors)
-    description = {
-        "method": OmegaConf.to_container(cfg.method, resolve=True),
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
-        "facts": facts,
-    }
-    checkpoint.write_json(adapter / "adapter_config.json", description)
-
-
 def _what(cfg: DictConfig) -> dict[str, Any]:
     choices = cfg.choices
     return {
@@ -665,6 +579,84 @@ def _what(cfg: DictConfig) -> dict[str, Any]:
         "method": choices.method,
         "recipe": choices.recipe,
     }
+
+
+def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
+    """Return ``best_epoch/<metric>`` and ``last_epoch/<metric>`` where a metric selects."""
+    from delta_lora.trainer import best_entry
+
+    if task.selection_metric is None or not validation:
+        return {}
+    named = {"best_epoch": best_entry(validation, task) or {}, "last_epoch": validation[-1]}
+    return {
+        f"{which}/{spec.name}": entry[spec.name]
+        for which, entry in named.items()
+        for spec in task.metrics
+        if spec.name in entry
+    }
+
+
+# ---------------------------------------------------------------------- starting from another run
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The run that another one starts from: its folder, and what the record says of it."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+def _prepare_start(cfg: DictConfig) -> _Start | None:
+    """Make the run that `cfg` starts from if it does not exist, and check that it fits.
+
+    Raises:
+        ConfigError: it is a run of another method or model.
+    """
+    if cfg.init_from is None:
+        return None
+    before = start(cfg)
+    if isinstance(before, DictConfig):
+        _ensure(before, f"first the run that this one starts from: {run_dir(before)}")
+        before = run_dir(before)
+    record = _finished(before)
+    if record is None:
+        raise ConfigError(f"init_from: the run in {before} is not finished")
+    mine = (cfg.choices.method, cfg.model.name)
+    theirs = (record["method"], record["model"]["name"])
+    if mine != theirs:
+        raise ConfigError(
+            f"init_from: the run in {before} is {' on '.join(theirs)}, this one is "
+            f"{' on '.join(mine)}; a run starts from a run of the same method and model"
+        )
+    facts = {
+        "task": record["task"]["name"],
+        "signature": record["signature"],
+        "adapter_sha256": record["adapter_sha256"],
+    }
+    return _Start(before, facts)
+
+
+def _restore_start(model: Any, before: _Start, *, head: tuple[str, ...]) -> None:
+    """Load what the earlier run changed, but for its head, which belongs to its own task.
+
+    microsoft/LoRA's scripts for MRPC, RTE and STS-B do so with an adapter trained on MNLI.
+    """
+    from delta_lora import checkpoint
+
+    tensors = {
+        name: tensor
+        for name, tensor in read_adapter(before.folder).items()
+        if not any(name.startswith(f"{module}.") for module in head)
+    }
+    try:
+        checkpoint.restore_weights(model, tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"init_from: {before.folder} does not fit this run: {error}") from error
+    logger.info(
+        "starting from run %s (%s): %d tensors, head left out",
+        before.folder.name, before.facts["task"], len(tensors),
+    )  # fmt: skip
 
 
 def _write_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
@@ -684,18 +676,4 @@ def _write_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
         },
         "config": signed_config(cfg),
     }
-    checkpoint.write_json(folder / "record.json", record)
-
-
-def _clear(folder: Path) -> None:
-    """Remove the results of a stale run; its folder and lock stay."""
-    import shutil
-
-    logger.info("run %s is stale: starting it again", folder.name)
-    for path in folder.iterdir():
-        if path.name == ".lock":
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    checkpoint.write_json(folder / RECORD, record)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from scripts.page import write_page
 from scripts.plan import (
     Cell,
     CellModule,
@@ -36,9 +37,9 @@ from scripts.plan import (
     parse_seeds,
 )
 from scripts.scale import CHOICES, count_cuda_devices, resolve_scale
-from scripts.table_formats import to_markdown
+from scripts.table_results import RESULTS, collect
 from scripts.table_spec import TableSpec, load_table
-from scripts.tables import RESULTS, build_results, collect, write_results
+from scripts.tables import make
 from scripts.workers import Job, Outcome, Pool
 
 #: memory counted for one worker at scale tiny (PyTorch, a tiny model, METEOR's Java).
@@ -101,6 +102,8 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     distinct = {item.signature: item for cells in plans.values() for item in cells}
     states = {name: cell.status(item.config) for name, item in distinct.items()}
     todo = [item for name, item in distinct.items() if states[name].state != "done"]
+    # A run that starts from another one comes behind it, so that no worker waits for long.
+    todo.sort(key=lambda item: item.config.get("init_from") is not None)
     environments = worker_environments(options.workers, scale, max(1, len(todo)))
 
     for spec in specs:
@@ -313,14 +316,15 @@ def _finish(
     is_complete = True
     for spec in specs:
         entries = collect(plans[spec.name], cell, failures=failures)
-        results = build_results(spec, scale, seeds, extra, entries)
-        print(f"\n{to_markdown(results)}")
-        for path in write_results(results, results_folder / scale):
+        text, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
+        print(f"\n{text}")
+        for path in paths:
             print(f"wrote {path}")
         absent = [entry for entry in entries if entry.record is None]
         for entry in absent:
             print(f"{entry.cell.label}: {entry.state}: {entry.reason}", file=sys.stderr)
         is_complete = is_complete and not absent
+    print(f"wrote {write_page(results_folder / scale)}")
     if not is_complete:
         print("not all runs finished; the same command tries the others again", file=sys.stderr)
         return 1

@@ -73,8 +73,7 @@ def to_csv(results: Results) -> str:
 def to_markdown(results: Results) -> str:
     """Return the table with its header, footnotes, claims and contrasts."""
     notes = _Notes()
-    lines = [f"# {_md(_title(results))}", "", *map(_md, _warning(results))]
-    lines += [f"- {_md(line)}" for line in _facts(results)]
+    lines = head_lines(results)
     lines += ["", *_main_table(results, notes), ""]
     lines.append(
         f'Cells: {LEGEND}. Rows "↳ paper": the paper\'s own numbers, never mixed with ours'
@@ -85,7 +84,7 @@ def to_markdown(results: Results) -> str:
         lines.append("")
         lines += [f"[{number}] {_md(text)}  " for text, number in notes.texts.items()]
     if results["claims"]:
-        lines += ["", "## Claims of the paper", "", *_claims_table(results), ""]
+        lines += ["", "## Claims of the paper", "", *claims_table(results), ""]
         lines.append(
             "Reproduced: the 95 % interval of the paired difference (same seeds) lies wholly on "
             "the claim's side of zero (memory and time: the ratio is wholly within the limit); not "
@@ -96,6 +95,12 @@ def to_markdown(results: Results) -> str:
         lines += ["", "## Against the controls (not claims of the paper)", ""]
         lines += _contrasts_table(results)
     return "\n".join(lines) + "\n"
+
+
+def head_lines(results: Results) -> list[str]:
+    """Return title, warning and facts of a table or figure as lines of Markdown."""
+    lines = [f"# {_md(_title(results))}", "", *map(_md, _warning(results))]
+    return lines + [f"- {_md(line)}" for line in _facts(results)]
 
 
 def to_latex(results: Results) -> str:
@@ -147,7 +152,8 @@ FORMATS: dict[str, Callable[[Results], str]] = {
 
 
 def _title(results: Results) -> str:
-    return f"Table {results['number']}: {results['title']} (scale: {results['scale']})"
+    kind = "Figure" if "figure" in results else "Table"
+    return f"{kind} {results['number']}: {results['title']} (scale: {results['scale']})"
 
 
 def _warning(results: Results) -> list[str]:
@@ -168,15 +174,24 @@ def _facts(results: Results) -> list[str]:
     num_all = num_done + sum(len(row["absent"]) for row in results["rows"])
     lines = [f"Model: {_list(results['models'])}"]
     for run, task in results["tasks"].items():
-        known = {key: value for key, value in task.items() if value is not None}
+        known = {key.replace("_", " "): value for key, value in task.items() if value is not None}
         lines.append(f"Task {run}: " + (_list([f"{k} {v}" for k, v in known.items()])))
-    scored = [
-        f"{column['label']} {results['references'][column['name']]:.{column['decimals']}f}"
-        for column in results["column_specs"]
-        if column["name"] in results["references"]
-    ]
-    if scored:
-        lines.append(f"One reference against the others: {_list(scored)}")
+    for name, values in results.get("references", {}).items():
+        scored = [
+            f"{column['label']} {values[column['name']]:.{column['decimals']}f}"
+            for column in results["column_specs"]
+            if column["name"] in values
+        ]
+        if scored:
+            lines.append(f"{name[0].upper()}{name[1:]}: {_list(scored)}")
+    heads = sorted(
+        {row["head_parameters"] for row in results["rows"] if row.get("head_parameters")}
+    )
+    if heads:
+        lines.append(
+            "Trainable parameters include the new head of the task "
+            f"({_list([f'{count:,}' for count in heads])}); the paper's adapter rows leave it out"
+        )
     lines.append(f"Seeds: {_list(results['seeds'])}; {num_done} of {num_all} runs finished")
     if results["overrides"]:
         lines.append(f"Overrides of every run: {_list(results['overrides'])}")
@@ -294,11 +309,12 @@ def _main_table(results: Results, notes: _Notes) -> list[str]:
         paper = _paper_cells(results, row)
         if paper is not None:
             rows.append(paper)
-    return _md_table(head, rows)
+    return md_table(head, rows)
 
 
-def _claims_table(results: Results) -> list[str]:
-    decimals = {spec["name"]: spec["decimals"] for spec in results["column_specs"]}
+def claims_table(results: Results) -> list[str]:
+    """Return the claims with their parts and verdicts as a Markdown table."""
+    decimals = {spec["name"]: spec["decimals"] for spec in results.get("column_specs", [])}
     rows = []
     for claim in results["claims"]:
         verdict = f"**{claim['verdict']}** ({claim['reason']})"
@@ -309,7 +325,7 @@ def _claims_table(results: Results) -> list[str]:
             reason = f" ({part['reason']})" if part["n"] < 2 or "comparisons" in part else ""
             rows.append(["", part["statement"], *cells, shown, part["verdict"] + reason])
     head = ["Claim", "Comparison", "Difference", "95 % interval", "n", "Paper", "Verdict"]
-    return _md_table(head, rows)
+    return md_table(head, rows)
 
 
 def _contrasts_table(results: Results) -> list[str]:
@@ -325,7 +341,7 @@ def _contrasts_table(results: Results) -> list[str]:
         [f"{labels[row]} minus {labels[other]}", *(line.get(s["name"], "") for s in shown)]
         for (row, other), line in cells.items()
     ]
-    return _md_table(["Difference, 95 % interval (n)", *(s["label"] for s in shown)], rows)
+    return md_table(["Difference, 95 % interval (n)", *(s["label"] for s in shown)], rows)
 
 
 def _comparison_cells(item: Mapping[str, Any], decimals: Mapping[str, int]) -> list[str]:
@@ -343,7 +359,7 @@ def _comparison_cells(item: Mapping[str, Any], decimals: Mapping[str, int]) -> l
     return [difference, f"[{low}, {high}]", str(item["n"])]
 
 
-def _md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a Markdown table, padded so that it reads in a terminal as well."""
     content = [[_md(text) for text in line] for line in [head, *rows]]
     widths = [max(3, *(len(line[i]) for line in content)) for i in range(len(head))]

@@ -1,6 +1,7 @@
-"""What a table is: `configs/table/<name>.yaml` and `results/paper/*.yaml`, read and checked.
+"""What a table or figure is: `configs/table/<name>.yaml` and `results/paper/*.yaml`, checked.
 
-Adding a table is adding one yaml; `configs/table/table1.yaml` explains the keys.
+Adding a table is adding one yaml; `configs/table/table1.yaml` explains the keys. A figure is a yaml
+with a `kind` other than ``table``; it has series instead of columns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ TABLES = ROOT / "configs" / "table"
 PAPER = ROOT / "results" / "paper"
 
 STATUSES = ("text", "derived", "recalled")
+#: what a yaml describes: a table of scores, or the similarity of weights before and after.
+KINDS = ("table", "similarity")
+#: series of a figure of kind ``similarity``.
+SERIES = ("query", "value")
 EXPECTATIONS = ("better", "worse", "best", "comparable")
+#: what a claim about a similarity says of most blocks.
+SIMILARITY_EXPECTATIONS = ("highest", "lowest")
 RESOURCES = ("peak_memory_bytes", "train_time_s", "predict_time_s", "tokens_per_s")
 
 
@@ -61,7 +68,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison of a claim (or a contrast, where `expect` is None)."""
+    """One comparison of a claim (or a contrast, where `expect` is None).
+
+    `columns` are columns of a table, or series of a figure.
+    """
 
     row: str
     against: tuple[str, ...]
@@ -84,10 +94,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table: what runs, what is shown, what is judged."""
+    """A table or figure: what runs, what is shown, what is judged."""
 
     name: str
-    number: int
+    kind: str
+    number: str
     title: str
     tuning: str
     runs: Mapping[str, tuple[str, ...]]
@@ -107,7 +118,7 @@ class TableSpec:
 
 
 def table_names() -> list[str]:
-    """Return the tables that have a configuration."""
+    """Return the tables and figures that have a configuration."""
     return sorted(path.stem for path in TABLES.glob("*.yaml"))
 
 
@@ -146,29 +157,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
-    keys = ("number", "title", "paper", "tuning", "runs", "columns", "rows")
-    _check_keys(raw, "the table", required=keys, optional=("claims", "contrasts"))
+    kind = raw.get("kind", "table")
+    _check_names([kind], KINDS, "kind")
+    keys: tuple[str, ...] = ("number", "title", "tuning", "runs", "rows")
+    if kind == "table":
+        keys += ("paper", "columns")
+    _check_keys(raw, "the table", required=keys, optional=("kind", "claims", "contrasts"))
     runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
-    columns = _build_columns(raw["columns"], tuple(runs))
+    columns = _build_columns(raw["columns"], tuple(runs)) if kind == "table" else ()
     rows = tuple(_build_row(item) for item in raw["rows"])
-    for kind, names in (("row", [r.name for r in rows]), ("column", [c.name for c in columns])):
+    series = tuple(c.name for c in columns) if kind == "table" else SERIES
+    for what, names in (("row", [r.name for r in rows]), ("column", list(series))):
         if not names:
-            raise ValueError(f"a table needs at least one {kind}")
+            raise ValueError(f"a table needs at least one {what}")
         if len(set(names)) < len(names):
-            raise ValueError(f"two {kind}s have the same name: {names}")
-    paper = read_yaml(PAPER / raw["paper"])
-    _check_paper(paper, raw["paper"])
+            raise ValueError(f"two {what}s have the same name: {names}")
+    if raw.get("paper") is None:
+        paper: dict[str, Any] = {"title": raw["title"], "rows": {}}
+    else:
+        paper = read_yaml(PAPER / raw["paper"])
+        _check_paper(paper, raw["paper"])
     spec = TableSpec(
         name=name,
-        number=int(raw["number"]),
+        kind=kind,
+        number=str(raw["number"]),
         title=str(raw["title"]),
         tuning=str(raw["tuning"]),
         runs=runs,
         columns=columns,
         rows=rows,
-        claims=_load_claims(raw.get("claims", []), rows, columns),
+        claims=_load_claims(raw.get("claims", []), rows, series),
         contrasts=tuple(
-            _build_part(item, "a contrast", rows, columns, is_contrast=True)
+            _build_part(item, "a contrast", rows, series, is_contrast=True)
             for item in raw.get("contrasts", [])
         ),
         paper=paper,
@@ -222,7 +242,7 @@ def _build_row(item: Mapping[str, Any]) -> Row:
 
 
 def _load_claims(
-    ids: Sequence[str], rows: tuple[Row, ...], columns: tuple[Column, ...]
+    ids: Sequence[str], rows: tuple[Row, ...], series: tuple[str, ...]
 ) -> tuple[Claim, ...]:
     known = read_yaml(PAPER / "claims.yaml")
     _check_names(ids, list(known), "claims")
@@ -232,7 +252,7 @@ def _load_claims(
         optional = ("table", "figure", "source")
         _check_keys(raw, what, required=("statement", "status", "parts"), optional=optional)
         _check_names([raw["status"]], STATUSES, f"{what}: status")
-        parts = tuple(_build_part(item, what, rows, columns) for item in raw["parts"])
+        parts = tuple(_build_part(item, what, rows, series) for item in raw["parts"])
         claims.append(Claim(claim_id, raw["statement"], raw["status"], parts))
     return tuple(claims)
 
@@ -241,7 +261,7 @@ def _build_part(
     raw: Mapping[str, Any],
     what: str,
     rows: tuple[Row, ...],
-    columns: tuple[Column, ...],
+    series: tuple[str, ...],
     *,
     is_contrast: bool = False,
 ) -> Part:
@@ -253,7 +273,8 @@ def _build_part(
     elif expect == "best":
         _check_keys(raw, what, required=("row", "expect", "columns"))
     else:
-        _check_names([expect], EXPECTATIONS, f"{what}: expect")
+        allowed = SIMILARITY_EXPECTATIONS if series == SERIES else EXPECTATIONS
+        _check_names([expect], allowed, f"{what}: expect")
         _check_keys(
             raw, what, required=("row", "against", "expect", "columns"), optional=("paper",)
         )
@@ -261,7 +282,7 @@ def _build_part(
     if expect == "best":
         against = tuple(r.name for r in rows if not r.is_control and r.name != raw["row"])
     _check_names([raw["row"], *against], [row.name for row in rows], f"{what}: rows")
-    known = tuple(column.name for column in columns)
+    known = series
     wanted = () if expect == "comparable" else raw.get("columns", "all")
     chosen = known if wanted == "all" else tuple(wanted)
     paper = {str(key): float(value) for key, value in raw.get("paper", {}).items()}

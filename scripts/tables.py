@@ -1,420 +1,120 @@
-"""Make a table from run records, and from nothing else.
+"""Make tables and figures from run records, and from nothing else.
 
-    python scripts/tables.py table1 --scale tiny        regenerate results/tiny/table1.*
-    python scripts/tables.py table1 --scale tiny --accept   and keep the records in results/runs
+    python scripts/tables.py table1 --scale tiny           regenerate results/tiny/table1.*
+    python scripts/tables.py --scale tiny --accept         all, and keep the records in results/runs
+    python scripts/tables.py --scale tiny --check          compare with what is committed
 
-A record is read from its run folder, or from its accepted copy ``results/runs/**/<signature>.json``
-where there is no run folder. The same records give the same bytes.
+Without names: everything in configs/table. ``--accept`` and ``--check`` are for maintainers: what
+is committed must follow, byte for byte, from the records that are committed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from delta_lora import stats
 from scripts import cell as real_cell
-from scripts.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
-from scripts.plan import Cell, CellModule, list_cells, parse_overrides, parse_seeds
+from scripts.figures import build_figure, figure_to_markdown, write_figure
+from scripts.page import write_page
+from scripts.plan import CellModule, list_cells, parse_overrides, parse_seeds
 from scripts.scale import CHOICES, resolve_scale
-from scripts.table_formats import FORMATS, to_markdown
-from scripts.table_spec import ROOT, Column, TableSpec, load_table
+from scripts.table_formats import to_markdown
+from scripts.table_results import (
+    RESULTS,
+    Entry,
+    accept,
+    build_results,
+    collect,
+    collect_accepted,
+    read_accepted,
+    write_results,
+)
+from scripts.table_spec import TableSpec, load_table, table_names
 
-RESULTS = ROOT / "results"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A cell and its completed record, or why it has none."""
-
-    cell: Cell
-    record: dict[str, Any] | None
-    state: str
-    reason: str
-
-
-def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the accepted records below `folder` by signature.
-
-    Raises:
-        ValueError: a file is no record, is named differently from its signature, or is there twice.
-    """
-    records: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            signature = record["signature"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no run record ({error}); remove it") from error
-        if signature != path.stem:
-            raise ValueError(f"{path} holds the record of {signature}; name it {signature}.json")
-        if signature in records:
-            raise ValueError(f"two accepted records of {signature} below {folder}; keep one")
-        records[signature] = record
-    return records
+#: written by a library whose bytes may differ between machines; their data are compared.
+PICTURES = (".png", ".svg")
 
 
-def collect(
-    cells: Sequence[Cell],
-    cell: CellModule,
-    *,
-    accepted: Mapping[str, dict[str, Any]] | None = None,
-    failures: Mapping[str, str] | None = None,
-) -> list[Entry]:
-    """Find the record of every cell.
-
-    Args:
-        cells: from `list_cells`.
-        cell: `scripts.cell`.
-        accepted: records to take where a cell has no run folder.
-        failures: signature to reason, for cells that failed without writing a record.
-    """
-    entries = []
-    for item in cells:
-        status = cell.status(item.config)
-        copy = (accepted or {}).get(item.signature)
-        if status.state == "done":
-            entries.append(Entry(item, cell.load_record(item.folder), "done", ""))
-        elif status.state == "missing" and copy is not None and copy["status"] == "completed":
-            entries.append(Entry(item, copy, "done", "accepted copy"))
-        elif failures and item.signature in failures:
-            entries.append(Entry(item, None, "failed", failures[item.signature]))
-        else:
-            entries.append(Entry(item, None, status.state, status.reason))
-    return entries
-
-
-def build_results(
+def make(
     spec: TableSpec,
     scale: str,
     seeds: Sequence[int],
     extra: Sequence[str],
     entries: Sequence[Entry],
-) -> dict[str, Any]:
-    """Return the content of ``results/<scale>/<table>.json``.
-
-    Numbers are in the units of the table (per cent where a column's `scale` is 100), ours and the
-    paper's alike, and never mixed.
-
-    Args:
-        spec: the table.
-        scale: scale of the runs.
-        seeds: seeds that were asked for.
-        extra: overrides given on top of the table's.
-        entries: from `collect`.
-
-    Raises:
-        ValueError: the records must not share a table (scale, data, protocol, task version).
-    """
-    done = [entry for entry in entries if entry.record is not None]
-    _check_comparable(scale, done)
-    scores = {row.name: _scores(spec, row.name, done) for row in spec.rows}
-    resources = {row.name: _resources(spec, row.name, done) for row in spec.rows}
-    records = [entry.record for entry in done if entry.record is not None]
-    return {
-        "table": spec.name,
-        "number": spec.number,
-        "title": spec.title,
-        "scale": scale,
-        "columns": [column.name for column in spec.columns],
-        "column_specs": [_column_spec(column) for column in spec.columns],
-        "seeds": list(seeds),
-        "overrides": list(extra),
-        "tuning": spec.tuning,
-        "tasks": {run: _task_facts(run, done) for run in spec.runs},
-        "references": _references(spec, done),
-        "models": sorted({record["model"]["name"] for record in records}),
-        "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
-        "code": _code(records),
-        "devices": sorted({_device(record) for record in records}),
-        "rows": [
-            _row(spec, row.name, entries, scores[row.name], resources[row.name])
-            for row in spec.rows
-        ],
-        "claims": judge_claims(spec, scores, resources),
-        "contrasts": compare_contrasts(spec, scores),
-    }
+    folder: Path,
+) -> tuple[str, list[Path]]:
+    """Write a table or figure to `folder`; return it as Markdown, and the files."""
+    if spec.kind == "similarity":
+        figure = build_figure(spec, scale, seeds, extra, entries)
+        return figure_to_markdown(figure), write_figure(figure, folder)
+    results = build_results(spec, scale, seeds, extra, entries)
+    return to_markdown(results), write_results(results, folder)
 
 
-def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write a table in all formats to ``folder/<table>.<format>``.
-
-    Args:
-        results: from `build_results`.
-        folder: created if missing.
-
-    Returns:
-        The files, each written under a temporary name and renamed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, write in FORMATS.items():
-        path = folder / f"{results['table']}.{suffix}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(write(results), encoding="utf-8", newline="\n")
-        temporary.replace(path)
-        paths.append(path)
-    return paths
-
-
-def accept(entries: Sequence[Entry], folder: Path) -> list[Path]:
-    """Copy the completed records to ``folder/<signature>.json``.
-
-    Raises:
-        ValueError: a record comes from a tree with uncommitted changes.
-    """
-    records = [entry.record for entry in entries if entry.record is not None]
-    dirty = [r["signature"] for r in records if r["provenance"]["git"]["dirty"] is not False]
-    if dirty:
-        raise ValueError(
-            f"{len(dirty)} of {len(records)} records come from uncommitted or unknown code "
-            f"({', '.join(sorted(dirty)[:5])}); commit, delete their run folders and run them again"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for record in records:
-        path = folder / f"{record['signature']}.json"
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        paths.append(path)
-    return paths
-
-
-def _check_comparable(scale: str, done: Sequence[Entry]) -> None:
-    """Refuse records of another scale, another run, or other data than the rest."""
-    first: dict[str, Entry] = {}
-    for entry in done:
-        record = entry.record
-        assert record is not None
-        name = entry.cell.signature
-        if record["signature"] != name:
-            raise ValueError(f"{entry.cell.folder} holds the record of {record['signature']}")
-        if record["scale"] != scale:
-            raise ValueError(
-                f"{name} ({entry.cell.label}) is of scale {record['scale']}, not {scale}; "
-                "a table never mixes scales"
-            )
-        reference = first.setdefault(entry.cell.run, entry)
-        assert reference.record is not None
-        mine, theirs = record["task"], reference.record["task"]
-        differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        if differing:
-            raise ValueError(
-                f"{name} ({entry.cell.label}) and {reference.cell.signature} "
-                f"({reference.cell.label}) differ in the task's {', '.join(differing)}; a table "
-                "never mixes data, protocols or scorers: delete the folder of the outdated run"
-            )
-
-
-def _scores(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[int, float]]:
-    """Return column -> seed -> value in printed units."""
-    values: dict[str, dict[int, float]] = {column.name: {} for column in spec.columns}
-    for entry in done:
-        if entry.cell.row != row or entry.record is None:
+def differences(found: Path, committed: Path) -> list[str]:
+    """Return what differs between two folders of results, pictures left out."""
+    problems = []
+    for path in sorted(found.iterdir()):
+        other = committed / path.name
+        if path.suffix in PICTURES:
             continue
-        for column in spec.columns:
-            value = entry.record["metrics"].get(column.metric)
-            if column.run == entry.cell.run and value is not None:
-                values[column.name][entry.cell.seed] = float(value) * column.scale
-    for column in spec.columns:
-        if column.mean_of:
-            parts = [values[name] for name in column.mean_of]
-            for seed in sorted(set.intersection(*map(set, parts))):
-                values[column.name][seed] = _mean([part[seed] for part in parts])
-    return values
-
-
-def _resources(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[int, float]]:
-    """Return resource -> seed -> value over the row's runs: largest memory, summed times."""
-    values: dict[str, dict[int, float]] = {}
-    by_seed: dict[int, list[Mapping[str, float]]] = {}
-    for entry in done:
-        if entry.cell.row == row and entry.record is not None:
-            by_seed.setdefault(entry.cell.seed, []).append(entry.record.get("resources", {}))
-    for name in RESOURCE_LABELS:
-        combine: Callable[[list[float]], float] = math.fsum
-        if name == "peak_memory_bytes":
-            combine = max
-        elif name == "tokens_per_s":
-            combine = _mean
-        values[name] = {
-            seed: float(combine([run[name] for run in runs]))
-            for seed, runs in by_seed.items()
-            if len(runs) == len(spec.runs) and all(run.get(name) is not None for run in runs)
-        }
-    return values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _row(
-    spec: TableSpec,
-    name: str,
-    entries: Sequence[Entry],
-    scores: Mapping[str, Mapping[int, float]],
-    resources: Mapping[str, Mapping[int, float]],
-) -> dict[str, Any]:
-    mine = [entry for entry in entries if entry.cell.row == name]
-    records = [entry.record for entry in mine if entry.record is not None]
-    paper = spec.paper["rows"].get(name, {})
-    row = spec.row(name)
-    return {
-        "method": name,
-        "label": row.label,
-        "is_control": row.is_control,
-        "trainable_parameters": _count(records, "trainable"),
-        "updatable_parameters": _count(records, "updatable"),
-        "metrics": {
-            column.name: {
-                **_summary(scores[column.name]),
-                "missing": _missing(spec, column, mine),
-            }
-            for column in spec.columns
-        },
-        "paper": paper.get("metrics", {}),
-        "paper_parameters": {key: paper[key] for key in ("trainable", "updatable") if key in paper},
-        "resources": {key: _summary(values) for key, values in resources.items()},
-        "runs": [record["signature"] for record in records],
-        "absent": [
-            {
-                "run": entry.cell.run,
-                "seed": entry.cell.seed,
-                "signature": entry.cell.signature,
-                "state": entry.state,
-                "reason": entry.reason,
-            }
-            for entry in mine
-            if entry.record is None
-        ],
-    }
-
-
-def _summary(values: Mapping[int, float]) -> dict[str, Any]:
-    by_seed = {str(seed): values[seed] for seed in sorted(values)}
-    if not values:
-        return {"mean": None, "std": None, "n": 0, "ci95": None, "values": by_seed}
-    summary = stats.summarize(values[seed] for seed in sorted(values))
-    ends = None if summary.ci95 is None else list(summary.ci95)
-    return {
-        "mean": summary.mean,
-        "std": summary.std,
-        "n": summary.n,
-        "ci95": ends,
-        "values": by_seed,
-    }
-
-
-def _missing(spec: TableSpec, column: Column, entries: Sequence[Entry]) -> list[str]:
-    """Return why finished runs have no value in `column`, without repetition."""
-    reasons: dict[str, None] = {}
-    names = column.mean_of or (column.name,)
-    for source in map(spec.column, names):
-        for entry in entries:
-            if entry.record is None or entry.cell.run != source.run or source.metric is None:
-                continue
-            metrics, missing = entry.record["metrics"], entry.record["missing_metrics"]
-            if metrics.get(source.metric) is None:
-                known = ", ".join(sorted(metrics)) or "none"
-                default = f"the run has no metric {source.metric!r} (it has: {known})"
-                reasons[f"{source.label}: {missing.get(source.metric, default)}"] = None
-    return list(reasons)
-
-
-def _count(records: Sequence[Mapping[str, Any]], kind: str) -> int | None:
-    """Return the row's parameter count; where its tasks differ (heads), the largest."""
-    counts = [record["parameters"][kind] for record in records]
-    return max(counts) if counts else None
-
-
-def _column_spec(column: Column) -> dict[str, Any]:
-    return {
-        "name": column.name,
-        "label": column.label,
-        "run": column.run,
-        "metric": column.metric,
-        "mean_of": list(column.mean_of),
-        "scale": column.scale,
-        "decimals": column.decimals,
-        "better": "higher" if column.higher_is_better else "lower",
-    }
-
-
-def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
-    """Return the name, version, protocol and source of a run's task, from its first record."""
-    for entry in done:
-        if entry.cell.run == run and entry.record is not None:
-            keys = ("name", "version", "protocol", "source", "revision")
-            return {key: entry.record["task"].get(key) for key in keys}
-    return {}
-
-
-def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, float]:
-    """Return, by column, what one reference scores against the others, where a run says it."""
-    values: dict[str, float] = {}
-    for entry in done:
-        assert entry.record is not None
-        found = entry.record.get("reference_metrics", {})
-        for column in spec.columns:
-            if column.run == entry.cell.run and column.metric in found:
-                values.setdefault(column.name, found[column.metric] * column.scale)
-    return values
-
-
-def _code(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the commits of the records, with how many come from each and whether it was dirty."""
-    counts = Counter(
-        (record["provenance"]["git"]["commit"], record["provenance"]["git"]["dirty"])
-        for record in records
-    )
-    ordered = sorted(counts.items(), key=lambda item: (str(item[0][0]), str(item[0][1])))
-    return [{"commit": c, "dirty": dirty, "runs": count} for (c, dirty), count in ordered]
-
-
-def _device(record: Mapping[str, Any]) -> str:
-    device = record["provenance"]["device"]
-    return str(device["name"]) if isinstance(device, Mapping) else str(device)
+        if not other.exists():
+            problems.append(f"{other} is missing")
+        elif other.read_bytes() != path.read_bytes():
+            problems.append(f"{other} differs from what its records give")
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None, cell: CellModule = real_cell) -> int:
-    """Regenerate tables from records; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("tables", nargs="+", metavar="TABLE")
+    """Regenerate tables and figures from records; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="default: all")
     parser.add_argument("--scale", choices=CHOICES, default="auto")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--args", default="", metavar="OVERRIDES", dest="overrides")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--accept", action="store_true", help="keep the records in results/runs")
+    parser.add_argument("--check", action="store_true", help="compare, from accepted records only")
     options = parser.parse_args(arguments)
     try:
         scale, reason = resolve_scale(options.scale)
         print(f"scale: {scale} ({reason})")
         seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
         accepted = read_accepted(options.results / "runs")
-        for spec in [load_table(name) for name in options.tables]:
-            cells = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
-            entries = collect(cells, cell, accepted=accepted)
-            if not any(entry.record for entry in entries):
-                raise ValueError(
-                    f"{spec.name} has no finished run at scale {scale}; "
-                    f"run: python scripts/reproduce.py {spec.name} --scale {scale}"
-                )
-            results = build_results(spec, scale, seeds, extra, entries)
-            if options.accept:
-                accept(entries, options.results / "runs" / scale / spec.name)
-            print(to_markdown(results))
-            for path in write_results(results, options.results / scale):
-                print(f"wrote {path}")
+        folder = options.results / scale
+        with tempfile.TemporaryDirectory() as temporary:
+            written = Path(temporary) if options.check else folder
+            for spec in [load_table(name) for name in options.tables or table_names()]:
+                cells = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
+                if options.check:
+                    entries = collect_accepted(cells, accepted)
+                else:
+                    entries = collect(cells, cell, accepted=accepted)
+                if not any(entry.record for entry in entries):
+                    raise ValueError(
+                        f"{spec.name} has no finished run at scale {scale}; "
+                        f"run: python scripts/reproduce.py {spec.name} --scale {scale}"
+                    )
+                if options.accept:
+                    accept(entries, options.results / "runs" / scale)
+                text, paths = make(spec, scale, seeds, extra, entries, written)
+                if not options.check:
+                    print(f"\n{text}")
+                    print("\n".join(f"wrote {path}" for path in paths))
+            if options.check:
+                if not options.tables:
+                    write_page(written, scale)
+                problems = differences(written, folder)
+                print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
+                return 1 if problems else 0
+            print(f"wrote {write_page(folder)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -99,9 +99,12 @@ def record(config, **changes):
         "recipe": config["recipe"],
         "task": {"name": "e2e", "version": 1, "protocol": "lora", "source": "embedded"},
         "model": {"name": config["model"]},
-        "parameters": {"trainable": 393216, "updatable": 50331648, "total": 354823168},
+        "init_from": None,
+        "parameters": {"trainable": 393216, "updatable": 50331648, "head": 0, "total": 354823168},
         "metrics": {name: score * factor for name, factor in METRICS.items()},
         "missing_metrics": {},
+        "reference_metrics": {},
+        "cosine_similarity": similarity(config["method"], seed),
         "training": {"steps": 10, "epochs": 1, "checkpoint_rule": "last"},
         "config": {"choices": config["choices"]},
         "provenance": {
@@ -109,6 +112,16 @@ def record(config, **changes):
             "device": {"name": "test CPU", "type": "cpu"},
         },
         **changes,
+    }
+
+
+def similarity(method, seed):
+    """Return values by which LoRA turns least and Delta-LoRA most, in every block."""
+    turn = {"lora": 0.01, "full_query_value": 0.02, "delta_lora": 0.03}.get(method, 0.015)
+    return {
+        f"h.{block}.attn.{role}": 1 - turn - 0.001 * block - 0.0001 * seed
+        for block in range(4)
+        for role in ("query", "value")
     }
 
 

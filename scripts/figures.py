@@ -1,0 +1,251 @@
+"""Make Figure 3 from run records: how alike W_Q and W_V are before and after training, per block.
+
+The same records give the same bytes (PNG and SVG: with the same matplotlib). Data stand beside the
+picture: ``figure3.json`` with every run's values, ``figure3.csv``, ``figure3.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_lora import stats
+from scripts.table_formats import claims_table, head_lines, md_table
+from scripts.table_results import Entry, facts_of, write_text
+from scripts.table_spec import SERIES, Part, TableSpec
+
+#: role -> block -> seed -> cosine similarity.
+Curves = dict[str, list[dict[int, float]]]
+SERIES_LABELS = {"query": "W_Q", "value": "W_V"}
+#: colour-blind safe (Okabe and Ito), with markers so that print works too.
+STYLES = (("#000000", "s"), ("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "v"))
+
+
+def build_figure(
+    spec: TableSpec,
+    scale: str,
+    seeds: Sequence[int],
+    extra: Sequence[str],
+    entries: Sequence[Entry],
+) -> dict[str, Any]:
+    """Return the content of ``results/<scale>/<figure>.json``; arguments as `build_results`."""
+    curves = {row.name: _curves(row.name, entries) for row in spec.rows}
+    rows = []
+    for row in spec.rows:
+        mine = [entry for entry in entries if entry.cell.row == row.name]
+        rows.append(
+            {
+                "method": row.name,
+                "label": row.label,
+                "is_control": row.is_control,
+                "series": {
+                    role: [_summary(values) for values in curves[row.name][role]] for role in SERIES
+                },
+                "runs": [entry.record["signature"] for entry in mine if entry.record is not None],
+                "absent": [
+                    {
+                        "run": entry.cell.run,
+                        "seed": entry.cell.seed,
+                        "signature": entry.cell.signature,
+                        "state": entry.state,
+                        "reason": entry.reason,
+                    }
+                    for entry in mine
+                    if entry.record is None
+                ],
+            }
+        )
+    return {
+        "figure": spec.name,
+        **facts_of(spec, scale, seeds, extra, entries),
+        "rows": rows,
+        "claims": [
+            _judge(claim.id, claim.statement, claim.status, claim.parts, spec, curves)
+            for claim in spec.claims
+        ],
+    }
+
+
+def _curves(row: str, entries: Sequence[Entry]) -> Curves:
+    curves: Curves = {role: [] for role in SERIES}
+    for entry in entries:
+        if entry.cell.row != row or entry.record is None:
+            continue
+        found: dict[str, list[float]] = {role: [] for role in SERIES}
+        for name, value in entry.record["cosine_similarity"].items():
+            role = name.rpartition(".")[2]
+            if role in found:
+                found[role].append(value)
+        for role, values in found.items():
+            while len(curves[role]) < len(values):
+                curves[role].append({})
+            for block, value in enumerate(values):
+                curves[role][block][entry.cell.seed] = value
+    return curves
+
+
+def _summary(values: Mapping[int, float]) -> dict[str, Any]:
+    summary = stats.summarize(values[seed] for seed in sorted(values))
+    return {
+        "mean": summary.mean,
+        "std": summary.std,
+        "n": summary.n,
+        "ci95": None if summary.ci95 is None else list(summary.ci95),
+        "values": {str(seed): values[seed] for seed in sorted(values)},
+    }
+
+
+def _judge(
+    claim_id: str,
+    statement: str,
+    status: str,
+    parts: Sequence[Part],
+    spec: TableSpec,
+    curves: Mapping[str, Curves],
+) -> dict[str, Any]:
+    """Judge "highest (lowest) in most blocks": the share of blocks, minus one half, over seeds."""
+    judged: list[dict[str, Any]] = []
+    for part in parts:
+        for role in part.columns:
+            shares = _shares(part, role, curves)
+            summary = stats.summarize(shares.values()) if shares else None
+            judgement = stats.judge_difference(summary, claims_positive=True)
+            others = " and ".join(spec.row(name).label for name in part.against)
+            judged.append(
+                {
+                    "statement": (
+                        f"{spec.row(part.row).label} {part.expect} of all against {others}, "
+                        f"{SERIES_LABELS[role]} (share of blocks, minus one half)"
+                    ),
+                    "row": part.row,
+                    "against": list(part.against),
+                    "column": role,
+                    "measure": "relative difference",  # shown in per cent
+                    "difference": None if summary is None else summary.mean,
+                    "ci95": None if summary is None or summary.ci95 is None else [*summary.ci95],
+                    "n": 0 if summary is None else summary.n,
+                    "verdict": judgement.verdict,
+                    "reason": judgement.reason,
+                    "paper_difference": None,
+                }
+            )
+    overall = stats.combine([stats.Judgement(p["verdict"], p["reason"]) for p in judged])
+    return {
+        "id": claim_id,
+        "statement": statement,
+        "difference": None,
+        "ci95": None,
+        "verdict": overall.verdict,
+        "reason": overall.reason,
+        "status": status,
+        "parts": judged,
+    }
+
+
+def _shares(part: Part, role: str, curves: Mapping[str, Curves]) -> dict[int, float]:
+    """Return, by seed, the share of blocks where `part.row` is strictly the extreme, less half."""
+    sign = 1.0 if part.expect == "highest" else -1.0
+    mine = curves[part.row][role]
+    others = [curves[name][role] for name in part.against]
+    if not mine or any(len(other) != len(mine) for other in others):
+        return {}
+    seeds = set.intersection(*(set(block) for curve in (mine, *others) for block in curve))
+    return {
+        seed: sum(
+            all(sign * (mine[b][seed] - other[b][seed]) > 0 for other in others)
+            for b in range(len(mine))
+        )
+        / len(mine)
+        - 0.5
+        for seed in sorted(seeds)
+    }
+
+
+def figure_to_markdown(results: Mapping[str, Any]) -> str:
+    """Return the figure's page: what it was made on, the picture, the values, the verdict."""
+    lines = head_lines(results)
+    lines += ["", f"![Figure {results['number']}: {results['title']}]({results['figure']}.svg)", ""]
+    lines.append(
+        "Mean over seeds; bars: 95 % interval. 1 means that the weight did not turn at all."
+    )
+    num_blocks = max(len(row["series"][role]) for row in results["rows"] for role in SERIES)
+    head = ["Method", "Weight", *(f"Block {block + 1}" for block in range(num_blocks))]
+    body = [
+        [
+            row["label"],
+            SERIES_LABELS[role],
+            *(f"{block['mean']:.6f}" for block in row["series"][role]),
+            *[""] * (num_blocks - len(row["series"][role])),
+        ]
+        for row in results["rows"]
+        for role in SERIES
+    ]
+    lines += ["", *md_table(head, body)]
+    if results["claims"]:
+        lines += ["", "## Claims of the paper", "", *claims_table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def figure_to_csv(results: Mapping[str, Any]) -> str:
+    """Return one line per method, weight and block."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["figure", "scale", "method", "weight", "block", "mean", "std", "n"])
+    for row in results["rows"]:
+        for role in SERIES:
+            for block, value in enumerate(row["series"][role], start=1):
+                numbers = [value["mean"], value["std"], value["n"]]
+                head = [results["figure"], results["scale"], row["method"], role, block]
+                writer.writerow([*head, *numbers])
+    return stream.getvalue()
+
+
+def write_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write data and picture to ``folder/<figure>.{json,csv,md,svg,png}``; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = results["figure"]
+    content = {
+        "json": json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "csv": figure_to_csv(results),
+        "md": figure_to_markdown(results),
+    }
+    paths = [write_text(folder / f"{name}.{suffix}", text) for suffix, text in content.items()]
+    return [*paths, *draw(results, folder)]
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw one panel a weight: block on the x axis, cosine similarity on the y axis."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "delta_lora", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        panels = figure.subplots(1, len(SERIES), sharey=True)
+        for panel, role in zip(panels, SERIES, strict=True):
+            for row, (colour, marker) in zip(results["rows"], STYLES, strict=False):
+                blocks = row["series"][role]
+                halves = [b["ci95"][1] - b["mean"] if b["ci95"] else 0.0 for b in blocks]
+                panel.errorbar(
+                    range(1, len(blocks) + 1),
+                    [block["mean"] for block in blocks],
+                    yerr=halves,
+                    color=colour, marker=marker, markersize=4, linewidth=1, capsize=2,
+                    label=row["label"],
+                )  # fmt: skip
+            panel.set_title(f"${SERIES_LABELS[role]}$")
+            panel.set_xlabel("Attention block")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("Cosine similarity of $W_0$ and $W^*$")
+        panels[0].legend(fontsize=8)
+        figure.suptitle(f"Figure {results['number']} (scale: {results['scale']})", fontsize=9)
+        paths = []
+        for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+            path = folder / f"{results['figure']}.{suffix}"
+            figure.savefig(path, metadata=metadata, dpi=150)
+            paths.append(path)
+    return paths

@@ -1,0 +1,156 @@
+"""What stands in a run folder: its lock, its predictions, its adapter, its record."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scripts.composition import ConfigError
+
+RECORD, RESOURCES = "record.json", "resources.json"
+ADAPTER = "adapter/adapter_model.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+class LockedError(RuntimeError):
+    """Another process works in the same run folder."""
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """Return a run's record with its resources under ``resources``."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    resources = folder / RESOURCES
+    if resources.exists():
+        record["resources"] = json.loads(resources.read_text(encoding="utf-8"))
+    return record
+
+
+@contextlib.contextmanager
+def lock(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the run folder for this process.
+
+    Raises:
+        LockedError: another process holds it and `wait` is False.
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the output folder {folder}: {error.strerror}; "
+            "choose another with paths.outputs=FOLDER"
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            owner = stream.read().strip() or "unknown"
+            if not wait:
+                raise LockedError(
+                    f"process {owner} is already working in {folder}; wait for it, or stop it"
+                ) from None
+            logger.info("waiting for process %s, which works in %s", owner, folder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.seek(0)
+        stream.truncate()
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def predict(
+    task: Any, model: Any, tokenizer: Any, folder: Path, split: str
+) -> list[dict[str, Any]]:
+    """Predict a split into ``predictions.jsonl``, continuing what an earlier session wrote."""
+    from delta_lora.runlog import Progress
+
+    final, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
+    if final.exists():
+        return _read_lines(final)
+    inputs = task.inputs(split)
+    if not len(inputs):
+        return []
+    predictions = _read_lines(partial)
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(_line(p) for p in predictions)
+        progress = Progress(
+            len(inputs), initial=len(predictions), description="predict", unit="input"
+        )
+        with contextlib.closing(progress):
+            for chunk in task.predict(model, tokenizer, split, tuple(predictions)):
+                predictions += chunk
+                stream.writelines(_line(p) for p in chunk)
+                stream.flush()
+                progress.update(len(chunk))
+    order = {p["id"]: p for p in predictions}
+    predictions = [order[key] for key in sorted(order)]
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(_line(p) for p in predictions)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(final)
+    return predictions
+
+
+def _line(prediction: dict[str, Any]) -> str:
+    return json.dumps(prediction, ensure_ascii=False) + "\n"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
+    return [json.loads(line) for line in whole.split("\n") if line]
+
+
+def write_adapter(folder: Path, tensors: dict[str, Any], description: dict[str, Any]) -> str:
+    """Write every parameter that a run changed, with what is needed to use it again.
+
+    Returns:
+        The sha256 of the file of tensors.
+    """
+    from delta_lora import checkpoint
+
+    path = folder / ADAPTER
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.write_tensors(path, tensors)
+    checkpoint.write_json(path.with_name("adapter_config.json"), description)
+    return checkpoint.sha256_file(path)
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """Return the parameters that the run in `folder` changed, by name.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no finished run: {ADAPTER} is missing")
+    return load_file(path)
+
+
+def clear(folder: Path) -> None:
+    """Remove the results of a stale run; its folder and lock stay."""
+    logger.info("run %s is stale: starting it again", folder.name)
+    for path in folder.iterdir():
+        if path.name == ".lock":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

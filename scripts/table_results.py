@@ -1,0 +1,423 @@
+"""The content of a table, from run records and from nothing else.
+
+A record is read from its run folder, or from its accepted copy ``results/runs/**/<signature>.json``
+where there is no run folder. The same records give the same content.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta_lora import stats
+from scripts.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
+from scripts.plan import Cell, CellModule
+from scripts.table_formats import FORMATS
+from scripts.table_spec import ROOT, Column, TableSpec
+
+RESULTS = ROOT / "results"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell and its completed record, or why it has none."""
+
+    cell: Cell
+    record: dict[str, Any] | None
+    state: str
+    reason: str
+
+
+def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the accepted records below `folder` by signature.
+
+    Raises:
+        ValueError: a file is no record, is named differently from its signature, or is there twice.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            signature = record["signature"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no run record ({error}); remove it") from error
+        if signature != path.stem:
+            raise ValueError(f"{path} holds the record of {signature}; name it {signature}.json")
+        if signature in records:
+            raise ValueError(f"two accepted records of {signature} below {folder}; keep one")
+        records[signature] = record
+    return records
+
+
+def collect(
+    cells: Sequence[Cell],
+    cell: CellModule,
+    *,
+    accepted: Mapping[str, dict[str, Any]] | None = None,
+    failures: Mapping[str, str] | None = None,
+) -> list[Entry]:
+    """Find the record of every cell.
+
+    Args:
+        cells: from `list_cells`.
+        cell: `scripts.cell`.
+        accepted: records to take where a cell has no run folder.
+        failures: signature to reason, for cells that failed without writing a record.
+    """
+    entries = []
+    for item in cells:
+        status = cell.status(item.config)
+        copy = (accepted or {}).get(item.signature)
+        if status.state == "done":
+            entries.append(Entry(item, cell.load_record(item.folder), "done", ""))
+        elif status.state == "missing" and copy is not None and copy["status"] == "completed":
+            entries.append(Entry(item, copy, "done", "accepted copy"))
+        elif failures and item.signature in failures:
+            entries.append(Entry(item, None, "failed", failures[item.signature]))
+        else:
+            entries.append(Entry(item, None, status.state, status.reason))
+    return entries
+
+
+def collect_accepted(cells: Sequence[Cell], accepted: Mapping[str, dict[str, Any]]) -> list[Entry]:
+    """Find the accepted record of every cell, whatever run folders there are."""
+    return [
+        Entry(item, accepted[item.signature], "done", "accepted copy")
+        if item.signature in accepted
+        else Entry(item, None, "missing", "")
+        for item in cells
+    ]
+
+
+def build_results(
+    spec: TableSpec,
+    scale: str,
+    seeds: Sequence[int],
+    extra: Sequence[str],
+    entries: Sequence[Entry],
+) -> dict[str, Any]:
+    """Return the content of ``results/<scale>/<table>.json``.
+
+    Numbers are in the units of the table (per cent where a column's `scale` is 100), ours and the
+    paper's alike, and never mixed.
+
+    Args:
+        spec: the table.
+        scale: scale of the runs.
+        seeds: seeds that were asked for.
+        extra: overrides given on top of the table's.
+        entries: from `collect`.
+
+    Raises:
+        ValueError: the records must not share a table (scale, data, protocol, task version).
+    """
+    done = [entry for entry in entries if entry.record is not None]
+    facts = facts_of(spec, scale, seeds, extra, entries)
+    scores = {row.name: _scores(spec, row.name, done) for row in spec.rows}
+    resources = {row.name: _resources(spec, row.name, done) for row in spec.rows}
+    return {
+        "table": spec.name,
+        "columns": [column.name for column in spec.columns],
+        "column_specs": [_column_spec(column) for column in spec.columns],
+        **facts,
+        "references": _references(spec, done),
+        "rows": [
+            _row(spec, row.name, entries, scores[row.name], resources[row.name])
+            for row in spec.rows
+        ],
+        "claims": judge_claims(spec, scores, resources),
+        "contrasts": compare_contrasts(spec, scores),
+    }
+
+
+def facts_of(
+    spec: TableSpec,
+    scale: str,
+    seeds: Sequence[int],
+    extra: Sequence[str],
+    entries: Sequence[Entry],
+) -> dict[str, Any]:
+    """Return what a reader must know to use a table or figure; arguments as `build_results`.
+
+    Raises:
+        ValueError: the records must not stand together (scale, data, protocol, task version).
+    """
+    done = [entry for entry in entries if entry.record is not None]
+    _check_comparable(scale, done)
+    records = [entry.record for entry in done if entry.record is not None]
+    return {
+        "number": spec.number,
+        "title": spec.title,
+        "scale": scale,
+        "seeds": list(seeds),
+        "overrides": list(extra),
+        "tuning": spec.tuning,
+        "tasks": {run: _task_facts(run, done) for run in spec.runs},
+        "models": sorted({record["model"]["name"] for record in records}),
+        "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
+        "code": _code(records),
+        "devices": sorted({_device(record) for record in records}),
+    }
+
+
+def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a table in all formats to ``folder/<table>.<format>``.
+
+    Args:
+        results: from `build_results`.
+        folder: created if missing.
+
+    Returns:
+        The files, each written under a temporary name and renamed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        write_text(folder / f"{results['table']}.{suffix}", write(results))
+        for suffix, write in FORMATS.items()
+    ]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` under a temporary name and rename it; return `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)
+    return path
+
+
+def accept(entries: Sequence[Entry], folder: Path) -> list[Path]:
+    """Copy the completed records to ``folder/<signature>.json``.
+
+    Raises:
+        ValueError: a record comes from a tree with uncommitted changes.
+    """
+    records = [entry.record for entry in entries if entry.record is not None]
+    dirty = [r["signature"] for r in records if r["provenance"]["git"]["dirty"] is not False]
+    if dirty:
+        raise ValueError(
+            f"{len(dirty)} of {len(records)} records come from uncommitted or unknown code "
+            f"({', '.join(sorted(dirty)[:5])}); commit, delete their run folders and run them again"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for record in records:
+        path = folder / f"{record['signature']}.json"
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _check_comparable(scale: str, done: Sequence[Entry]) -> None:
+    """Refuse records of another scale, another run, or other data than the rest."""
+    first: dict[str, Entry] = {}
+    for entry in done:
+        record = entry.record
+        assert record is not None
+        name = entry.cell.signature
+        if record["signature"] != name:
+            raise ValueError(f"{entry.cell.folder} holds the record of {record['signature']}")
+        if record["scale"] != scale:
+            raise ValueError(
+                f"{name} ({entry.cell.label}) is of scale {record['scale']}, not {scale}; "
+                "a table never mixes scales"
+            )
+        reference = first.setdefault(entry.cell.run, entry)
+        assert reference.record is not None
+        mine, theirs = record["task"], reference.record["task"]
+        differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if differing:
+            raise ValueError(
+                f"{name} ({entry.cell.label}) and {reference.cell.signature} "
+                f"({reference.cell.label}) differ in the task's {', '.join(differing)}; a table "
+                "never mixes data, protocols or scorers: delete the folder of the outdated run"
+            )
+
+
+def _scores(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[int, float]]:
+    """Return column -> seed -> value in printed units."""
+    values: dict[str, dict[int, float]] = {column.name: {} for column in spec.columns}
+    for entry in done:
+        if entry.cell.row != row or entry.record is None:
+            continue
+        for column in spec.columns:
+            value = entry.record["metrics"].get(column.metric)
+            if column.run == entry.cell.run and value is not None:
+                values[column.name][entry.cell.seed] = float(value) * column.scale
+    for column in spec.columns:
+        if column.mean_of:
+            parts = [values[name] for name in column.mean_of]
+            for seed in sorted(set.intersection(*map(set, parts))):
+                values[column.name][seed] = _mean([part[seed] for part in parts])
+    return values
+
+
+def _resources(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[int, float]]:
+    """Return resource -> seed -> value over the row's runs: largest memory, summed times."""
+    values: dict[str, dict[int, float]] = {}
+    by_seed: dict[int, list[Mapping[str, float]]] = {}
+    for entry in done:
+        if entry.cell.row == row and entry.record is not None:
+            by_seed.setdefault(entry.cell.seed, []).append(entry.record.get("resources", {}))
+    for name in RESOURCE_LABELS:
+        combine: Callable[[list[float]], float] = math.fsum
+        if name == "peak_memory_bytes":
+            combine = max
+        elif name == "tokens_per_s":
+            combine = _mean
+        values[name] = {
+            seed: float(combine([run[name] for run in runs]))
+            for seed, runs in by_seed.items()
+            if len(runs) == len(spec.runs) and all(run.get(name) is not None for run in runs)
+        }
+    return values
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _row(
+    spec: TableSpec,
+    name: str,
+    entries: Sequence[Entry],
+    scores: Mapping[str, Mapping[int, float]],
+    resources: Mapping[str, Mapping[int, float]],
+) -> dict[str, Any]:
+    mine = [entry for entry in entries if entry.cell.row == name]
+    records = [entry.record for entry in mine if entry.record is not None]
+    paper = spec.paper["rows"].get(name, {})
+    row = spec.row(name)
+    return {
+        "method": name,
+        "label": row.label,
+        "is_control": row.is_control,
+        "trainable_parameters": _count(records, "trainable"),
+        "updatable_parameters": _count(records, "updatable"),
+        "head_parameters": _count(records, "head"),
+        "metrics": {
+            column.name: {
+                **_summary(scores[column.name]),
+                "missing": _missing(spec, column, mine),
+            }
+            for column in spec.columns
+        },
+        "paper": paper.get("metrics", {}),
+        "paper_parameters": {key: paper[key] for key in ("trainable", "updatable") if key in paper},
+        "resources": {key: _summary(values) for key, values in resources.items()},
+        "runs": [record["signature"] for record in records],
+        "absent": [
+            {
+                "run": entry.cell.run,
+                "seed": entry.cell.seed,
+                "signature": entry.cell.signature,
+                "state": entry.state,
+                "reason": entry.reason,
+            }
+            for entry in mine
+            if entry.record is None
+        ],
+    }
+
+
+def _summary(values: Mapping[int, float]) -> dict[str, Any]:
+    by_seed = {str(seed): values[seed] for seed in sorted(values)}
+    if not values:
+        return {"mean": None, "std": None, "n": 0, "ci95": None, "values": by_seed}
+    summary = stats.summarize(values[seed] for seed in sorted(values))
+    ends = None if summary.ci95 is None else list(summary.ci95)
+    return {
+        "mean": summary.mean,
+        "std": summary.std,
+        "n": summary.n,
+        "ci95": ends,
+        "values": by_seed,
+    }
+
+
+def _missing(spec: TableSpec, column: Column, entries: Sequence[Entry]) -> list[str]:
+    """Return why finished runs have no value in `column`, without repetition."""
+    reasons: dict[str, None] = {}
+    names = column.mean_of or (column.name,)
+    for source in map(spec.column, names):
+        for entry in entries:
+            if entry.record is None or entry.cell.run != source.run or source.metric is None:
+                continue
+            metrics, missing = entry.record["metrics"], entry.record["missing_metrics"]
+            if metrics.get(source.metric) is None:
+                known = ", ".join(sorted(metrics)) or "none"
+                default = f"the run has no metric {source.metric!r} (it has: {known})"
+                reasons[f"{source.label}: {missing.get(source.metric, default)}"] = None
+    return list(reasons)
+
+
+def _count(records: Sequence[Mapping[str, Any]], kind: str) -> int | None:
+    """Return the row's parameter count; where its tasks differ (heads), the largest."""
+    counts = [record["parameters"][kind] for record in records]
+    return max(counts) if counts else None
+
+
+def _column_spec(column: Column) -> dict[str, Any]:
+    return {
+        "name": column.name,
+        "label": column.label,
+        "run": column.run,
+        "metric": column.metric,
+        "mean_of": list(column.mean_of),
+        "scale": column.scale,
+        "decimals": column.decimals,
+        "better": "higher" if column.higher_is_better else "lower",
+    }
+
+
+def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
+    """Return what a reader must know of a run's task and start, from its first record."""
+    for entry in done:
+        if entry.cell.run == run and entry.record is not None:
+            keys = ("name", "version", "protocol", "source", "revision", "scored_split")
+            facts = {key: entry.record["task"].get(key) for key in keys}
+            files = entry.record["task"].get("files", [])
+            incomplete = [f["name"] for f in files if f.get("complete") is False]
+            if facts["source"] == "files" and incomplete:
+                facts["incomplete"] = ", ".join(incomplete)
+            before = entry.record["init_from"]
+            facts["starts_from"] = None if before is None else before["task"]
+            return facts
+    return {}
+
+
+def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, dict[str, float]]:
+    """Return, by name and column, the scores of what needs no model, where a run gives them."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in done:
+        assert entry.record is not None
+        for name, scores in entry.record["reference_metrics"].items():
+            for column in spec.columns:
+                if column.run == entry.cell.run and column.metric in scores:
+                    values = found.setdefault(name, {})
+                    values.setdefault(column.name, scores[column.metric] * column.scale)
+    for values in found.values():
+        for column in spec.columns:
+            if column.mean_of and all(name in values for name in column.mean_of):
+                values[column.name] = _mean([values[name] for name in column.mean_of])
+    return found
+
+
+def _code(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the commits of the records, with how many come from each and whether it was dirty."""
+    counts = Counter(
+        (record["provenance"]["git"]["commit"], record["provenance"]["git"]["dirty"])
+        for record in records
+    )
+    ordered = sorted(counts.items(), key=lambda item: (str(item[0][0]), str(item[0][1])))
+    return [{"commit": c, "dirty": dirty, "runs": count} for (c, dirty), count in ordered]
+
+
+def _device(record: Mapping[str, Any]) -> str:
+    device = record["provenance"]["device"]
+    return str(device["name"]) if isinstance(device, Mapping) else str(device)
