@@ -4,6 +4,8 @@ SCALE ?= auto
 SEEDS ?= 1,2,3
 WORKERS ?= auto
 ARGS ?=
+# Processes of `make test`; one thread each.
+TEST_WORKERS ?= 2
 PYTHON3 ?= python3
 # Grid of `make sweep`.
 RATIOS ?= 0.5,1,2,4
@@ -28,7 +30,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint plan tiny-models reproduce-all $(REPRODUCE) sweep report clean check-python
+.PHONY: help setup test lint plan tiny-models reproduce-all $(REPRODUCE) sweep report check-results clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -41,7 +43,8 @@ setup: $(READY)  ## make the environment .venv from requirements.lock
 	@echo "environment ready: $(RUN)"
 
 test: $(READY)  ## run all tests, with the coverage of delta_lora and tasks (ARGS go to pytest)
-	$(RUN) -m pytest --cov=delta_lora --cov=tasks --cov-report=term $$ARGS
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	  --cov=delta_lora --cov=tasks --cov-report=term $$ARGS
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff check .
@@ -54,7 +57,7 @@ plan: $(READY)  ## what the tables still need and how long it will take
 tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1
 
-reproduce-all: $(READY)  ## all tables
+reproduce-all: $(READY)  ## all tables and figures, and one page with all of them: results/SCALE/README.md
 	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
 $(REPRODUCE): reproduce-%: $(READY)
@@ -65,8 +68,11 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$(STARTS) $$ARGS
 
-report: $(READY)  ## put the generated tables into README
+report: $(READY)  ## put the generated verdicts and tables into README
 	@$(RUN) scripts/report.py
+
+check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
+	@$(RUN) scripts/tables.py --scale tiny --check
 
 clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info

@@ -1,4 +1,7 @@
-"""One page with every table, figure and verdict of a scale: ``results/<scale>/README.md``."""
+"""One page with every table, figure and verdict of a scale: ``results/<scale>/README.md``.
+
+The verdicts alone stand in ``verdicts.md``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def write_page(folder: Path, scale: str | None = None) -> Path:
     lines = [f"# Results at scale {scale or folder.name}", ""]
     lines += ["Generated from run records by `python scripts/tables.py`; never edited.", ""]
     lines += [f"Made by `{_command(found, scale or folder.name)}`.", ""]
-    lines += ["## Verdicts", "", *_verdicts(found), ""]
+    verdicts = _verdicts(found)
+    write_text(folder / "verdicts.md", "\n".join(verdicts) + "\n")
+    lines += ["## Verdicts", "", *verdicts, ""]
     missing = [name for name in sorted(known, key=_order) if name not in found]
     if missing:
         lines += [f"Not made at this scale: {', '.join(missing)}.", ""]

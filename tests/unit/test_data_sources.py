@@ -10,16 +10,25 @@ from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tasks.data import (
+    Document,
+    HubDataset,
     Release,
+    file_facts,
     find_file,
     listing,
     open_folder,
     read_csv,
     read_document,
+    read_jsonl,
     read_lines,
+    read_parquet,
+    read_tsv,
 )
 
 COMMIT = "0123456789" * 4
@@ -203,3 +212,111 @@ def test_a_release_must_be_pinned() -> None:
         Release("owner/name", "main", "http://127.0.0.1", {})
     with pytest.raises(ValueError, match=r"sha256 of a.txt is 'abc'"):
         Release("owner/name", COMMIT, "http://127.0.0.1", {"a.txt": "abc"})
+
+
+# Tab-separated values, JSON lines, Parquet, the hub
+
+
+def document(tmp_path: Path, data: bytes | str, name: str = "a.tsv") -> Document:
+    return read_document(write(tmp_path / name, data))
+
+
+def test_tsv_has_no_quoting_and_any_order_of_columns(tmp_path: Path) -> None:
+    read = document(tmp_path, 'idx\tb\ta\n0\t"x\ty"\r\n1\tx\u2028y\t\n')
+    assert list(read_tsv(read, ["a", "b"], ["label"])) == [
+        (2, {"a": 'y"', "b": '"x'}),
+        (3, {"a": "", "b": "x\u2028y"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\tc\n1\t2\n", r"line 1: no column 'b'; the header is \['a', 'c'\]"),
+        ("a\tb\tb\n1\t2\t3\n", "line 1: more than one column 'b'"),
+        ("a\tb\n1\t2\n1\n", "line 3: 1 fields, but the header has 2"),
+        ("a\tb\n1\t2\t3\n", "line 2: 3 fields, but the header has 2 .* a tab within a field"),
+    ],
+)
+def test_wrong_tsv_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"a.tsv, {message}"):
+        list(read_tsv(document(tmp_path, text), ["a", "b"]))
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    read = document(tmp_path, '{"a": "x", "id": 7, "z": []}\n{"id": null, "a": "é\\u2028"}\n')
+    assert list(read_jsonl(read, ["a"], ["id"])) == [
+        (1, {"a": "x", "id": "7"}),
+        (2, {"a": "é\u2028"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": "x"}\n{"a": "x"\n', "line 2: no valid JSON .* at column"),
+        ("[1]\n", r"line 1: expected a JSON object, got '\[1\]'"),
+        ('{"b": "x"}\n', "line 1: no 'a'; the object has 'b'"),
+        ('{"a": null}\n', "line 1: 'a' is None; expected a text"),
+    ],
+)
+def test_wrong_json_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"a.tsv, {message}"):
+        list(read_jsonl(document(tmp_path, text), ["a"]))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"idx": [4, 5], "label": [1, 0], "text": ["é", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_parquet(tmp_path / "a.parquet", ["text"], ["label", "other"])) == [
+        (1, {"text": "é", "label": 1}),
+        (2, {"text": "b", "label": 0}),
+    ]
+    with pytest.raises(ValueError, match="no column sentence; it has idx, label, text"):
+        list(read_parquet(tmp_path / "a.parquet", ["sentence"]))
+    write(tmp_path / "b.parquet", "text")
+    with pytest.raises(ValueError, match="b.parquet is no Parquet file"):
+        list(read_parquet(tmp_path / "b.parquet", ["text"]))
+
+
+def test_facts_of_a_file(tmp_path: Path) -> None:
+    read = document(tmp_path, "text\n")
+    sha256 = hashlib.sha256(b"text\n").hexdigest()
+    assert file_facts(read, 3, sha256) == {
+        "name": "a.tsv", "sha256": sha256, "bytes": 5, "rows": 3, "official": True,
+    }  # fmt: skip
+    assert file_facts(read, 3, None)["official"] is False
+
+
+def test_a_hub_dataset_is_read_from_parquet_and_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def load(path: str, name: str | None, **settings: object) -> object:
+        asked.update(settings, path=path, name=name)
+        return datasets.Dataset.from_dict({"b": ["x", "y"], "a": [1, 2], "c": [0, 0]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = HubDataset("owner/data", COMMIT, "en")
+    rows, sha256 = source.fetch("test", ["a", "b"], tmp_path)
+    assert rows == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    assert (asked["path"], asked["name"], asked["split"]) == ("owner/data", "en", "test")
+    assert asked["revision"] == COMMIT
+    assert source.fetch("test", ["a", "b"])[1] == sha256 != source.fetch("test", ["a"])[1]
+    assert source.resolve() == f"owner/data@{COMMIT}"
+    with pytest.raises(ValueError, match="owner/data, test: no column z; it has b, a, c"):
+        source.fetch("test", ["z"])
+
+
+def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> object:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = HubDataset("owner/data", "refs/convert/parquet")
+    with pytest.raises(RuntimeError, match="no route; where there is no network, .*source=files"):
+        source.fetch("test", ["a"])
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", load)
+    with pytest.raises(RuntimeError, match=r"could not read owner/data \(revision refs/convert"):
+        source.resolve()

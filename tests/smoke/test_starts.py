@@ -1,0 +1,159 @@
+"""GLUE runs of seconds on a random encoder: what a run starts from, best and last epoch, resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import cell
+from tasks.embedded.bpe import train_tokenizer
+
+SIZES = "task.embedded_sizes={train:24,validation:12}"
+MNLI_SIZES = "task.embedded_sizes={train:24,validation_matched:6,validation_mismatched:6}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = train_tokenizer(["the cook of the old inn serves a fair meal"] * 20, vocab_size=300)
+    made.model_max_length = 64
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(tokenizer: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def overrides(task: str, *more: str) -> list[str]:
+        return [
+            f"task=glue/{task}", f"recipe=glue/{task}", "model=roberta_base", "logger=none",
+            "model.init=random", f"model.tokenizer_path={tokenizer}", "scale=paper",
+            "+model.architecture.hidden_size=16", "+model.architecture.num_hidden_layers=1",
+            "+model.architecture.num_attention_heads=2", "+model.architecture.intermediate_size=16",
+            "model.architecture.vocab_size=300", "model.architecture.max_position_embeddings=80",
+            "task.source=embedded", "trainer.max_steps=4", "trainer.batch_size=8",
+            "trainer.device=cpu", "trainer.num_threads=1", "trainer.log_every_steps=1",
+            f"paths.outputs={tmp_path / 'outputs'}", *more,
+        ]  # fmt: skip
+
+    return overrides
+
+
+def run(overrides: list[str]) -> tuple[dict[str, Any], Path]:
+    cfg = cell.compose(overrides)
+    return cell.run(cfg), cell.run_dir(cfg)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["delta_lora", "dylora", "full_query_value"])
+def test_a_run_starts_from_what_the_same_method_learned_on_mnli(
+    small: Callable[..., list[str]], method: str
+) -> None:
+    settings = [f"method={method}", "method.learning_rate=0.01"]
+    mnli, mnli_folder = run(small("mnli", *settings, MNLI_SIZES, "recipe.start_step=-1"))
+    # The only step of this run has learning rate 0.
+    record, folder = run(
+        small("rte", *settings, SIZES, f"init_from={mnli_folder}", "trainer.max_steps=1")
+    )
+    assert record["init_from"] == {
+        "task": "glue_mnli",
+        "signature": mnli["signature"],
+        "adapter_sha256": mnli["adapter_sha256"],
+    }
+    learned, started = adapter(mnli_folder), adapter(folder)
+    changed = [name for name in learned if not name.startswith("classifier.")]
+    assert changed
+    for name in changed:
+        assert torch.equal(learned[name], started[name]), name
+    assert started["classifier.out_proj.weight"].shape == (2, 16)
+    assert learned["classifier.out_proj.weight"].shape == (3, 16)
+    assert not torch.equal(learned["classifier.dense.weight"], started["classifier.dense.weight"])
+
+
+def test_the_run_on_mnli_is_made_first_and_shared(small: Callable[..., list[str]]) -> None:
+    cfg = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=3"))
+    before = cell.start(cfg)
+    assert (before.choices.task, before.choices.method, before.seed) == ("glue/mnli", "lora", 3)
+    assert cell.signature(before) == cell.signature(
+        cell.compose(small("mnli", "method=lora", "seed=3"))
+    )
+    record = cell.run(cfg)
+    assert cell.status(before).state == "done"
+    # Overrides that are not about the task belong to the start too.
+    assert cell.load_record(cell.run_dir(before))["training"]["steps"] == 4
+    assert record["init_from"]["signature"] == cell.signature(before)
+    assert cell.status(cfg).state == "done"
+    path = cell.run_dir(before) / "record.json"
+    changed = {**json.loads(path.read_text()), "adapter_sha256": "0" * 64}
+    path.write_text(json.dumps(changed))
+    assert cell.status(cfg).state == "stale"
+
+
+def test_the_start_is_part_of_the_name_only_where_there_is_one(
+    small: Callable[..., list[str]],
+) -> None:
+    plain = cell.compose(small("rte", "method=lora"))
+    assert "init_from" not in cell.signed_config(plain)
+    started = cell.compose(small("rte", "method=lora", "init_from=glue/mnli"))
+    assert cell.signature(plain) != cell.signature(started)
+    other_seed = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=2"))
+    assert cell.signature(started) != cell.signature(other_seed)
+
+
+def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Path) -> None:
+    for value, message in (
+        ("glue/rte", "is the task of this run itself"),
+        ("glue/mnil", "neither a task nor the folder of a run"),
+        (str(tmp_path), "neither a task nor the folder of a run"),
+    ):
+        with pytest.raises(cell.ConfigError, match=message):
+            cell.signature(cell.compose(small("rte", "method=lora", f"init_from={value}")))
+    _, folder = run(small("mnli", "method=lora", "trainer.max_steps=1"))
+    other = cell.compose(small("rte", "method=delta_lora", f"init_from={folder}"))
+    with pytest.raises(cell.ConfigError, match="lora on roberta_base, this one is delta_lora"):
+        cell.run(other)
+
+
+def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> None:
+    record, _ = run(
+        small("rte", "method=full", SIZES, "trainer.max_steps=12", "method.learning_rate=0.01")
+    )
+    history = record["training"]["validation"]
+    assert [entry["step"] for entry in history] == [3, 6, 9, 12]
+    values = [entry["accuracy"] for entry in history]
+    metrics = record["metrics"]
+    assert metrics["best_epoch/accuracy"] == max(values) == metrics["accuracy"]
+    assert metrics["last_epoch/accuracy"] == values[-1]
+    assert record["training"]["chosen_step"] == history[values.index(max(values))]["step"]
+    assert record["training"]["checkpoint_rule"] == "best"
+    assert record["num_predictions"] == 12
+
+
+def test_the_last_epoch_can_be_taken_instead(small: Callable[..., list[str]]) -> None:
+    record, _ = run(
+        small("mnli", "method=lora", MNLI_SIZES, "trainer.checkpoint_rule=last",
+              "score_references=true")
+    )  # fmt: skip
+    assert record["metrics"]["accuracy"] == record["metrics"]["last_epoch/accuracy"]
+    assert record["training"]["chosen_step"] == 4
+    assert set(record["metrics"]) >= {"accuracy_matched", "accuracy_mismatched"}
+    assert set(record["reference_metrics"]) == {"bag of words", "most frequent class"}
+    assert record["parameters"]["head"] == 16 * 16 + 16 + 3 * 16 + 3
+
+
+def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[str]]) -> None:
+    settings = ["method=full", "recipe.model_dropout=0.0", SIZES, "trainer.micro_batch_size=4"]
+    plain, _ = run(small("rte", *settings))
+    grouped, _ = run(small("rte", *settings, "trainer.group_by_length=true"))
+    assert plain["signature"] != grouped["signature"]
+    losses = [r["training"]["validation"][-1]["loss"] for r in (plain, grouped)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert "group_by_length" not in plain["config"]["trainer"]
