@@ -275,7 +275,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column sentence; it has idx, label, text"):
         list(read_parquet(tmp_path / "a.parquet", ["sentence"]))
     write(tmp_path / "b.parquet", "text")
-    with pytest.raises(ValueError, match="b.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"b\.parquet is no Parquet file"):
         list(read_parquet(tmp_path / "b.parquet", ["text"]))
 
 
@@ -315,7 +315,7 @@ def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HubDataset("owner/data", "refs/convert/parquet")
-    with pytest.raises(RuntimeError, match="no route; where there is no network, .*source=files"):
+    with pytest.raises(RuntimeError, match=r"no route; where there is no network, .*source=files"):
         source.fetch("test", ["a"])
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", load)
     with pytest.raises(RuntimeError, match=r"could not read owner/data \(revision refs/convert"):
