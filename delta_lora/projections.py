@@ -32,9 +32,6 @@ SEPARATE_NAMES = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
-#: leaf names of embeddings that are bare parameters or a convolution (ViT), not `nn.Embedding`.
-BARE_EMBEDDINGS = ("cls_token", "mask_token", "distillation_token", "position_embeddings")
-PATCH_EMBEDDING = "patch_embeddings"
 #: how many candidates an error message lists.
 NUM_LISTED = 12
 
@@ -318,33 +315,30 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Param
     return parameters
 
 
-def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that embed tokens, positions and token types, by name.
+def token_embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that embed tokens, by name.
 
-    These are the weights of every `nn.Embedding` (word, position and token-type tables; T5's
-    relative position bias too) and, in a ViT, the class token, the position embeddings and the
-    patch projection, which is what makes tokens of an image. A LayerNorm behind them is none.
+    In a model of `transformers` these are what `get_input_embeddings` names: the word table (with
+    it a tied LM head, which is the same tensor), in a ViT the patch projection. Positions and token
+    types are not among them. In any other module: every `nn.Embedding`.
 
     Args:
         model: the model.
 
     Returns:
-        At least one parameter, tied names once: a tied LM head is the same tensor as the word
-        embedding, so it is among them under the embedding's name.
+        At least one parameter, tied names once.
 
     Raises:
         ValueError: the model has no embedding.
     """
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    found = {
-        name: p
-        for name, p in model.named_parameters()
-        if id(p) in tables
-        or name.rpartition(".")[2] in BARE_EMBEDDINGS
-        or PATCH_EMBEDDING in name.split(".")[:-1]
-    }
+    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if isinstance(inputs, nn.Module):
+        modules = [inputs]
+    tables = {id(parameter) for module in modules for parameter in module.parameters()}
+    found = {name: p for name, p in model.named_parameters() if id(p) in tables}
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no token or position embedding to freeze; use method=full"
+            f"{type(model).__name__} has no token embedding to freeze; use method=full"
         )
     return found

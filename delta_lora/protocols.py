@@ -219,8 +219,8 @@ class Task(ABC):
         """Return the number of tokens of an encoded example, for grouping by length."""
         raise NotImplementedError(f"{type(self).__name__} does not say how long an example is")
 
-    def describe(self) -> dict[str, Any]:
-        """Return facts for the record that are known after predicting; JSON values."""
+    def describe(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+        """Return facts for the record that depend on model and tokenizer; JSON values."""
         return {}
 
 

@@ -357,6 +357,8 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     training.seed_everything(cfg.seed)
     with _as_config_error():
         model = _model(cfg, task)
+        if hasattr(task, "initialise") and cfg.model.init == "random":
+            task.initialise(model, train)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
@@ -459,7 +461,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
         "missing_metrics": scores.missing if scores else {},
         "reference_metrics": {name: found.values for name, found in references.items()},
         "cosine_similarity": analysis,
-        "decoding": task.describe(),
+        "task_facts": task.describe(model, tokenizer),
         "training": {
             "steps": result.num_steps,
             "epochs": result.num_epochs,

@@ -16,7 +16,7 @@ from delta_lora.methods.full import Full
 from delta_lora.methods.full_frozen_embeddings import FullFrozenEmbeddings
 from delta_lora.methods.full_query_value import FullQueryValue, SplitLinear
 from delta_lora.methods.lora import Lora
-from delta_lora.projections import embedding_parameters
+from delta_lora.projections import token_embedding_parameters
 from tests.contract.models import (
     CASES,
     CONFIGS,
@@ -82,7 +82,7 @@ def trainable_by_rule(name, case, model):
     if name == "full":
         return set(plain)
     if name == "full_frozen_embeddings":
-        return set(plain) - set(embedding_parameters(model))
+        return set(plain) - set(token_embedding_parameters(model))
     layers = {n.rpartition(".")[0] for n in case.names}
     if name == "full_query_value":
         fused = "c_attn" in case.names[0]

@@ -9,9 +9,9 @@ from delta_lora.methods.full_query_value import FullQueryValue
 from delta_lora.methods.lora import Lora
 from delta_lora.projections import (
     Projection,
-    embedding_parameters,
     find_projections,
     head_parameters,
+    token_embedding_parameters,
 )
 from tests.contract.models import CASES, TinyMlp, gpt2
 
@@ -218,45 +218,24 @@ def test_head_errors():
     ("name", "expected"),
     [
         ("mlp", {"embed.weight"}),
-        ("gpt2", {"transformer.wte.weight", "transformer.wpe.weight"}),
+        ("gpt2", {"transformer.wte.weight"}),
         ("llama", {"model.embed_tokens.weight"}),
-        (
-            "bart",
-            {
-                "model.shared.weight",
-                "model.encoder.embed_positions.weight",
-                "model.decoder.embed_positions.weight",
-            },
-        ),
-        (
-            "roberta",
-            {
-                f"roberta.embeddings.{kind}_embeddings.weight"
-                for kind in ("word", "position", "token_type")
-            },
-        ),
-        (
-            "bert",
-            {
-                f"bert.embeddings.{kind}_embeddings.weight"
-                for kind in ("word", "position", "token_type")
-            },
-        ),
+        ("bart", {"model.shared.weight"}),
+        ("roberta", {"roberta.embeddings.word_embeddings.weight"}),
+        ("bert", {"bert.embeddings.word_embeddings.weight"}),
         (
             "vit",
             {
-                "vit.embeddings.cls_token",
-                "vit.embeddings.position_embeddings",
                 "vit.embeddings.patch_embeddings.projection.weight",
                 "vit.embeddings.patch_embeddings.projection.bias",
             },
         ),
     ],
 )
-def test_embeddings_are_found_by_structure(name, expected):
-    assert set(embedding_parameters(CASES[name].model())) == expected
+def test_token_embeddings_are_found(name, expected):
+    assert set(token_embedding_parameters(CASES[name].model())) == expected
 
 
 def test_no_embedding_is_an_error():
-    with pytest.raises(ValueError, match="no token or position embedding"):
-        embedding_parameters(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no token embedding"):
+        token_embedding_parameters(nn.Linear(2, 2))
