@@ -1,7 +1,7 @@
-"""Beam search for causal language models: the recipe of microsoft/LoRA by means of `transformers`.
+"""Beam search by means of `transformers`: two recipes, one for each family of models.
 
-The search is `transformers`' own. What it shares with the recipe and where it differs
-(recipe: examples/NLG/src/gpt2_beam.py):
+`BeamSearch` is for causal models, after microsoft/LoRA. The search is `transformers`' own. What it
+shares with the recipe and where it differs (recipe: examples/NLG/src/gpt2_beam.py):
 
 1. The same: a hypothesis scores (sum of log-probabilities) / length ** length_penalty, where the
    length counts generated tokens with the end token and never the prompt; a hypothesis can end only
@@ -15,10 +15,16 @@ The search is `transformers`' own. What it shares with the recipe and where it d
 3. Different: if a candidate ends, `transformers` fills its beam at once with the next best
    candidate; the recipe leaves it empty until the next step fills it from the remaining beams. So
    `transformers` searches a little wider.
+
+`Seq2SeqBeamSearch` is for encoder-decoders, after AdaLoRA's summarisation script, which calls
+`transformers`' search with a width and a maximum length and leaves all else to the checkpoint. So
+nothing is changed in it here: n-grams are blocked in the decoder's text, and probabilities are not
+renormalised behind the block.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,21 +99,12 @@ class BeamSearch:
             ("max_new_tokens", 1),
             ("batch_size", 1),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"decoding.{name}={value!r}; allowed: integers from {least}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(
-                f"decoding.early_stopping={self.early_stopping!r}; allowed: 'never', false, true"
-            )
+            _check_integer(name, getattr(self, name), least)
+        _check_early_stopping(self.early_stopping)
 
     def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the indices that are decoded together: neighbours in length, longest first."""
-        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-        return [
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        ]
+        return _chunks(lengths, self.batch_size)
 
     @torch.no_grad()
     def generate(
@@ -168,6 +165,196 @@ class BeamSearch:
                 logits_processor=processors,
             )
         return [_until(row, end_tokens) for row in output[:, longest:].tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqBeamSearch:
+    """Settings of a beam search with an encoder-decoder; None leaves one to the checkpoint.
+
+    Attributes:
+        num_beams: width; 1 is greedy search.
+        max_length: longest decoder text in tokens; as in `transformers` the start token counts.
+        length_penalty: exponent of the length that divides a hypothesis' log-probability.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in an output; 0 is off.
+        early_stopping: True at `num_beams` finished hypotheses, False by an estimate from the
+            present length, ``"never"`` when nothing can get better.
+        forced_bos: whether every output must begin with the model's begin token.
+        forced_eos: whether an output of `max_length` tokens must end with the end token.
+        batch_size: sources decoded at once; `batch_size * num_beams` texts are in memory.
+    """
+
+    num_beams: int = 8
+    max_length: int = 64
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    early_stopping: bool | str | None = None
+    forced_bos: bool | None = None
+    forced_eos: bool | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_beams", 1), ("max_length", 2), ("batch_size", 1)):
+            _check_integer(name, getattr(self, name), least)
+        if self.no_repeat_ngram_size is not None:
+            _check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        if self.early_stopping is not None:
+            _check_early_stopping(self.early_stopping)
+
+    def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the indices that are decoded together: neighbours in length, longest first."""
+        return _chunks(lengths, self.batch_size)
+
+    def settings(self, model: Any) -> tuple[GenerationConfig, dict[str, dict[str, Any]]]:
+        """Return what a search with `model` uses, and the same for a record.
+
+        Args:
+            model: an encoder-decoder of `transformers`; its `generation_config` is the checkpoint's
+                (made from ``config.json`` where the checkpoint has no file of its own).
+
+        Returns:
+            The settings, and for each of them ``{"value", "origin"}``. Origins are ``recipe`` (a
+            value of this class), ``checkpoint``, and ``default`` where neither says anything.
+
+        Raises:
+            ValueError: the checkpoint names no start or end token, or none to force.
+        """
+        checkpoint = model.generation_config
+        ids = {
+            name: getattr(checkpoint, name)
+            if getattr(checkpoint, name, None) is not None
+            else getattr(model.config, name, None)
+            for name in ("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id")
+        }
+        chosen: dict[str, Any] = {
+            "num_beams": self.num_beams,
+            "max_length": self.max_length,
+            "do_sample": False,
+        }
+        for name in ("length_penalty", "no_repeat_ngram_size", "early_stopping"):
+            if getattr(self, name) is not None:
+                chosen[name] = getattr(self, name)
+        for end, is_forced in (("bos", self.forced_bos), ("eos", self.forced_eos)):
+            if is_forced is not None:
+                chosen[f"forced_{end}_token_id"] = ids[f"{end}_token_id"] if is_forced else None
+        needed = ["decoder_start_token_id", "eos_token_id"] + ["bos_token_id"] * bool(
+            self.forced_bos
+        )
+        if missing := [name for name in needed if ids[name] is None]:
+            raise ValueError(
+                f"{type(model).__name__} has no {', '.join(missing)}, which decoding needs; set it "
+                "in model.config_overrides"
+            )
+        stored = {
+            name: value
+            for name, value in checkpoint.to_dict().items()
+            if value is not None and name not in _NOT_SETTINGS
+        }
+        stored |= {name: value for name, value in ids.items() if value is not None}
+        values = {**_DEFAULTS, **stored, **chosen}
+        record = {
+            name: {
+                "value": value,
+                "origin": "recipe"
+                if name in chosen
+                else "checkpoint"
+                if name in stored
+                else "default",
+            }
+            for name, value in sorted(values.items())
+        }
+        if values.get("pad_token_id") is None:  # only ever behind an end token
+            end_token = values["eos_token_id"]
+            values["pad_token_id"] = end_token[0] if isinstance(end_token, list) else end_token
+        return GenerationConfig(**copy.deepcopy(values), use_cache=True), record
+
+    @torch.no_grad()
+    def generate(self, model: Any, sources: Sequence[Tensor]) -> list[list[int]]:
+        """Decode one batch.
+
+        Args:
+            model: an encoder-decoder of `transformers` in eval mode.
+            sources: (S,) token ids of each source, none empty.
+
+        Returns:
+            For each source the generated ids, without the start token and what stands from the
+            first end token on.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+            ValueError: a source is empty, the model has too few positions, or see `settings`.
+        """
+        if model.training:
+            raise RuntimeError("decoding needs model.eval(): dropout would change the output")
+        if any(len(source) == 0 for source in sources):
+            raise ValueError("a source is empty; give it at least one token")
+        longest = max(len(source) for source in sources)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and max(longest, self.max_length) > positions:
+            raise ValueError(
+                f"a source of {longest} tokens and max_length={self.max_length}, but the model has "
+                f"{positions} positions; lower max_source_length or decoding.max_length"
+            )
+        settings, _ = self.settings(model)
+        input_ids = torch.zeros(len(sources), longest, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, source in enumerate(sources):
+            input_ids[row, : len(source)] = source
+            attention_mask[row, : len(source)] = 1
+        with _no_defaults(model):
+            output = model.generate(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=settings,
+            )
+        ends = settings.eos_token_id
+        end_tokens = ends if isinstance(ends, list) else [ends]
+        return [_until(row[1:], end_tokens) for row in output.tolist()]
+
+
+#: what `transformers` does where neither recipe nor checkpoint says anything.
+_DEFAULTS: dict[str, Any] = {
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "early_stopping": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+}
+#: what a checkpoint's generation settings hold that is no choice of a beam search.
+_NOT_SETTINGS = frozenset(
+    {
+        "_from_model_config",
+        "transformers_version",
+        "use_cache",
+        "max_new_tokens",  # it would take the place of `max_length`
+        "num_return_sequences",
+        "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        # Of sampling, which the recipe turns off.
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"decoding.{name}={value!r}; allowed: integers from {least}")
+
+
+def _check_early_stopping(value: Any) -> None:
+    if value not in (True, False, "never"):
+        raise ValueError(f"decoding.early_stopping={value!r}; allowed: 'never', false, true")
+
+
+def _chunks(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0)
         TypeError: the model takes no positions, so its sequences would see one another.
         ValueError: a sequence has more tokens than the model has positions.
     """
-    base = _unwrap(model)
+    base = unwrap(model)
     accepted = inspect.signature(type(base).forward).parameters
     if missing := [name for name in ("position_ids", "logits_to_keep") if name not in accepted]:
         raise TypeError(
@@ -162,7 +162,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0)
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the `transformers` model inside DDP, torch.compile or PEFT wrappers."""
     while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
         model = inner

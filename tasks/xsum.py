@@ -1,0 +1,460 @@
+"""XSum: from a BBC article to a summary of one sentence (Table 3 of the paper).
+
+Data: Narayan, Cohen, Lapata, "Don't Give Me the Details, Just the Summary!", EMNLP 2018. Set-up:
+AdaLoRA's summarisation script for BART-large, whose settings the paper says it takes.
+
+Tokens of an example, with the tokenizer's own begin and end tokens (BART's <s> and </s>)::
+
+    encoder reads   <s> document </s>          at most `max_source_length`, the end is cut off
+    decoder writes  <s> summary </s>           at most `max_target_length`
+    decoder reads   START <s> summary          START: the model's decoder_start_token_id
+
+Equal inputs are decoded once. Scores are ROUGE of `tasks.metrics.rouge` on the test split; the
+script only ever scores the validation split, which `predict` takes too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delta_lora.protocols import Batch, MetricSpec, Scores, Task
+from tasks.data import (
+    HubDataset,
+    file_facts,
+    find_file,
+    listing,
+    open_folder,
+    read_document,
+    read_jsonl,
+)
+from tasks.embedded import xsum as embedded
+from tasks.generation import Seq2SeqBeamSearch
+from tasks.metrics import rouge
+from tasks.predictions import align
+from tasks.seq2seq import Pair, collate, seq2seq_loss
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("hub", "files", "embedded")
+#: rows of the official splits.
+OFFICIAL_ROWS: dict[str, int] = {"train": 204_045, "validation": 11_332, "test": 11_334}
+#: texts encoded at once: their Python lists of numbers are large.
+_CHUNK = 1000
+#: characters of a document that a prediction repeats.
+_KEY_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class Row:
+    """One article.
+
+    Attributes:
+        id: the BBC's number, or the split and the number of the row where the data have none.
+        document: the article.
+        summary: its reference, None where a test split has none.
+        place: where it came from (``file:line``).
+    """
+
+    id: str
+    document: str
+    summary: str | None
+    place: str
+
+    @property
+    def key(self) -> str:
+        """What identifies the document: its beginning and its sha1."""
+        digest = hashlib.sha1(self.document.encode(), usedforsecurity=False).hexdigest()
+        return f"{' '.join(self.document[:_KEY_LENGTH].split())} [sha1 {digest}]"
+
+
+class XSum(Task):
+    """The XSum task.
+
+    Args:
+        source: ``hub`` downloads the official splits, ``files`` reads `data_dir`, ``embedded``
+            writes a corpus of the same form from a grammar.
+        hub: the data set on the hub.
+        data_dir: folder with ``train``, ``validation`` and ``test``, each as ``.jsonl`` or
+            ``_subset.jsonl``, plain or ``.gz``; only with ``files``.
+        cache_dir: where ``hub`` keeps downloads; None takes the cache of `datasets`.
+        max_source_length: tokens of a document; longer ones lose their end, which is logged.
+        max_target_length: tokens of a summary, likewise.
+        decoding: settings of the beam search.
+        aggregate: ``mean`` or ``bootstrap``, see `tasks.metrics.rouge`.
+        embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
+        embedded_sizes: split -> articles of the ``embedded`` corpus; None takes its defaults.
+
+    Raises:
+        ValueError: a setting is not allowed, or two do not fit.
+    """
+
+    name = "xsum"
+    version = 1
+    metrics = (
+        MetricSpec("rouge_1", "ROUGE-1", scale=100),
+        MetricSpec("rouge_2", "ROUGE-2", scale=100),
+        MetricSpec("rouge_l", "ROUGE-L", scale=100),
+        MetricSpec("rouge_lsum", "ROUGE-Lsum", scale=100),
+    )
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        hub: HubDataset,
+        data_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        max_source_length: int = 768,
+        max_target_length: int = 64,
+        decoding: Seq2SeqBeamSearch | None = None,
+        aggregate: str = "mean",
+        embedded_seed: int = 0,
+        embedded_sizes: Mapping[str, int] | None = None,
+    ):
+        for name, value, allowed in (
+            ("source", source, SOURCES),
+            ("aggregate", aggregate, rouge.AGGREGATES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"task.{name}={value!r}; allowed: {', '.join(allowed)}")
+        if (data_dir is not None) != (source == "files"):
+            raise ValueError(
+                f"task.source={source} with task.data_dir={data_dir}: a folder goes with "
+                "task.source=files and with nothing else"
+            )
+        for name, length in (
+            ("max_source_length", max_source_length),
+            ("max_target_length", max_target_length),
+        ):
+            if length < 3:
+                raise ValueError(
+                    f"task.{name}={length}; allowed: at least 3 (begin token, text, end token)"
+                )
+        self.source = source
+        self.hub = hub
+        self.data_dir = data_dir
+        self.cache_dir = cache_dir
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.decoding = Seq2SeqBeamSearch() if decoding is None else decoding
+        self.aggregate = aggregate
+        self.embedded_seed = embedded_seed
+        self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
+        self._rows: dict[str, list[Row]] = {}
+        self._provenance: dict[str, Any] = {}
+        self._truncated: dict[str, int] = {}
+
+    # Loading
+
+    def load(self) -> None:
+        """Read all splits; see `Task.load`."""
+        revision = None
+        if self.source == "embedded":
+            with TemporaryDirectory() as folder:
+                embedded.write(Path(folder), seed=self.embedded_seed, sizes=self.embedded_sizes)
+                rows, files = self._read(Path(folder))
+        elif self.source == "files":
+            assert self.data_dir is not None
+            rows, files = self._read(open_folder(self.data_dir))
+        else:
+            revision = self.hub.resolve()
+            rows, files = self._download(revision)
+        for split, items in rows.items():
+            _check_ids(items, split)
+        self._rows = rows
+        self._warn_of_overlap()
+        self._provenance = {
+            "source": self.source,
+            "revision": revision,
+            "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
+            "aggregate": self.aggregate,
+            "files": files,
+            "rows": {split: len(items) for split, items in rows.items()},
+        }
+        counts = ", ".join(f"{split} {len(items):,}" for split, items in rows.items())
+        logger.info("XSum (%s): %s rows", self.source, counts)
+        if not self._has_references("test"):
+            logger.warning("the test split has no summaries: predictions only, no scores")
+
+    def _read(self, folder: Path) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+        rows: dict[str, list[Row]] = {}
+        files = []
+        for split, path in _find(folder).items():
+            document = read_document(path)
+            needed = ("document",) if split == "test" else ("document", "summary")
+            rows[split] = []
+            for number, values in read_jsonl(document, needed, ("summary", "id")):
+                place = f"{path}, line {number}"
+                for key in ("document", "summary"):
+                    if key in values and not values[key].strip():
+                        raise ValueError(f"{place}: the {key} is empty; remove or mend the row")
+                if rows[split] and ("summary" in values) != (rows[split][0].summary is not None):
+                    raise ValueError(
+                        f"{place}: {'a' if 'summary' in values else 'no'} summary, but the rows "
+                        "before it are different; give all of a test split, or none"
+                    )
+                name = values.get("id", f"{split}-{number:06d}")
+                place = f"{document.name}:{number}"
+                rows[split].append(Row(name, values["document"], values.get("summary"), place))
+            files.append(self._facts_of(document, split, len(rows[split])))
+        return rows, files
+
+    def _facts_of(self, document: Any, split: str, num_rows: int) -> dict[str, Any]:
+        official = OFFICIAL_ROWS[split]
+        if self.source == "files" and num_rows != official:
+            logger.warning(
+                "%s has %d of the %d rows of the official %s split: scores are not comparable "
+                "with published ones",
+                document.path,
+                num_rows,
+                official,
+                split,
+            )
+        # The official release names its articles but holds no texts, so that no checksum exists.
+        return {**file_facts(document, num_rows, None), "official_rows": official}
+
+    def _download(self, revision: str) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+        repository, _, commit = revision.rpartition("@")
+        pinned = HubDataset(repository, commit, self.hub.name)
+        rows: dict[str, list[Row]] = {}
+        files = []
+        for split, official in OFFICIAL_ROWS.items():
+            found, sha256 = pinned.fetch(split, ("document", "summary", "id"), self.cache_dir)
+            if len(found) != official:
+                raise ValueError(
+                    f"{revision}: {len(found):,} rows in {split}, officially {official:,}; another "
+                    "revision of the data set, or a download that ended early"
+                )
+            for number, row in enumerate(found, start=1):
+                if not row["summary"].strip():
+                    raise ValueError(f"{revision}, {split}, row {number}: the summary is empty")
+            if num_empty := sum(not row["document"].strip() for row in found):
+                logger.warning(
+                    "%d documents of the official %s split are empty; they are kept",
+                    num_empty,
+                    split,
+                )
+            rows[split] = [
+                Row(str(row["id"]), row["document"], row["summary"], f"{split}:{number}")
+                for number, row in enumerate(found, start=1)
+            ]
+            files.append({"name": split, "sha256": sha256, "rows": official, "official": True})
+        return rows, files
+
+    def _warn_of_overlap(self) -> None:
+        train = {row.document for row in self._rows["train"]}
+        for split in ("validation", "test"):
+            rows = self._rows[split]
+            if shared := sum(row.document in train for row in rows):
+                logger.warning(
+                    "%d of %d documents of %s also occur in train", shared, len(rows), split
+                )
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Task.provenance`; ``official`` tells whether a split is known to be the real one."""
+        self.inputs("train")
+        return self._provenance
+
+    def inputs(self, split: str = "test") -> Sequence[Row]:
+        """Return the rows of a split, which `predict` reads.
+
+        Raises:
+            RuntimeError: nothing is loaded.
+            ValueError: there is no such split.
+        """
+        if not self._rows:
+            raise RuntimeError("the data are not loaded; call load() first")
+        if split not in self._rows:
+            raise ValueError(f"split={split!r}; allowed: {', '.join(self._rows)}")
+        return self._rows[split]
+
+    def _has_references(self, split: str) -> bool:
+        return self.inputs(split)[0].summary is not None
+
+    # Training
+
+    def examples(self, split: str, tokenizer: Any) -> list[Pair]:
+        """Encode a split, see the module's text for the layout.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            tokenizer: a fast tokenizer that puts an end token behind a text; its
+                `model_max_length` (the positions of its model) limits lengths too.
+
+        Raises:
+            ValueError: the split has no summaries, or the tokenizer adds no end token.
+        """
+        rows = self.inputs(split)
+        summaries = [row.summary for row in rows if row.summary is not None]
+        if len(summaries) < len(rows):
+            raise ValueError(f"the {split} split has no summaries, so there is no loss on it")
+        sources = self._sources(split, tokenizer)
+        targets = self._encode(summaries, tokenizer, self.max_target_length, f"{split} summaries")
+        return [
+            Pair(row.place, source, target)
+            for row, source, target in zip(rows, sources, targets, strict=True)
+        ]
+
+    def _sources(self, split: str, tokenizer: Any) -> list[Tensor]:
+        documents = [row.document for row in self.inputs(split)]
+        return self._encode(documents, tokenizer, self.max_source_length, f"{split} documents")
+
+    def _encode(
+        self, texts: Sequence[str], tokenizer: Any, max_length: int, what: str
+    ) -> list[Tensor]:
+        """Return int32 token ids of each text, cut to `max_length` with its end token kept."""
+        limit = min(max_length, tokenizer.model_max_length)
+        encoded: list[Tensor] = []
+        num_cut = 0
+        for start in range(0, len(texts), _CHUNK):
+            batch = tokenizer(
+                list(texts[start : start + _CHUNK]),
+                truncation=True,
+                max_length=limit,
+                return_attention_mask=False,
+            )
+            num_cut += sum(bool(encoding.overflowing) for encoding in batch.encodings)
+            encoded += [torch.tensor(ids, dtype=torch.int32) for ids in batch["input_ids"]]
+        if not len(encoded[0]) or encoded[0][-1] != tokenizer.eos_token_id:
+            raise ValueError(
+                "the tokenizer puts no end token behind a text, so that the decoder would never "
+                "learn to stop; take the tokenizer of an encoder-decoder model"
+            )
+        if num_cut and what not in self._truncated:
+            logger.warning(
+                "%d of %d %s are longer than %d tokens and lose their end",
+                num_cut,
+                len(texts),
+                what,
+                limit,
+            )
+        self._truncated[what] = num_cut
+        return encoded
+
+    def collate(self, examples: Sequence[Pair]) -> Batch:
+        """Make a padded batch, see `tasks.seq2seq`."""
+        return collate(examples)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss summed over the tokens of the summaries."""
+        return seq2seq_loss(model, batch, label_smoothing)
+
+    # Decoding
+
+    def predict(
+        self,
+        model: Any,
+        tokenizer: Any,
+        split: str = "test",
+        done: Iterable[dict[str, Any]] = (),
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Summarise every document, equal ones once, in chunks of similar length.
+
+        Yields:
+            Lists of ``{"id", "input", "prediction"}``, where ``input`` is `Row.key`; see
+            `Task.predict` for `done`.
+        """
+        rows = self.inputs(split)
+        sources = self._sources(split, tokenizer)
+        same: dict[bytes, list[int]] = {}
+        for index, source in enumerate(sources):
+            same.setdefault(source.numpy().tobytes(), []).append(index)
+        groups = list(same.values())
+        finished = {prediction["id"] for prediction in done}
+        chunks = self.decoding.chunks([len(sources[group[0]]) for group in groups])
+        logger.info(
+            "decoding %d documents of %s (%d different) in %d chunks",
+            len(rows),
+            split,
+            len(groups),
+            len(chunks),
+        )
+        for chunk in chunks:
+            members = [groups[number] for number in chunk]
+            if all(rows[index].id in finished for group in members for index in group):
+                continue
+            outputs = self.decoding.generate(model, [sources[group[0]] for group in members])
+            yield [
+                {
+                    "id": rows[index].id,
+                    "input": rows[index].key,
+                    "prediction": tokenizer.decode(
+                        output, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    ).strip(),
+                }
+                for group, output in zip(members, outputs, strict=True)
+                for index in group
+                if rows[index].id not in finished
+            ]
+
+    def describe(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Return how many texts lose their end, and the settings of decoding with their origin."""
+        self._sources(self.scored_split, tokenizer)
+        return {
+            "truncated": dict(sorted(self._truncated.items())),
+            "generation": self.decoding.settings(model)[1],
+        }
+
+    # Scoring
+
+    def score(self, predictions: Sequence[dict[str, Any]], split: str = "test") -> Scores:
+        """Score one prediction for each document of `split` against its summary.
+
+        Returns:
+            The four ROUGE scores; all of them missing where the split has no summaries.
+
+        Raises:
+            ValueError: a prediction is missing, double, unknown or of another document.
+        """
+        rows = self.inputs(split)
+        aligned = align(predictions, [row.id for row in rows], split, [row.key for row in rows])
+        if not self._has_references(split):
+            reason = (
+                f"the {split} split has no summaries; score predictions.jsonl where they are known"
+            )
+            return Scores({}, {spec.name: reason for spec in self.metrics})
+        return rouge.score(
+            [prediction["prediction"] for prediction in aligned],
+            [row.summary or "" for row in rows],
+            metrics=[spec.name for spec in self.metrics],
+            aggregate=self.aggregate,
+        )
+
+
+def _find(folder: Path) -> dict[str, Path]:
+    """Return the file of each split in `folder`."""
+    found: dict[str, Path] = {}
+    for split in OFFICIAL_ROWS:
+        names = (f"{split}.jsonl", f"{split}_subset.jsonl")
+        paths = [path for name in names if (path := find_file(folder, name)) is not None]
+        if len(paths) > 1:
+            raise ValueError(
+                f"{folder} holds both {paths[0].name} and {paths[1].name}; remove one of them"
+            )
+        if not paths:
+            raise FileNotFoundError(
+                f"{folder} has no {' or '.join(names)} (plain or .gz); it holds {listing(folder)}; "
+                "needed are train, validation and test"
+            )
+        found[split] = paths[0]
+    return found
+
+
+def _check_ids(rows: Sequence[Row], split: str) -> None:
+    places: dict[str, str] = {}
+    for row in rows:
+        if row.id in places:
+            raise ValueError(
+                f"{row.place}: id {row.id!r} of {split} is also that of {places[row.id]}; each "
+                "article needs its own, or none"
+            )
+        places[row.id] = row.place
