@@ -173,6 +173,13 @@ class Task(ABC):
             ValueError: a file is empty, truncated or has the wrong columns (file and line named).
         """
 
+    def build_tokenizer(self) -> Any | None:
+        """Return a tokenizer for a model that starts from random weights, or None to load one."""
+        return None
+
+    def initialise(self, model: nn.Module, examples: Sequence[Any]) -> None:  # noqa: B027 - a hook
+        """Change the random weights of a model that starts from them, before the method sees it."""
+
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Return source, revision, protocol, sha256 of what was read and rows per split."""

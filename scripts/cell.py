@@ -357,7 +357,7 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
     training.seed_everything(cfg.seed)
     with _as_config_error():
         model = _model(cfg, task)
-        if hasattr(task, "initialise") and cfg.model.init == "random":
+        if cfg.model.init == "random":
             task.initialise(model, train)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
@@ -498,8 +498,8 @@ def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
 def _tokenizer(cfg: DictConfig, task: Any) -> Any:
     from delta_lora.models import load_tokenizer
 
-    if hasattr(task, "build_tokenizer") and cfg.model.init == "random":
-        return task.build_tokenizer()
+    if cfg.model.init == "random" and (built := task.build_tokenizer()) is not None:
+        return built
     source, revision = _source(cfg)
     if cfg.model.tokenizer_path is not None:
         source, revision = cfg.model.tokenizer_path, None

@@ -62,7 +62,7 @@ def score(
         raise ValueError(
             f"unknown metric {unknown[0]!r}; allowed are {', '.join(METRICS + OPTIONAL_METRICS)}"
         )
-    outputs, groups = _check(predictions, references)
+    outputs, groups = check_texts(predictions, references)
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
     if "meteor" in metrics:
@@ -103,7 +103,7 @@ _SCORERS: dict[str, Callable[[list[str], list[list[str]]], float]] = {
 }
 
 
-def _check(
+def check_texts(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """Return the texts, one line each, or raise at the first that cannot be scored."""

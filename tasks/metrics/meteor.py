@@ -1,11 +1,14 @@
-"""METEOR 1.5 as e2e-metrics runs it: the official jar through its stdio interface.
+"""METEOR 1.5, the official jar, through its stdio interface, as e2e-metrics runs it.
 
 ``java -jar meteor-1.5.jar - - -stdio -l en -norm`` answers one line a request:
 ``SCORE ||| reference ||| ... ||| output`` gives the statistics of an instance, and
 ``EVAL ||| statistics ||| ...`` the score of every instance and, last, that of the whole set, in
-which the statistics (not the scores) are summed. Loading the paraphrase table takes some ten
-seconds, so one Java process serves the whole life of ours. It is started at the first score, again
-if it died, is killed where it does not answer in time, and ends with our process.
+which the statistics (not the scores) are summed. The command line of the same jar on files
+(``-l en -norm -r N``, as WebNLG/GenerationEval runs it) gives the same score.
+
+Loading the paraphrase table takes some ten seconds, so one Java process serves the whole life of
+ours. It is started at the first score, again if it died, is killed where it does not answer in
+time, and ends with our process.
 """
 
 from __future__ import annotations
@@ -86,12 +89,21 @@ class MeteorProcess:
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         """Return METEOR of the whole set; see `meteor`."""
+        return self.score_subsets(predictions, references, [range(len(predictions))])[0]
+
+    def score_subsets(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        subsets: Sequence[Sequence[int]],
+    ) -> list[float]:
+        """Return METEOR of several parts of a set; see `meteor_subsets`."""
         with self._lock:
             try:
-                return self._score(predictions, references)
+                return self._score(predictions, references, subsets)
             except MeteorDiedError as error:
                 logger.warning("%s; once more with a new process", error)
-                return self._score(predictions, references)
+                return self._score(predictions, references, subsets)
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -109,13 +121,22 @@ class MeteorProcess:
             except BrokenPipeError:  # what was buffered for a dead process
                 continue
 
-    def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    def _score(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        subsets: Sequence[Sequence[int]],
+    ) -> list[float]:
         self._start()
         statistics = []
         for prediction, texts in zip(predictions, references, strict=True):
             # As the official script does, for outputs only.
             output = prediction.replace("|||", "").replace("  ", " ")
             statistics += self._ask(_SEPARATOR.join(("SCORE", *texts, output)), 1)
+        return [self._evaluate([statistics[index] for index in subset]) for subset in subsets]
+
+    def _evaluate(self, statistics: Sequence[str]) -> float:
+        """Return the score of the instances with these statistics."""
         answers = self._ask(_SEPARATOR.join(("EVAL", *statistics)), len(statistics) + 1)
         try:
             return float(answers[-1])
@@ -190,3 +211,24 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
             answer in time.
     """
     return shared_process().score(predictions, references)
+
+
+def meteor_subsets(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    subsets: Sequence[Sequence[int]],
+) -> list[float]:
+    """Return METEOR 1.5 of several parts of a set, each instance being aligned once.
+
+    Args:
+        predictions: one text per instance.
+        references: for every instance one or more texts.
+        subsets: for every part the indices of its instances, at least one.
+
+    Returns:
+        A fraction in [0, 1] for each part.
+
+    Raises:
+        MetricUnavailableError: as in `meteor`.
+    """
+    return shared_process().score_subsets(predictions, references, subsets)

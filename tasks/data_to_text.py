@@ -1,0 +1,423 @@
+"""What the data-to-text tasks share: token layout, beam search, files and their provenance.
+
+Set-up: microsoft/LoRA, examples/NLG. A task says which files it reads, how they become rows and how
+texts are scored; all else stands here.
+
+Tokens of an example, with E the end-of-text token (50256 of GPT-2)::
+
+    BPE(context) E BPE(" " + completion) E
+    |- only input -| |---- targets ------|
+
+Nothing stands before the context. Prompts for decoding end with the first E.
+
+Beam search: see `tasks.generation` for what differs from the recipe. Each distinct context is
+decoded once; the recipe decodes every row and keeps the last output of a context, which is the
+same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from delta_lora.protocols import Batch, Scores, Task
+from tasks.data import Document, Release, file_facts, open_folder, read_document
+from tasks.generation import BeamSearch
+from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
+from tasks.predictions import align
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("hub", "files", "embedded")
+#: name of the scores of one reference against the others.
+ONE_REFERENCE = "one reference against the others"
+_BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One reference.
+
+    Attributes:
+        context: the input, linearised.
+        completion: the text; empty where the data have an input without a text.
+        place: where it came from (``file:line``).
+        category: what kind of thing it is about, where the data say so.
+    """
+
+    context: str
+    completion: str
+    place: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A distinct context with all its references, in the order of the file.
+
+    Attributes:
+        id: name in predictions, for example ``test-017``.
+        context: the input, linearised.
+        references: its texts; none where the split has no texts at all.
+        category: that of its first row.
+    """
+
+    id: str
+    context: str
+    references: tuple[str, ...]
+    category: str = ""
+
+
+class DataToText(Task):
+    """A task that turns a linearised record into a text.
+
+    Args:
+        source: ``hub`` downloads `release`, ``files`` reads `data_dir`, ``embedded`` writes a
+            corpus of the same form from a grammar.
+        protocol: which texts or scorers are used; recorded.
+        release: the pinned official files.
+        data_dir: folder with the task's files, plain or ``.gz``; only with ``files``.
+        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        max_length: tokens of a sequence; longer ones lose their end, which is logged.
+        decoding: settings of the beam search.
+        embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
+
+    Raises:
+        ValueError: a setting is not allowed, or two do not fit.
+    """
+
+    #: name in log lines.
+    title: str
+    #: split -> inputs that also occur in train, in the official data.
+    shared_inputs: Mapping[str, int] = MappingProxyType({"validation": 0, "test": 0})
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        protocol: str,
+        release: Release,
+        data_dir: str | Path | None,
+        cache_dir: str | Path | None,
+        max_length: int,
+        decoding: BeamSearch | None,
+        embedded_seed: int,
+    ):
+        check_choice("source", source, SOURCES)
+        if (data_dir is not None) != (source == "files"):
+            raise ValueError(
+                f"task.source={source} with task.data_dir={data_dir}: a folder goes with "
+                "task.source=files and with nothing else"
+            )
+        if max_length < 3:
+            raise ValueError(
+                f"task.max_length={max_length}; allowed: at least 3 (context, separator, target)"
+            )
+        self.source = source
+        self.protocol = protocol
+        self.release = release
+        self.data_dir = data_dir
+        self.cache_dir = cache_dir
+        self.max_length = max_length
+        self.decoding = BeamSearch() if decoding is None else decoding
+        self.embedded_seed = embedded_seed
+        self._rows: dict[str, list[Row]] = {}
+        self._inputs: dict[str, tuple[Input, ...]] = {}
+        self._provenance: dict[str, Any] = {}
+
+    # What differs between the tasks
+
+    @abstractmethod
+    def _write_embedded(self, folder: Path) -> None:
+        """Write the embedded corpus in the official file format."""
+
+    @abstractmethod
+    def _find(self, folder: Path) -> dict[str, Path]:
+        """Return split -> file; raise FileNotFoundError that says what is there instead."""
+
+    @abstractmethod
+    def _parse(self, split: str, document: Document) -> list[Row]:
+        """Return the rows of a file; raise ValueError with file and line at a damaged one."""
+
+    @abstractmethod
+    def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
+        """Score one text for each of `items` against all its references."""
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what else a record says of the data; called when they are read."""
+        return {}
+
+    # Loading
+
+    def load(self) -> None:
+        """Read all splits; see `Task.load`."""
+        if self.source == "embedded":
+            with TemporaryDirectory() as folder:
+                self._write_embedded(Path(folder))
+                self._read(Path(folder))
+        elif self.source == "files":
+            assert self.data_dir is not None
+            self._read(open_folder(self.data_dir))
+        else:
+            self._read(self.release.fetch(self.cache_dir))
+
+    def _read(self, folder: Path) -> None:
+        rows: dict[str, list[Row]] = {}
+        inputs: dict[str, tuple[Input, ...]] = {}
+        files = []
+        for split, path in self._find(folder).items():
+            document = read_document(path)
+            parsed = self._parse(split, document)
+            inputs[split] = group(split, parsed)
+            rows[split] = [row for row in parsed if row.completion]
+            official = self.release.files.get(document.name)
+            facts = file_facts(document, len(rows[split]), official)
+            if self.source == "files" and not facts["official"]:
+                logger.warning(
+                    "%s is not %s of %s (sha256 %s, official %s): scores are not comparable with "
+                    "published ones",
+                    path,
+                    document.name,
+                    self.release.revision,
+                    document.sha256,
+                    official,
+                )
+            files.append(facts)
+        self._rows, self._inputs = rows, inputs
+        self._warn_of_overlap()
+        is_release = self.source != "embedded" and all(file["official"] for file in files)
+        self._provenance = {
+            "source": self.source,
+            "protocol": self.protocol,
+            "revision": self.release.revision if is_release else None,
+            "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
+            **self._facts(),
+            "files": files,
+            "rows": {split: len(rows[split]) for split in rows},
+            "inputs": {split: len(inputs[split]) for split in rows},
+        }
+        logger.info(
+            "%s (%s, %s): %s",
+            self.title,
+            self.source,
+            self.protocol,
+            ", ".join(
+                f"{split} {len(rows[split]):,} rows of {len(inputs[split]):,} inputs"
+                for split in rows
+            ),
+        )
+
+    def _warn_of_overlap(self) -> None:
+        contexts = {split: {i.context for i in items} for split, items in self._inputs.items()}
+        for split, usual in self.shared_inputs.items():
+            shared = len(contexts["train"] & contexts[split])
+            if shared > usual:
+                logger.warning(
+                    "%d of %d inputs of %s also occur in train; in the official data %s",
+                    shared,
+                    len(contexts[split]),
+                    split,
+                    f"{usual} do" if usual else "none does",
+                )
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Task.provenance`; ``official`` tells whether a file is the pinned one."""
+        self._of_split(self._rows, "train")
+        return self._provenance
+
+    def _of_split(self, table: Mapping[str, Any], split: str) -> Any:
+        if not table:
+            raise RuntimeError("the data are not loaded; call load() first")
+        if split not in table:
+            raise ValueError(f"split={split!r}; allowed: {', '.join(table)}")
+        return table[split]
+
+    # Training
+
+    def examples(self, split: str, tokenizer: Any) -> list[TokenSequence]:
+        """Encode a split, see the module's text for the layout.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            tokenizer: a fast tokenizer; its `model_max_length` (the positions of its model) limits
+                the length as `max_length` does.
+        """
+        rows = self._of_split(self._rows, split)
+        distinct = list(dict.fromkeys(row.context for row in rows))
+        contexts = dict(zip(distinct, self._prompts(distinct, tokenizer), strict=True))
+        completions = _encode([" " + row.completion for row in rows], tokenizer)
+        sequences = [
+            TokenSequence(
+                row.place,
+                [*contexts[row.context], *completion, tokenizer.eos_token_id],
+                len(contexts[row.context]),
+            )
+            for row, completion in zip(rows, completions, strict=True)
+        ]
+        return truncate(sequences, self._limit(tokenizer))
+
+    def _limit(self, tokenizer: Any) -> int:
+        return min(self.max_length, tokenizer.model_max_length)
+
+    def _prompts(self, contexts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, which separates context and completion; "
+                "set tokenizer.eos_token"
+            )
+        return [[*tokens, tokenizer.eos_token_id] for tokens in _encode(contexts, tokenizer)]
+
+    def collate(self, examples: Sequence[TokenSequence]) -> Batch:
+        """Make a padding-free batch, see `tasks.language_modeling`."""
+        return collate(examples)
+
+    def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss summed over completion and end tokens."""
+        return causal_lm_loss(model, batch, label_smoothing)
+
+    def length(self, example: TokenSequence) -> int:
+        """Return the number of tokens of `example`."""
+        return len(example.tokens)
+
+    # Decoding
+
+    def inputs(self, split: str = "test") -> tuple[Input, ...]:
+        """Return the distinct inputs in order of first occurrence."""
+        return self._of_split(self._inputs, split)
+
+    def predict(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        split: str = "test",
+        done: Iterable[dict[str, Any]] = (),
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Decode every distinct input once, in chunks of similar length.
+
+        Yields:
+            Lists of ``{"id", "input", "prediction"}``; see `Task.predict` for `done`.
+        """
+        items = self.inputs(split)
+        prompts = self._shorten(self._prompts([i.context for i in items], tokenizer), tokenizer)
+        end_tokens = [tokenizer.eos_token_id]
+        # The recipe also ends at token 628, GPT-2's blank line.
+        blank_line = tokenizer.encode(_BLANK_LINE, add_special_tokens=False)
+        if len(blank_line) == 1:
+            end_tokens += blank_line
+        finished = {prediction["id"] for prediction in done}
+        chunks = self.decoding.chunks([len(prompt) for prompt in prompts])
+        logger.info("decoding %d inputs of %s in %d chunks", len(items), split, len(chunks))
+        for chunk in chunks:
+            if any(items[index].id not in finished for index in chunk):
+                outputs = self.decoding.generate(
+                    model, [prompts[index] for index in chunk], end_tokens
+                )
+                texts = [
+                    # Cleaning up spaces would undo the tokenised text that the scorer expects.
+                    tokenizer.decode(output, clean_up_tokenization_spaces=False)
+                    for output in outputs
+                ]
+                yield [
+                    {
+                        "id": items[index].id,
+                        "input": items[index].context,
+                        "prediction": clean(text, tokenizer.eos_token),
+                    }
+                    for index, text in zip(chunk, texts, strict=True)
+                    if items[index].id not in finished
+                ]
+
+    def _shorten(self, prompts: list[list[int]], tokenizer: Any) -> list[list[int]]:
+        """Keep the end of prompts that leave no room for the output, as the recipe does."""
+        room = self._limit(tokenizer) - self.decoding.max_new_tokens
+        too_long = sum(len(prompt) > room for prompt in prompts)
+        if too_long and room < 1:
+            raise ValueError(
+                f"max_new_tokens={self.decoding.max_new_tokens} leaves no room for a prompt within "
+                f"{self._limit(tokenizer)} tokens; lower task.decoding.max_new_tokens"
+            )
+        if too_long:
+            logger.warning(
+                "%d of %d prompts are longer than %d tokens and lose their beginning",
+                too_long,
+                len(prompts),
+                room,
+            )
+        return [prompt[-room:] for prompt in prompts]
+
+    # Scoring
+
+    def score(self, predictions: Sequence[dict[str, Any]], split: str = "test") -> Scores:
+        """Score one prediction for each input of `split` against all its references.
+
+        Raises:
+            ValueError: a prediction is missing, double, unknown or of another input.
+        """
+        items = self.inputs(split)
+        aligned = align(
+            predictions, [item.id for item in items], split, [item.context for item in items]
+        )
+        if not any(item.references for item in items):
+            reason = f"{split} has no texts to compare with, so there are predictions only"
+            return Scores({}, {spec.name: reason for spec in self.metrics})
+        return self._score([prediction["prediction"] for prediction in aligned], items)
+
+    def reference_scores(self, split: str = "test") -> dict[str, Scores]:
+        """Score the first reference of each input against its other references.
+
+        What a human text reaches with one reference less than a system has. It is no upper bound: a
+        system that words the most usual way agrees more with the references than one writer with
+        the others. Inputs with a single reference are left out.
+
+        Returns:
+            The scores under `ONE_REFERENCE`, all missing where no input has two references.
+        """
+        items = [item for item in self.inputs(split) if len(item.references) > 1]
+        if not items:
+            reason = f"no input of {split} has two references"
+            return {ONE_REFERENCE: Scores({}, {spec.name: reason for spec in self.metrics})}
+        others = [replace(item, references=item.references[1:]) for item in items]
+        return {ONE_REFERENCE: self._score([item.references[0] for item in items], others)}
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError where the setting ``task.<name>`` is not one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"task.{name}={value!r}; allowed: {', '.join(allowed)}")
+
+
+def group(split: str, rows: Sequence[Row]) -> tuple[Input, ...]:
+    """Group references by context (equal contexts need not stand together)."""
+    references: dict[str, list[str]] = {}
+    categories: dict[str, str] = {}
+    for row in rows:
+        texts = references.setdefault(row.context, [])
+        if row.completion:
+            texts.append(row.completion)
+        categories.setdefault(row.context, row.category)
+    width = math.floor(math.log10(len(references))) + 1
+    return tuple(
+        Input(f"{split}-{index:0{width}d}", context, tuple(texts), categories[context])
+        for index, (context, texts) in enumerate(references.items())
+    )
+
+
+def clean(text: str, end_of_text: str) -> str:
+    """Cut a decoded text at the end-of-text string, then at the first blank line, and strip it."""
+    return text.split(end_of_text)[0].split(_BLANK_LINE)[0].strip()
+
+
+def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Encode a list at once; lengths are judged later, where a cut is logged."""
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
