@@ -1,127 +1,56 @@
 """Pre-training of the tiny models on the embedded general corpus.
 
-A sequence is one document, or two that belong together, with the end token behind each. Whole
-sequences are packed into blocks of equal length; positions start again with each, so a model reads
-them as if they stood alone (`transformers` finds the boundaries from the positions). That matters:
-with blocks cut from one long stream, names of other documents stand in the way and a tiny model
-does not learn to copy from its context within the same budget.
+A sequence is one document, or two that belong together. Whole sequences are packed into blocks of
+equal length; positions start again with each, so a model reads them as if they stood alone. That
+matters: with blocks cut from one long stream, names of other documents stand in the way and a tiny
+model does not learn to copy from its context within the same budget.
 
-What a model learns from a block is its objective; a new one is one more function in `_OBJECTIVES`.
-Nothing is predicted: the figure of merit is the validation loss.
-
-Shapes: B blocks of T tokens, V vocabulary.
+What a model learns from a block is its objective (`tasks.objectives`). Nothing is predicted: the
+figure of merit is the validation loss.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Task
-from tasks.embedded.bpe import train_tokenizer
-from tasks.embedded.general import sequences
+from tasks.embedded.general import Statement, sequences, statements
+from tasks.objectives import Causal, Denoising, Group, Masked, Objective
 
 logger = logging.getLogger(__name__)
 
-#: a label that no loss is computed for.
-IGNORED = -100
-
-
-#: blocks that are open at a time while packing; more fill better and keep less of the order.
-NUM_OPEN_BLOCKS = 32
-
-
-class Block(NamedTuple):
-    """Packed sequences.
-
-    Attributes:
-        input_ids: (T,) tokens; the rest of the block is filled with the end token.
-        position_ids: (T,) from 0 in each sequence, and in the rest.
-        segments: (T,) number of the sequence, from 1; 0 is the rest.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    segments: Tensor
-
-
-def pack(encoded: Iterable[list[int]], *, block_size: int, fill: int) -> list[Block]:
-    """Pack whole sequences into blocks, each into the first open block where it fits.
-
-    Args:
-        encoded: token ids of the sequences; what is longer than a block is cut.
-        block_size: tokens of a block (T).
-        fill: token of the rest of a block.
-
-    Returns:
-        The blocks; equal input gives equal blocks.
-    """
-    open_blocks: list[list[list[int]]] = []
-    full: list[list[list[int]]] = []
-    for sequence in encoded:
-        cut = sequence[:block_size]
-        for block in open_blocks:
-            if _num_tokens(block) + len(cut) <= block_size:
-                block.append(cut)
-                break
-        else:
-            open_blocks.append([cut])
-        if len(open_blocks) > NUM_OPEN_BLOCKS:
-            fullest = max(open_blocks, key=_num_tokens)
-            open_blocks.remove(fullest)
-            full.append(fullest)
-    return [_block(parts, block_size, fill) for parts in full + open_blocks]
-
-
-def _num_tokens(parts: list[list[int]]) -> int:
-    return sum(map(len, parts))
-
-
-def _block(parts: list[list[int]], block_size: int, fill: int) -> Block:
-    rest = block_size - _num_tokens(parts)
-    lengths = [*map(len, parts), rest]
-    segments = [*range(1, len(parts) + 1), 0]
-    return Block(
-        input_ids=torch.tensor([*chain.from_iterable(parts), *[fill] * rest]),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        segments=torch.tensor(segments).repeat_interleave(torch.tensor(lengths)),
-    )
-
-
-def _causal(
-    input_ids_BT: Tensor, position_ids_BT: Tensor, segments_BT: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every token but the first of a sequence is predicted from those before it."""
-    labels_BT = torch.full_like(input_ids_BT, IGNORED)
-    follows = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
-    labels_BT[:, :-1][follows] = input_ids_BT[:, 1:][follows]
-    return {"input_ids": input_ids_BT, "position_ids": position_ids_BT}, labels_BT
-
-
-#: objective -> function from the fields of stacked blocks to (model inputs, labels).
-_OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]] = {
-    "causal": _causal
-}
+#: room for the special tokens of a pair and some words.
+MIN_BLOCK_SIZE = 8
+#: name -> objective with its default settings.
+_OBJECTIVES: dict[str, type[Objective]] = {each.name: each for each in (Causal, Masked, Denoising)}
 
 
 class Pretraining(Task):
     """Language modelling on the general corpus.
 
     Args:
-        objective: what is learned from a block; ``causal``.
+        objective: what is learned from a block; ``causal``, ``masked`` or ``denoising``, or an
+            `Objective` with other settings than its defaults.
         corpus_seed: seed of the corpus, apart from the seed of the run.
         num_documents: training sequences (two documents that belong together count as one).
         num_validation_documents: sequences of the same world after those, for the validation loss.
-        block_size: tokens of a block, at least 2.
+        block_size: tokens of a block, at least 8.
         vocab_size: tokens of the tokenizer that `build_tokenizer` trains.
         tokenizer_documents: training sequences that the tokenizer is trained on.
+        num_statements: texts with a statement about each (`tasks.embedded.general.statements`)
+            among the training sequences, for an objective that learns from them.
+        num_validation_statements: the same in the validation split.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: `objective` is neither a name nor an `Objective`.
     """
 
     name = "pretraining"
@@ -131,18 +60,27 @@ class Pretraining(Task):
     def __init__(
         self,
         *,
-        objective: Literal["causal"],
+        objective: str | Objective,
         corpus_seed: int,
         num_documents: int,
         num_validation_documents: int,
         block_size: int,
         vocab_size: int,
         tokenizer_documents: int,
+        num_statements: int = 0,
+        num_validation_statements: int = 0,
     ) -> None:
-        if objective not in _OBJECTIVES:
-            raise ValueError(f"objective={objective!r}; allowed: {', '.join(sorted(_OBJECTIVES))}")
-        if block_size < 2:
-            raise ValueError(f"block_size={block_size}: at least 2 tokens are needed")
+        if isinstance(objective, str):
+            if objective not in _OBJECTIVES:
+                raise ValueError(f"objective={objective!r}; allowed: {', '.join(_OBJECTIVES)}")
+            objective = _OBJECTIVES[objective]()
+        elif not isinstance(objective, Objective):
+            raise TypeError(
+                f"objective={objective!r} is a {type(objective).__name__}; give one of "
+                f"{', '.join(_OBJECTIVES)}, or an object of tasks.objectives"
+            )
+        if block_size < MIN_BLOCK_SIZE:
+            raise ValueError(f"block_size={block_size}: at least {MIN_BLOCK_SIZE} are needed")
         counts = {
             "num_documents": num_documents,
             "num_validation_documents": num_validation_documents,
@@ -151,6 +89,14 @@ class Pretraining(Task):
         for key, value in counts.items():
             if value < 1:
                 raise ValueError(f"{key}={value}: at least 1 is needed")
+        more = {
+            "num_statements": num_statements,
+            "num_validation_statements": num_validation_statements,
+        }
+        for key, value in more.items():
+            if value < 0 or (value and not objective.uses_statements):
+                allowed = "0 or more is" if objective.uses_statements else "0 is"
+                raise ValueError(f"{key}={value}: {allowed} allowed for objective={objective.name}")
         if tokenizer_documents > num_documents:
             raise ValueError(
                 f"tokenizer_documents={tokenizer_documents} is more than "
@@ -163,17 +109,30 @@ class Pretraining(Task):
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.tokenizer_documents = tokenizer_documents
-        self._sequences: dict[str, list[list[str]]] = {}
+        self.num_statements = num_statements
+        self.num_validation_statements = num_validation_statements
+        self._sequences: dict[str, list[Group]] = {}
 
     def load(self) -> None:
         """Write the sequences of both splits into memory."""
         total = self.num_documents + self.num_validation_documents
         stream = sequences(self.corpus_seed, total)
-        train = list(islice(stream, self.num_documents))
-        self._sequences = {"train": train, "validation": list(stream)}
-        logger.info("general corpus: %d sequences, seed %d", total, self.corpus_seed)
+        train: list[Group] = [*islice(stream, self.num_documents)]
+        validation: list[Group] = [*stream]
+        counts = (self.num_statements, self.num_validation_statements)
+        checks = statements(self.corpus_seed, sum(counts))
+        for split, count in zip((train, validation), counts, strict=True):
+            if count:
+                split += islice(checks, count)
+                # not for security
+                random.Random(f"mixture-{self.corpus_seed}").shuffle(split)  # noqa: S311
+        self._sequences = {"train": train, "validation": validation}
+        logger.info(
+            "general corpus: %d sequences and %d statements, seed %d",
+            total, sum(counts), self.corpus_seed,
+        )  # fmt: skip
 
-    def _texts(self, split: str) -> list[list[str]]:
+    def _groups(self, split: str) -> list[Group]:
         if not self._sequences:
             raise RuntimeError("the task is not loaded; call load() first")
         if split not in self._sequences:
@@ -183,28 +142,32 @@ class Pretraining(Task):
     def provenance(self) -> dict[str, Any]:
         """Return the corpus seed, a hash of all documents, and the number of each split."""
         digest = hashlib.sha256()
-        for documents in chain(self._texts("train"), self._texts("validation")):
-            digest.update("\0".join(documents).encode() + b"\0\0")
+        for group in chain(self._groups("train"), self._groups("validation")):
+            digest.update("\0".join(map(str, group)).encode() + b"\0\0")
         return {
             "source": "embedded",
             "corpus": "general",
             "corpus_seed": self.corpus_seed,
-            "objective": self.objective,
+            "objective": self.objective.name,
             "sha256": digest.hexdigest(),
-            "rows": {split: len(texts) for split, texts in self._sequences.items()},
+            "rows": {split: len(groups) for split, groups in self._sequences.items()},
         }
 
     def build_tokenizer(self) -> Any:
         """Train and return the tokenizer of the model that is pre-trained.
 
         Returns:
-            A byte-level BPE `PreTrainedTokenizerFast` of exactly `vocab_size` tokens.
+            A byte-level BPE `PreTrainedTokenizerFast` of exactly `vocab_size` tokens, with the
+            special tokens that the objective needs.
 
         Raises:
             ValueError: the corpus has too few words for `vocab_size` tokens.
         """
-        texts = list(chain.from_iterable(self._texts("train")[: self.tokenizer_documents]))
-        tokenizer = train_tokenizer(texts, vocab_size=self.vocab_size)
+        groups = [group for group in self._groups("train") if not isinstance(group, Statement)]
+        texts = list(chain.from_iterable(groups[: self.tokenizer_documents]))
+        tokenizer = self.objective.train_tokenizer(
+            texts, vocab_size=self.vocab_size, block_size=self.block_size
+        )
         if len(tokenizer) < self.vocab_size:
             raise ValueError(
                 f"vocab_size={self.vocab_size}, but {len(texts)} documents only make "
@@ -212,66 +175,47 @@ class Pretraining(Task):
             )
         return tokenizer
 
-    def examples(self, split: str, tokenizer: Any) -> Sequence[Block]:
-        """Return the blocks of ``train`` or ``validation``.
+    def initialise(self, model: nn.Module, examples: Sequence[Any]) -> None:
+        """Change the random weights of `model` as its objective wants them.
+
+        Args:
+            model: with random weights.
+            examples: the training examples.
+
+        Raises:
+            ValueError: the objective does not fit the model.
+        """
+        self.objective.initialise(model, examples)
+
+    def examples(self, split: str, tokenizer: Any) -> Sequence[Any]:
+        """Return the examples of ``train`` or ``validation``.
 
         Args:
             split: which sequences.
-            tokenizer: its `eos_token_id` ends every document.
+            tokenizer: of `build_tokenizer`.
 
         Returns:
-            Blocks of `block_size` tokens.
+            Examples of at most `block_size` tokens.
 
         Raises:
             ValueError: an unknown split.
         """
-        groups = self._texts(split)
-        flat = tokenizer(list(chain.from_iterable(groups)), add_special_tokens=False)["input_ids"]
-        documents = iter(flat)
-        end = tokenizer.eos_token_id
-        encoded = [
-            list(chain.from_iterable([*next(documents), end] for _ in group)) for group in groups
-        ]
-        num_cut = sum(len(sequence) > self.block_size for sequence in encoded)
-        blocks = pack(encoded, block_size=self.block_size, fill=end)
+        examples = self.objective.encode(
+            self._groups(split),
+            tokenizer,
+            block_size=self.block_size,
+            seed=f"{self.corpus_seed}-{split}",
+        )
         logger.info(
-            "pre-training, %s: %d tokens in %d blocks of %d; %d sequences cut to a block",
-            split,
-            _num_tokens(encoded),
-            len(blocks),
-            self.block_size,
-            num_cut,
-        )
-        return blocks
+            "pre-training, %s: %d examples of at most %d tokens",
+            split, len(examples), self.block_size,
+        )  # fmt: skip
+        return examples
 
-    def collate(self, examples: Sequence[Block]) -> Batch:
-        """Stack blocks into one micro-batch."""
-        fields_BT = [torch.stack(column) for column in zip(*examples, strict=True)]
-        inputs, labels_BT = _OBJECTIVES[self.objective](*fields_BT)
-        return Batch(
-            tensors={**inputs, "labels": labels_BT},
-            num_targets=int((labels_BT != IGNORED).sum()),
-            num_tokens=inputs["input_ids"].numel(),
-        )
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Make one micro-batch."""
+        return self.objective.collate(examples)
 
     def loss(self, model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross-entropy summed over the labels.
-
-        Args:
-            model: a transformers language model.
-            batch: from `collate`.
-            label_smoothing: in [0, 1); weight of the mean over the vocabulary of -log p.
-
-        Returns:
-            float32 scalar.
-        """
-        inputs = {key: value for key, value in batch.tensors.items() if key != "labels"}
-        # Without a mask and without a cache transformers keeps the sequences of a block apart.
-        logits_BTV = model(**inputs, use_cache=False).logits
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(),
-            batch.tensors["labels"].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
+        """Return the cross-entropy summed over the targets of `batch` (float32 scalar)."""
+        return self.objective.loss(model, batch, label_smoothing)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
+from typing import NamedTuple
 
 from tasks.embedded.wording import Chooser, article, listing, sentence, tokenise
 from tasks.embedded.world import CATEGORIES, Entity, World
@@ -24,6 +25,10 @@ TOKENISED_SHARE = 0.5
 GUIDE_SHARE = 0.6
 #: share of the cards whose prose is the next document.
 SPLIT_SHARE = 0.5
+#: share of the entities in the first text of a statement that are described by a card.
+CARD_SHARE = 0.3
+#: share of the statements whose name is exchanged, where one is, and not a value.
+RENAMED_SHARE = 0.2
 
 # What an attribute is called on cards and tables; venues have other names here than in E2E data.
 _LABELS: dict[str, tuple[str, ...]] = {
@@ -155,6 +160,20 @@ _FURTHER = {
     "rooms": ("has {v} rooms",),
     "year": ("is from {v}",),
 }
+
+
+class Statement(NamedTuple):
+    """What a text says about an entity, and a sentence or two about the same entity.
+
+    Attributes:
+        first: a card or prose about one or two entities.
+        second: prose about one or two facts of one of them.
+        changed: the value in `second` that is not the one in `first`; None where all agree.
+    """
+
+    first: str
+    second: str
+    changed: str | None
 
 
 def _pronoun(entity: Entity) -> str:
@@ -310,6 +329,41 @@ class _Writer:
         about = self._prose(entity)
         return [f"{article(entity.category).capitalize()} of our world. {about}"]
 
+    def statement(self) -> Statement:
+        """A text and what is said of it; in one half of the cases a name or a value is changed."""
+        while True:
+            group = [self._some_facts(self._entity()) for _ in range(self.pick(1, 2))]
+            entity = self.rng.choice(group)
+            first = "\n".join(
+                self._row(each) if self.rng.random() < CARD_SHARE else self._prose(each)
+                for each in group
+            )
+            keys = self.rng.sample(list(entity.facts), self.rng.randint(1, 2))
+            said = Entity(entity.name, entity.category, {key: entity.facts[key] for key in keys})
+            second = self._prose(said)
+            other = self.world.pick(entity.category, self.rng)
+            if self.rng.random() < RENAMED_SHARE:
+                old, new = entity.name, other.name
+            else:
+                key = self.rng.choice(keys)
+                old, new = entity.facts[key], other.facts[key]
+            # Some wordings say a value in other words; there is nothing to exchange then.
+            if old in first and old in second and new not in first and new not in second:
+                break
+        changed = self.rng.choice((None, new))
+        if changed is not None:
+            second = second.replace(old, changed)
+        if self.rng.random() < TOKENISED_SHARE:
+            first = "\n".join(map(tokenise, first.split("\n")))
+            second, changed = tokenise(second), changed and tokenise(changed)
+        return Statement(first, second, changed)
+
+    def _row(self, entity: Entity) -> str:
+        """Return a card of `entity`."""
+        equals, stop = self.pick((" = ", "; "), (": ", "\n"), (" - ", ", "), (" is ", " / "))
+        rows = [f"{self._label(key)}{equals}{value}" for key, value in entity.facts.items()]
+        return stop.join([f"{entity.category}{equals}{entity.name}", *rows])
+
     def write(self) -> list[str]:
         """Return one document, or two that belong together, in a random format."""
         formats: list[tuple[Callable[[], list[str]], float]] = [
@@ -344,6 +398,28 @@ def sequences(seed: int, num_sequences: int) -> Iterator[list[str]]:
     writer = _Writer(rng, World(rng, size=WORLD_SIZE))
     for _ in range(num_sequences):
         yield writer.write()
+
+
+def statements(seed: int, num_statements: int) -> Iterator[Statement]:
+    """Yield texts with statements about them, from the world of `sequences` of the same seed.
+
+    Args:
+        seed: equal seeds give equal statements; more of them begin with the fewer.
+        num_statements: 0 or more.
+
+    Yields:
+        A statement; one half of them disagree with their text.
+
+    Raises:
+        ValueError: `num_statements` is negative.
+    """
+    if num_statements < 0:
+        raise ValueError(f"num_statements={num_statements}: 0 or more is needed")
+    rng = random.Random(f"general-{seed}")  # noqa: S311 (not for security)
+    world = World(rng, size=WORLD_SIZE)
+    writer = _Writer(random.Random(f"statements-{seed}"), world)  # noqa: S311 (not for security)
+    for _ in range(num_statements):
+        yield writer.statement()
 
 
 def documents(seed: int, num_documents: int) -> Iterator[str]:

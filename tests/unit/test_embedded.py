@@ -107,6 +107,41 @@ def test_general_corpus_is_a_function_of_its_seed(corpus):
         list(general.documents(seed=3, num_documents=0))
 
 
+def test_statements_are_a_function_of_their_seed():
+    first = list(general.statements(3, 200))
+    assert list(general.statements(3, 100)) == first[:100]
+    assert list(general.statements(4, 100)) != first[:100]
+    assert list(general.statements(3, 0)) == []
+    with pytest.raises(ValueError, match="num_statements=-1"):
+        list(general.statements(3, -1))
+
+
+def test_statements_agree_with_their_text_or_not():
+    found = list(general.statements(3, 300))
+    changed = [statement for statement in found if statement.changed is not None]
+    assert len(changed) == pytest.approx(150, abs=40)
+    for first, second, value in changed:
+        assert value in second
+        assert value not in first
+    # Names are exchanged as well as values, and both texts are tokenised or none.
+    names = re.compile(r"[A-Z][a-z]+ [A-Z][a-z]+")
+    assert {bool(names.search(statement.changed)) for statement in changed} == {True, False}
+    for statement in found:
+        assert statement.second.endswith(" .") == (tokenise(statement.second) == statement.second)
+
+
+def test_statements_talk_about_the_world_of_the_corpus(corpus):
+    """The same entities; so a statement never contradicts a document of the same seed."""
+    words = set(" ".join(corpus).split())
+    unknown = [
+        word
+        for statement in general.statements(3, 200)
+        for word in f"{statement.first} {statement.second}".split()
+        if word not in words
+    ]
+    assert len(unknown) < 60
+
+
 def test_general_corpus_never_shows_the_e2e_format(corpus):
     """No E2E context, no official MR, and no sentence that E2E references are made of."""
     keys = "|".join(re.escape(key) for slot in e2e.SLOTS for key in (slot, e2e.SLOTS[slot][0]))
@@ -169,6 +204,24 @@ def test_tokenizer_round_trip(corpus, tmp_path, text):
 def test_tokenizer_needs_all_bytes(corpus):
     with pytest.raises(ValueError, match="vocab_size=256"):
         bpe.train_tokenizer(corpus, vocab_size=256)
+    with pytest.raises(ValueError, match="vocab_size=260: at least 261"):
+        bpe.train_pair_tokenizer(corpus, vocab_size=260, max_length=9, segments=True)
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_pair_tokenizer(corpus, segments):
+    first, second = (
+        bpe.train_pair_tokenizer(corpus[:500], vocab_size=600, max_length=9, segments=segments)
+        for _ in range(2)
+    )
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert tuple(first.convert_ids_to_tokens(range(5))) == bpe.PAIR_TOKENS
+    text = "日本語 £ 5 .\nCafé"
+    decoded = first.decode(first(text)["input_ids"], skip_special_tokens=True)
+    assert decoded == (f" {text}" if segments else text)
+    pair = first("a", "b")
+    assert first.decode(pair["input_ids"]).replace(" ", "") == "<s>a</s></s>b</s>"
+    assert ("token_type_ids" in pair) == segments
 
 
 def test_words_of_e2e_are_mostly_whole_tokens():

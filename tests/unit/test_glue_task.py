@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from hydra.utils import instantiate
 
-from delta_lora.projections import token_embedding_parameters, head_parameters
+from delta_lora.projections import head_parameters, token_embedding_parameters
 from scripts import cell
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue

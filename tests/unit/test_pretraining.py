@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tasks.pretraining import IGNORED, Pretraining, pack
+from scripts import cell
+from tasks.objectives import IGNORED, Token, make_blocks
+from tasks.pretraining import Pretraining
 
 SETTINGS = {
     "objective": "causal",
@@ -48,9 +50,9 @@ def build_model(vocab_size: int, attention: str = "sdpa") -> GPT2LMHeadModel:
 def test_pack_keeps_every_sequence_whole():
     rng = random.Random(4)
     encoded = [[rng.randrange(1, 99) for _ in range(rng.randint(1, 20))] for _ in range(300)]
-    blocks = pack(encoded, block_size=16, fill=0)
+    blocks = make_blocks([list(map(Token, ids)) for ids in encoded], 16, fill=0)
     found = []
-    for ids, positions, segments in blocks:
+    for ids, positions, segments, _, _ in blocks:
         assert ids.shape == positions.shape == segments.shape == (16,)
         for segment in range(1, int(segments.max()) + 1):
             inside = segments == segment
@@ -65,10 +67,10 @@ def test_blocks_hold_the_documents(task, tokenizer):
     blocks = task.examples("validation", tokenizer)
     found = {
         tokenizer.decode(ids[segments == segment])
-        for ids, _, segments in blocks
+        for ids, _, segments, *_ in blocks
         for segment in range(1, int(segments.max()) + 1)
     }
-    for documents in task._texts("validation"):
+    for documents in task._groups("validation"):
         text = "".join(f"{document}<|endoftext|>" for document in documents)
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids[:64]) in found
@@ -76,14 +78,15 @@ def test_blocks_hold_the_documents(task, tokenizer):
 
 def test_splits_share_no_sequence(task):
     train, validation = (
-        {tuple(group) for group in task._texts(s)} for s in ("train", "validation")
+        {tuple(group) for group in task._groups(s)} for s in ("train", "validation")
     )
     assert not train & validation
     assert {len(group) for group in train} == {1, 2}
 
 
 def test_collate_predicts_within_sequences_only(task):
-    block = pack([[5, 6, 7], [8, 9]], block_size=7, fill=0)[0]
+    sequences = [[Token(5, 6), Token(6, 7), Token(7)], [Token(8, 9), Token(9)]]
+    block = make_blocks(sequences, 7, fill=0)[0]
     batch = task.collate([block])
     ignored = IGNORED
     assert batch.tensors["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0]]
@@ -100,7 +103,7 @@ def test_loss_equals_the_sequences_one_by_one(task, tokenizer, attention):
     batch = task.collate(blocks)
     expected = torch.zeros(())
     num_targets = 0
-    for ids, _, segments in blocks:
+    for ids, _, segments, *_ in blocks:
         for segment in range(1, int(segments.max()) + 1):
             alone = ids[segments == segment][None]
             logits = model(input_ids=alone[:, :-1]).logits[0]
@@ -169,8 +172,10 @@ def test_nothing_is_predicted_or_scored(task):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "masked"}, "objective='masked'; allowed: causal"),
-        ({"block_size": 1}, "block_size=1"),
+        ({"objective": "shuffled"}, "objective='shuffled'; allowed: causal, masked, denoising"),
+        ({"num_statements": 5}, "num_statements=5: 0 is allowed for objective=causal"),
+        ({"num_validation_statements": -1}, "num_validation_statements=-1"),
+        ({"block_size": 7}, "block_size=7: at least 8"),
         ({"num_documents": 0}, "num_documents=0"),
         ({"num_validation_documents": 0}, "num_validation_documents=0"),
         ({"tokenizer_documents": 500}, "tokenizer_documents=500 is more than num_documents=400"),
@@ -179,6 +184,78 @@ def test_nothing_is_predicted_or_scored(task):
 def test_bad_settings_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
         Pretraining(**{**SETTINGS, **change})
+
+
+def test_an_objective_of_another_type_is_an_error():
+    with pytest.raises(TypeError, match="give one of causal, masked, denoising"):
+        Pretraining(**{**SETTINGS, "objective": 3})
+
+
+def test_the_last_token_of_a_cut_sequence_has_no_label(task, tokenizer):
+    blocks = task.examples("train", tokenizer)
+    full = [block for block in blocks if (block.segments == 1).all()]
+    assert full
+    assert all(block.labels[-1] == IGNORED for block in full)
+
+
+def test_the_gpt2_is_pretrained_as_its_records_say():
+    """The values that make the identity of the tiny GPT-2; every E2E record contains their hash."""
+    cfg = cell.compose(["model=tiny_gpt2", "scale=tiny", "logger=none"])
+    content = cell.signed_config(cell.pretraining(cfg))
+    assert content["task"] == {
+        "_target_": "tasks.pretraining.Pretraining",
+        "objective": "causal",
+        "corpus_seed": 0,
+        "num_documents": 15500,
+        "num_validation_documents": 200,
+        "block_size": 128,
+        "vocab_size": 1536,
+        "tokenizer_documents": 5000,
+    }
+    assert content["recipe"] == {
+        "batch_size": 8,
+        "num_epochs": 1,
+        "max_steps": 700,
+        "warmup_steps": 60,
+        "warmup_ratio": None,
+        "schedule": "linear",
+        "weight_decay": 0.01,
+        "no_decay": [],
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "label_smoothing": 0.0,
+        "checkpoint_rule": "last",
+        "model_dropout": 0.0,
+        "learning_rate": {"full": 5e-3},
+    }
+    assert content["model"] == {
+        "name": "tiny_gpt2_scratch",
+        "family": "causal_lm",
+        "init": "random",
+        "hub_id": None,
+        "revision": None,
+        "path": None,
+        "tokenizer_path": None,
+        "pretrain": None,
+        "architecture": {
+            "model_type": "gpt2",
+            "vocab_size": 1536,
+            "n_embd": 128,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.06,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        },
+        "config_overrides": {"activation_function": "gelu_pytorch_tanh"},
+        "dtype": "float32",
+        "attention": "sdpa",
+        "dropout": 0.0,
+        "projections": None,
+    }
 
 
 def test_misuse_is_an_error(task, tokenizer):
