@@ -167,8 +167,8 @@ def worker_environments(workers: str, scale: str, num_cells: int) -> list[dict[s
         raise ValueError(f"workers={workers!r}: use auto or a number of 1 or more")
     number = min(number, num_cells)
     if scale == "tiny":
-        # One thread each: the result does not depend on the number of workers. In pre-training, which
-        # takes two, threads that spin while they wait make a busy machine many times slower.
+        # One thread each: the result does not depend on the number of workers. Pre-training takes
+        # two; threads that spin while they wait make it many times slower on a busy machine.
         return [TINY_ENVIRONMENT for _ in range(number)]
     if num_devices > 1 and number > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
