@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def load_model(
     dropout: float | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
+    new_modules: Sequence[str] = (),
 ) -> nn.Module:
     """Return a model with pre-trained weights, or with random ones built from a configuration.
 
@@ -75,9 +77,12 @@ def load_model(
         dropout: sets every dropout probability of the model; None keeps the checkpoint's.
         config_overrides: further configuration values, for example ``num_labels``.
         attention: transformers' ``attn_implementation``.
+        new_modules: modules that pre-trained weights need not have (a task's head); they start
+            from random weights.
 
     Raises:
-        ValueError: unknown family or dtype, or neither or both of source and architecture.
+        ValueError: unknown family or dtype, neither of source and architecture, or weights that
+            lack a parameter outside `new_modules`.
         FileNotFoundError: the folder does not exist or holds no model.
         OSError: the hub cannot be reached, or knows no such model.
     """
@@ -109,14 +114,55 @@ def load_model(
     _check_folder(source, ("config.json",))
     config = AutoConfig.from_pretrained(str(source), revision=revision, **overrides)
     _set_dropout(config, dropout)
-    return auto_class.from_pretrained(
-        str(source),
-        revision=revision,
-        config=config,
-        dtype=DTYPES[dtype],
-        attn_implementation=attention,
-        use_safetensors=True,
-    )
+    with _quiet_loading():
+        model, report = auto_class.from_pretrained(
+            str(source),
+            revision=revision,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    _check_loaded(source, report, new_modules)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hold back transformers' own table and bar; `_check_loaded` says what matters."""
+    from transformers.utils import logging as hf_logging
+
+    level, has_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if has_bar:
+            hf_logging.enable_progress_bar()
+
+
+def _check_loaded(
+    source: str | Path, report: Mapping[str, Any], new_modules: Sequence[str]
+) -> None:
+    """Refuse weights that leave a parameter random which is not meant to be new."""
+    missing = sorted(report["missing_keys"])
+    prefixes = tuple(f"{module}." for module in new_modules)
+    lacking = [name for name in missing if not name.startswith(prefixes or ("\0",))]
+    if lacking:
+        raise ValueError(
+            f"the weights of {source} lack {len(lacking)} parameters of this model "
+            f"({', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}), which would stay "
+            "random; take weights of this architecture, or name new modules in task.head"
+        )
+    if missing or report["unexpected_keys"]:
+        logger.info(
+            "%s: new: %s; not used: %s",
+            source, ", ".join(missing) or "nothing",
+            ", ".join(sorted(report["unexpected_keys"])) or "nothing",
+        )  # fmt: skip
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:

@@ -521,6 +521,7 @@ def _model(cfg: DictConfig, task: Any) -> Any:
         dropout=cfg.model.dropout,
         config_overrides=_config_overrides(cfg, task),
         attention=cfg.model.attention,
+        new_modules=task.head,
     )
 
 
