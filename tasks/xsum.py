@@ -90,6 +90,8 @@ class XSum(Task):
         max_target_length: tokens of a summary, likewise.
         decoding: settings of the beam search.
         aggregate: ``mean`` or ``bootstrap``, see `tasks.metrics.rouge`.
+        max_rows: split -> how many of its first articles are used, which is logged and recorded;
+            None uses all.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> articles of the ``embedded`` corpus; None takes its defaults.
 
@@ -117,6 +119,7 @@ class XSum(Task):
         max_target_length: int = 64,
         decoding: Seq2SeqBeamSearch | None = None,
         aggregate: str = "mean",
+        max_rows: Mapping[str, int] | None = None,
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
     ):
@@ -138,6 +141,13 @@ class XSum(Task):
             if length < 3:
                 raise ValueError(
                     f"task.{name}={length}; allowed: at least 3 (begin token, text, end token)"
+                )
+        self.max_rows = dict(max_rows or {})
+        for split, count in self.max_rows.items():
+            if split not in OFFICIAL_ROWS or count < 1:
+                raise ValueError(
+                    f"task.max_rows has {split!r}: {count}; allowed: 1 or more for "
+                    f"{', '.join(OFFICIAL_ROWS)}"
                 )
         self.source = source
         self.hub = hub
@@ -168,6 +178,12 @@ class XSum(Task):
         else:
             revision = self.hub.resolve()
             rows, files = self._download(revision)
+        for split, count in self.max_rows.items():
+            if len(rows[split]) > count:
+                logger.warning(
+                    "using the first %d of %d rows of %s", count, len(rows[split]), split
+                )
+                rows[split] = rows[split][:count]
         for split, items in rows.items():
             _check_ids(items, split)
         self._rows = rows
@@ -179,6 +195,7 @@ class XSum(Task):
             "aggregate": self.aggregate,
             "files": files,
             "rows": {split: len(items) for split, items in rows.items()},
+            **({"max_rows": self.max_rows} if self.max_rows else {}),
         }
         counts = ", ".join(f"{split} {len(items):,}" for split, items in rows.items())
         logger.info("XSum (%s): %s rows", self.source, counts)

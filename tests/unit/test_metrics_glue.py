@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import evaluate
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
 
 from tasks.metrics.glue import METRICS, score
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,3 +88,15 @@ def test_every_metric_has_a_label() -> None:
     from tasks.glue import METRIC_LABELS
 
     assert set(METRIC_LABELS) == set(METRICS)
+
+
+def test_the_evaluate_module_needs_no_network() -> None:
+    suite = evaluate.load(str(ROOT / "tasks" / "metrics" / "glue_scores"), "mrpc")
+    got = suite.compute(predictions=[1, 0, 1], references=[1, 0, 0])
+    assert got == {"accuracy": 2 / 3, "f1": 2 / 3, "missing": {}}
+    suite = evaluate.load(str(ROOT / "tasks" / "metrics" / "glue_scores"), "stsb")
+    got = suite.compute(predictions=[1.0, 1.0], references=[0.5, 2.0])
+    assert got["pearson"] is None
+    assert "undefined" in got["missing"]["pearson"]
+    with pytest.raises(ValueError, match="unknown task 'wnli'"):
+        evaluate.load(str(ROOT / "tasks" / "metrics" / "glue_scores"), "wnli")

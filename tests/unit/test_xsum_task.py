@@ -279,6 +279,18 @@ def test_the_layout_of_an_example(task: XSum, tokenizer: PreTrainedTokenizerFast
     assert batch.num_targets == sum(len(example.target) for example in examples[:3])
 
 
+def test_only_the_first_rows_can_be_used(caplog: pytest.LogCaptureFixture) -> None:
+    task, part = make_loaded(), make_loaded(max_rows={"test": 3})
+    assert part.inputs("test") == task.inputs("test")[:3]
+    assert part.inputs("train") == task.inputs("train")
+    assert part.provenance()["max_rows"] == {"test": 3}
+    assert "using the first 3 of" in caplog.text
+    assert "max_rows" not in task.provenance()
+    for wrong in ({"dev": 3}, {"test": 0}):
+        with pytest.raises(ValueError, match="allowed: 1 or more for train, validation, test"):
+            make_loaded(max_rows=wrong)
+
+
 def test_long_documents_are_cut_and_counted_once(
     tmp_path: Path,
     model: BartForConditionalGeneration,

@@ -1,0 +1,34 @@
+"""Every row of every table composes at every scale."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts import cell
+from scripts.composition import CONFIGS
+from scripts.scale import SCALES
+from scripts.table_spec import load_table, table_names
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", table_names())
+def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str) -> None:
+    spec = load_table(name)
+    for base in spec.runs.values():
+        cfg = cell.compose([*base, *spec.rows[0].overrides, f"scale={scale}"])
+        assert cfg.scale == scale
+        if scale == "paper":
+            assert cfg.task.source == "hub"
+            assert len(cfg.model.revision) == 40
+        else:
+            assert cfg.model.name != cfg.choices.model
+            assert cfg.trainer.max_steps is not None
+        assert cfg.trainer.batch_size > 0
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_a_scale_names_only_what_exists(scale: str) -> None:
+    for group in ("task", "recipe", "model"):
+        scaled = CONFIGS / f"scaled_{group}" / scale
+        for path in scaled.rglob("*.yaml"):
+            assert (CONFIGS / group / path.relative_to(scaled)).is_file(), path
