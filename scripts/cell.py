@@ -1,4 +1,4 @@
-"""One cell of a table = one run: its identity, its state, and how it runs from start to record.
+"""One cell of a table = one run: its identity, its state, what it starts from.
 
 A run's folder ``outputs/<signature>/`` holds ``config.yaml``, ``metrics.jsonl``,
 ``predictions.jsonl``, ``record.json`` (what a repetition gives again to the bit),
@@ -18,9 +18,8 @@ import functools
 import logging
 import os
 import time
-import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import provenance
 from scripts.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
-from scripts.run_folder import (
-    RECORD,
-    RESOURCES,
-    LockedError,
-    clear,
-    load_record,
-    lock,
-    predict,
-    read_adapter,
-    write_adapter,
+from scripts.execution import (
+    Plan,
+    Start,
+    as_config_error,
+    execute,
+    load_task,
+    random_model,
+    write_failure,
 )
+from scripts.run_folder import RECORD, LockedError, clear, load_record, lock
 
 __all__ = [
     "ConfigError", "LockedError", "check", "check_choices", "compose", "group", "load_record",
     "lock", "outputs", "prepare", "pretraining", "run", "run_dir", "signature", "start", "status",
 ]  # fmt: skip
 
-RECORD_SCHEMA = 1
 #: what cannot change a result and is left out of the signature.
 NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpoint_every_steps")
 #: keys that are signed only where they are set, with the value that means they are not.
@@ -235,7 +232,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.task.get("source") == "files" and cfg.task.get("data_dir") is None:
         raise ConfigError("task.source=files needs task.data_dir=FOLDER")
     for part in ("trainer", "task", "method"):
-        with _as_config_error():
+        with as_config_error():
             instantiate(cfg[part])
     if cfg.model.architecture is not None and cfg.model.path is None:
         _check_fits(cfg)
@@ -246,9 +243,9 @@ def _check_fits(cfg: DictConfig) -> None:
     import torch
     from hydra.utils import instantiate
 
-    with _as_config_error(), torch.device("meta"):
+    with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
-        model = _random_model(cfg, task)
+        model = random_model(cfg, task)
         instantiate(cfg.method).inject(
             model,
             projections=cfg.model.projections,
@@ -256,19 +253,6 @@ def _check_fits(cfg: DictConfig) -> None:
             total_steps=10**9,
             seed=cfg.seed,
         )
-
-
-@contextlib.contextmanager
-def _as_config_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn what a constructor or a loader says about the user's input into a ConfigError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (ValueError, TypeError, OSError, *more)):
-            raise ConfigError(str(error)) from error
-        if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-            raise ConfigError(str(error.__cause__)) from error
-        raise
 
 
 def prepare(cfgs: Iterable[DictConfig]) -> None:
@@ -321,13 +305,31 @@ def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
             clear(folder)
         (folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed
         try:
-            return _run(cfg, folder, is_main)
+            task = load_task(cfg)  # before anything expensive
+            return execute(cfg, _plan(cfg, folder), task, is_main=is_main)
         except ConfigError:
             raise
         except Exception as error:
             if is_main:
-                _write_failure(cfg, folder, error)
+                write_failure(cfg, _facts(cfg, folder), error)
             raise
+
+
+def _plan(cfg: DictConfig, folder: Path) -> Plan:
+    """Make what the run of `cfg` needs, and return what `execute` must know."""
+    prepare([cfg])
+    return replace(_facts(cfg, folder), start=_prepare_start(cfg))
+
+
+def _facts(cfg: DictConfig, folder: Path) -> Plan:
+    return Plan(
+        folder=folder,
+        outputs=outputs(cfg),
+        group=group(cfg),
+        signed=signed_config(cfg),
+        source=_source(cfg),
+        start=None,
+    )
 
 
 def _is_main() -> bool:
@@ -335,282 +337,19 @@ def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _run(cfg: DictConfig, folder: Path, is_main: bool) -> dict[str, Any]:
-    from hydra.utils import instantiate
-
-    from delta_lora import checkpoint
-    from delta_lora import trainer as training
-    from delta_lora.analysis import similarity
-    from delta_lora.models import fingerprint
-    from delta_lora.projections import head_parameters
-
-    trainer = instantiate(cfg.trainer)
-    trainer.prepare_backend()
-    task, method = instantiate(cfg.task), instantiate(cfg.method)
-    with _as_config_error(RuntimeError):  # a download that fails is one
-        task.load()
-    prepare([cfg])
-    before = _prepare_start(cfg)
-    tokenizer = _tokenizer(cfg, task)
-    train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
-    total_steps = trainer.total_steps(len(train))
-    training.seed_everything(cfg.seed)
-    with _as_config_error():
-        model = _model(cfg, task)
-        if cfg.model.init == "random":
-            task.initialise(model, train)
-        weights_sha256 = fingerprint(model)
-        num_total = sum(p.numel() for p in model.parameters())
-        originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
-        method.inject(
-            model,
-            projections=cfg.model.projections,
-            head=task.head,
-            total_steps=total_steps,
-            seed=cfg.seed,
-        )
-        if before is not None:
-            _restore_start(model, before, head=task.head)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = {
-        "trainable": num_trainable,
-        "updatable": method.num_updatable_parameters,
-        "head": sum(p.numel() for p in head_parameters(model, task.head).values()),
-        "total": num_total,
-    }
-    logger.info(
-        "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
-        "%d examples, batch %d, %d steps",
-        folder.name, cfg.choices.method, cfg.choices.task, cfg.model.name,
-        f"{num_trainable:,}", num_trainable / 2**20,
-        f"{method.num_updatable_parameters:,}", method.num_updatable_parameters / 2**20,
-        f"{num_total:,}", len(train), trainer.batch_size, total_steps,
-    )  # fmt: skip
-    if is_main:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    mirrors = _mirrors(cfg, folder) if is_main else []
-    identity = {
-        "base_weights_sha256": weights_sha256,
-        "data": task.provenance(),
-        "num_examples": len(train),
-        "total_steps": total_steps,
-    }
-    if before is not None:
-        identity["init_from"] = before.facts
-
-    def score(network: Any) -> dict[str, float]:
-        chunks = task.predict(network, tokenizer, "validation")
-        return task.score([p for chunk in chunks for p in chunk], "validation").values
-
-    result = trainer.fit(
-        model,
-        method=method,
-        task=task,
-        train=train,
-        validation=validation,
-        seed=cfg.seed,
-        folder=folder,
-        mirrors=mirrors,
-        identity=identity,
-        score=None if task.selection_metric is None else score,
-    )
-    if not is_main:
-        return {}
-    resources = dict(result.resources)
-
-    began = time.monotonic()
-    with method.merged(model) as merged:
-        analysis = similarity.cosine_similarities(originals, merged)
-        split = task.scored_split
-        predictions = predict(task, merged, tokenizer, folder, split) if cfg.predict else []
-    resources["predict_time_s"] = time.monotonic() - began
-    began = time.monotonic()
-    scores = task.score(predictions, split) if predictions else None
-    references = task.reference_scores(split) if cfg.score_references else {}
-    resources["score_time_s"] = time.monotonic() - began
-
-    adapter_sha256 = write_adapter(
-        folder,
-        method.updated_tensors(model),
-        {
-            "method": OmegaConf.to_container(cfg.method, resolve=True),
-            "model": OmegaConf.to_container(cfg.model, resolve=True),
-            "facts": method.describe(),
-        },
-    )
-    record = {
-        "schema": RECORD_SCHEMA,
-        "signature": folder.name,
-        "group": group(cfg),
-        "status": "completed",
-        **_what(cfg),
-        "task": {"name": task.name, "version": task.version, **task.provenance()},
-        "model": {
-            "name": cfg.model.name,
-            "init": cfg.model.init,
-            "hub_id": cfg.model.hub_id,
-            "revision": cfg.model.revision,
-            "weights_sha256": weights_sha256,
-        },
-        "init_from": None if before is None else before.facts,
-        "parameters": parameters,
-        "metrics": {
-            **(scores.values if scores else {}),
-            **_epoch_metrics(result.validation, task),
-        },
-        "missing_metrics": scores.missing if scores else {},
-        "reference_metrics": {name: found.values for name, found in references.items()},
-        "cosine_similarity": analysis,
-        "task_facts": task.describe(model, tokenizer),
-        "training": {
-            "steps": result.num_steps,
-            "epochs": result.num_epochs,
-            "examples": len(train),
-            "batch_size": trainer.batch_size,
-            "final_train_loss": result.final_train_loss if result.num_steps else None,
-            "validation": result.validation,
-            "checkpoint_rule": result.checkpoint_rule,
-            "chosen_step": result.chosen_step,
-            "skipped_steps": result.skipped_steps,
-            "method": method.describe(),
-        },
-        "num_predictions": len(predictions),
-        "adapter_sha256": adapter_sha256,
-        "config": signed_config(cfg),
-        "provenance": {
-            "git": provenance.git_state(ROOT),
-            "packages": provenance.packages(),
-            "device": provenance.device(),
-        },
-    }
-    if cfg.save_model:
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        record["model"]["saved_weights_sha256"] = fingerprint(model)
-    checkpoint.write_json(folder / RESOURCES, resources)
-    checkpoint.write_json(folder / RECORD, record)
-    for mirror in mirrors:
-        mirror.log_record(record, folder / "predictions.jsonl")
-        mirror.close()
-    return load_record(folder)
-
-
-def _tokenizer(cfg: DictConfig, task: Any) -> Any:
-    from delta_lora.models import load_tokenizer
-
-    if cfg.model.init == "random" and (built := task.build_tokenizer()) is not None:
-        return built
-    source, revision = _source(cfg)
-    if cfg.model.tokenizer_path is not None:
-        source, revision = cfg.model.tokenizer_path, None
-    with _as_config_error():
-        return load_tokenizer(source, revision)
-
-
-def _model(cfg: DictConfig, task: Any) -> Any:
-    from delta_lora.models import load_model
-
-    if cfg.model.init == "random":
-        return _random_model(cfg, task)
-    source, revision = _source(cfg)
-    return load_model(
-        cfg.model.family,
-        source=source,
-        revision=revision,
-        dtype=cfg.model.dtype,
-        dropout=cfg.model.dropout,
-        config_overrides=_config_overrides(cfg, task),
-        attention=cfg.model.attention,
-        new_modules=task.head,
-    )
-
-
-def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:
-    """Return the configuration values of the model, and those that the task's head needs."""
-    overrides: Any = OmegaConf.to_container(cfg.model.config_overrides)
-    return {**overrides, **task.model_config}
-
-
-def _random_model(cfg: DictConfig, task: Any) -> Any:
-    from delta_lora.models import load_model
-
-    return load_model(
-        cfg.model.family,
-        architecture=cfg.model.architecture,
-        dtype=cfg.model.dtype,
-        dropout=cfg.model.dropout,
-        config_overrides=_config_overrides(cfg, task),
-        attention=cfg.model.attention,
-    )
-
-
-def _source(cfg: DictConfig) -> tuple[str, str | None]:
-    """Return folder or hub id, and revision, of the pre-trained weights."""
+def _source(cfg: DictConfig) -> tuple[str, str | None] | None:
+    """Return folder or hub id, and revision, of the pre-trained weights; None without any."""
     if cfg.model.pretrain is not None:
         return str(run_dir(pretraining(cfg)) / "model"), None
     if cfg.model.path is not None:
         return str(Path(cfg.model.path).expanduser()), None
-    if cfg.model.hub_id is None:
-        raise ConfigError(f"model={cfg.model.name} has no weights; set model.path=FOLDER")
-    return cfg.model.hub_id, cfg.model.revision
-
-
-def _mirrors(cfg: DictConfig, folder: Path) -> list[Any]:
-    from hydra.utils import instantiate
-
-    if cfg.logger["_target_"] is None:
-        return []
-    choices = cfg.choices
-    return [
-        instantiate(
-            cfg.logger,
-            directory=outputs(cfg),
-            signature=folder.name,
-            group=group(cfg),
-            tags=[choices.task, choices.method, choices.scale],
-            run_config=signed_config(cfg),
-            _convert_="all",
-        )
-    ]
-
-
-def _what(cfg: DictConfig) -> dict[str, Any]:
-    choices = cfg.choices
-    return {
-        "scale": choices.scale,
-        "seed": cfg.seed,
-        "method": choices.method,
-        "recipe": choices.recipe,
-    }
-
-
-def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
-    """Return ``best_epoch/<metric>`` and ``last_epoch/<metric>`` where a metric selects."""
-    from delta_lora.trainer import best_entry
-
-    if task.selection_metric is None or not validation:
-        return {}
-    named = {"best_epoch": best_entry(validation, task) or {}, "last_epoch": validation[-1]}
-    return {
-        f"{which}/{spec.name}": entry[spec.name]
-        for which, entry in named.items()
-        for spec in task.metrics
-        if spec.name in entry
-    }
+    return None if cfg.model.hub_id is None else (cfg.model.hub_id, cfg.model.revision)
 
 
 # ---------------------------------------------------------------------- starting from another run
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The run that another one starts from: its folder, and what the record says of it."""
-
-    folder: Path
-    facts: dict[str, Any]
-
-
-def _prepare_start(cfg: DictConfig) -> _Start | None:
+def _prepare_start(cfg: DictConfig) -> Start | None:
     """Make the run that `cfg` starts from if it does not exist, and check that it fits.
 
     Raises:
@@ -637,46 +376,4 @@ def _prepare_start(cfg: DictConfig) -> _Start | None:
         "signature": record["signature"],
         "adapter_sha256": record["adapter_sha256"],
     }
-    return _Start(before, facts)
-
-
-def _restore_start(model: Any, before: _Start, *, head: tuple[str, ...]) -> None:
-    """Load what the earlier run changed, but for its head, which belongs to its own task.
-
-    microsoft/LoRA's scripts for MRPC, RTE and STS-B do so with an adapter trained on MNLI.
-    """
-    from delta_lora import checkpoint
-
-    tensors = {
-        name: tensor
-        for name, tensor in read_adapter(before.folder).items()
-        if not any(name.startswith(f"{module}.") for module in head)
-    }
-    try:
-        checkpoint.restore_weights(model, tensors)
-    except RuntimeError as error:
-        raise ConfigError(f"init_from: {before.folder} does not fit this run: {error}") from error
-    logger.info(
-        "starting from run %s (%s): %d tensors, head left out",
-        before.folder.name, before.facts["task"], len(tensors),
-    )  # fmt: skip
-
-
-def _write_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
-    from delta_lora import checkpoint
-
-    record = {
-        "schema": RECORD_SCHEMA,
-        "signature": folder.name,
-        "group": group(cfg),
-        "status": "failed",
-        **_what(cfg),
-        "task": {"name": cfg.choices.task},
-        "error": {
-            "type": type(error).__name__,
-            "message": str(error) or type(error).__name__,
-            "traceback": traceback.format_exc(),
-        },
-        "config": signed_config(cfg),
-    }
-    checkpoint.write_json(folder / RECORD, record)
+    return Start(before, facts)

@@ -44,9 +44,7 @@ from scripts.workers import Job, Outcome, Pool
 
 #: memory counted for one worker at scale tiny (PyTorch, a tiny model, METEOR's Java).
 WORKER_BYTES = 2 * 2**30
-TINY_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-}  # fmt: skip
+TINY_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def main(arguments: Sequence[str] | None = None, module: str = "scripts.cell") -> int:
@@ -167,8 +165,7 @@ def worker_environments(workers: str, scale: str, num_cells: int) -> list[dict[s
         raise ValueError(f"workers={workers!r}: use auto or a number of 1 or more")
     number = min(number, num_cells)
     if scale == "tiny":
-        # One thread each: the result does not depend on the number of workers. Pre-training takes
-        # two; threads that spin while they wait make it many times slower on a busy machine.
+        # One thread each: the result does not depend on the number of workers.
         return [TINY_ENVIRONMENT for _ in range(number)]
     if num_devices > 1 and number > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

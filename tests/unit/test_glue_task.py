@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 from delta_lora.projections import head_parameters, token_embedding_parameters
 from scripts import cell
+from scripts.execution import random_model
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
 
@@ -318,7 +319,7 @@ def test_parameter_counts_of_table_4(method: str, trainable: float, updatable: f
                         "model=roberta_base", "model.init=random"])  # fmt: skip
     task, made = instantiate(cfg.task), instantiate(cfg.method)
     with torch.device("meta"):
-        model = cell._random_model(cfg, task)
+        model = random_model(cfg, task)
         made.inject(model, projections=None, head=task.head, total_steps=1000, seed=1)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for p in head_parameters(model, task.head).values())

@@ -1,0 +1,412 @@
+"""Run one cell from its configuration to its record: build, fit, predict, score, write.
+
+What a cell is, whether it is done and what it starts from is decided in `scripts.cell`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from delta_lora import provenance
+from scripts.composition import ROOT, ConfigError
+from scripts.run_folder import RECORD, RESOURCES, load_record, predict, read_adapter, write_adapter
+
+RECORD_SCHEMA = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run that another one starts from: its folder, and what the record says of it."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `scripts.cell` has decided about a run.
+
+    Attributes:
+        folder: its run folder; the last part is its signature.
+        outputs: folder of all run folders.
+        group: signature without the seed.
+        signed: what the signature is a hash of.
+        source: hub id or folder, and revision, of the pre-trained weights; None without any.
+        start: the run it starts from, or None.
+    """
+
+    folder: Path
+    outputs: Path
+    group: str
+    signed: dict[str, Any]
+    source: tuple[str, str | None] | None
+    start: Start | None
+
+
+@contextlib.contextmanager
+def as_config_error(*more: type[Exception]) -> Iterator[None]:
+    """Turn what a constructor or a loader says about the user's input into a ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, TypeError, OSError, *more)):
+            raise ConfigError(str(error)) from error
+        if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
+            raise ConfigError(str(error.__cause__)) from error
+        raise
+
+
+def load_task(cfg: DictConfig) -> Any:
+    """Return the task of a run with its data read and checked.
+
+    Raises:
+        ConfigError: the data are not there or wrong.
+    """
+    from hydra.utils import instantiate
+
+    task = instantiate(cfg.task)
+    with as_config_error(RuntimeError):  # a download that fails is one
+        task.load()
+    return task
+
+
+def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[str, Any]:
+    """Run a cell, or continue it, and write its record.
+
+    Args:
+        cfg: from `scripts.composition.compose`.
+        plan: what is known about it.
+        task: from `load_task`.
+        is_main: whether this is the main process of a distributed run, or the only one.
+
+    Returns:
+        The record; in other processes an empty dict.
+
+    Raises:
+        ConfigError: data, weights and settings do not fit.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora import checkpoint
+    from delta_lora.analysis import similarity
+    from delta_lora.models import fingerprint
+
+    trainer = instantiate(cfg.trainer)
+    trainer.prepare_backend()
+    method = instantiate(cfg.method)
+    tokenizer = build_tokenizer(cfg, task, plan.source)
+    train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+    total_steps = trainer.total_steps(len(train))
+    with as_config_error():
+        model = _base_model(cfg, task, train, plan.source)
+        weights_sha256 = fingerprint(model)
+        num_total = sum(p.numel() for p in model.parameters())
+        originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
+        method.inject(
+            model,
+            projections=cfg.model.projections,
+            head=task.head,
+            total_steps=total_steps,
+            seed=cfg.seed,
+        )
+        if plan.start is not None:
+            _restore_start(model, plan.start, head=task.head)
+    parameters = _count_parameters(model, method, task, num_total)
+    _log_start(cfg, plan, parameters, len(train), trainer.batch_size, total_steps)
+    if is_main:
+        OmegaConf.save(cfg, plan.folder / "config.yaml", resolve=True)
+    mirrors = _mirrors(cfg, plan) if is_main else []
+    identity = {
+        "base_weights_sha256": weights_sha256,
+        "data": task.provenance(),
+        "num_examples": len(train),
+        "total_steps": total_steps,
+    }
+    if plan.start is not None:
+        identity["init_from"] = plan.start.facts
+
+    def score(network: Any) -> dict[str, float]:
+        chunks = task.predict(network, tokenizer, "validation")
+        return task.score([p for chunk in chunks for p in chunk], "validation").values
+
+    result = trainer.fit(
+        model,
+        method=method,
+        task=task,
+        train=train,
+        validation=validation,
+        seed=cfg.seed,
+        folder=plan.folder,
+        mirrors=mirrors,
+        identity=identity,
+        score=None if task.selection_metric is None else score,
+    )
+    if not is_main:
+        return {}
+    resources = dict(result.resources)
+
+    began = time.monotonic()
+    with method.merged(model) as merged:
+        analysis = similarity.cosine_similarities(originals, merged)
+        split = task.scored_split
+        predictions = predict(task, merged, tokenizer, plan.folder, split) if cfg.predict else []
+    resources["predict_time_s"] = time.monotonic() - began
+    began = time.monotonic()
+    scores = task.score(predictions, split) if predictions else None
+    references = task.reference_scores(split) if cfg.score_references else {}
+    resources["score_time_s"] = time.monotonic() - began
+
+    adapter_sha256 = write_adapter(
+        plan.folder,
+        method.updated_tensors(model),
+        {
+            "method": OmegaConf.to_container(cfg.method, resolve=True),
+            "model": OmegaConf.to_container(cfg.model, resolve=True),
+            "facts": method.describe(),
+        },
+    )
+    record = {
+        "schema": RECORD_SCHEMA,
+        "signature": plan.folder.name,
+        "group": plan.group,
+        "status": "completed",
+        **_what(cfg),
+        "task": {"name": task.name, "version": task.version, **task.provenance()},
+        "model": {
+            "name": cfg.model.name,
+            "init": cfg.model.init,
+            "hub_id": cfg.model.hub_id,
+            "revision": cfg.model.revision,
+            "weights_sha256": weights_sha256,
+        },
+        "init_from": None if plan.start is None else plan.start.facts,
+        "parameters": parameters,
+        "metrics": {
+            **(scores.values if scores else {}),
+            **_epoch_metrics(result.validation, task),
+        },
+        "missing_metrics": scores.missing if scores else {},
+        "reference_metrics": {name: found.values for name, found in references.items()},
+        "cosine_similarity": analysis,
+        "task_facts": task.describe(model, tokenizer),
+        "training": {
+            "steps": result.num_steps,
+            "epochs": result.num_epochs,
+            "examples": len(train),
+            "batch_size": trainer.batch_size,
+            "final_train_loss": result.final_train_loss if result.num_steps else None,
+            "validation": result.validation,
+            "checkpoint_rule": result.checkpoint_rule,
+            "chosen_step": result.chosen_step,
+            "skipped_steps": result.skipped_steps,
+            "method": method.describe(),
+        },
+        "num_predictions": len(predictions),
+        "adapter_sha256": adapter_sha256,
+        "config": plan.signed,
+        "provenance": {
+            "git": provenance.git_state(ROOT),
+            "packages": provenance.packages(),
+            "device": provenance.device(),
+        },
+    }
+    if cfg.save_model:
+        model.save_pretrained(plan.folder / "model")
+        tokenizer.save_pretrained(plan.folder / "model")
+        record["model"]["saved_weights_sha256"] = fingerprint(model)
+    checkpoint.write_json(plan.folder / RESOURCES, resources)
+    checkpoint.write_json(plan.folder / RECORD, record)
+    for mirror in mirrors:
+        mirror.log_record(record, plan.folder / "predictions.jsonl")
+        mirror.close()
+    return load_record(plan.folder)
+
+
+def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] | None) -> Any:
+    """Return the tokenizer of a run: the task's own, that of a folder, or that of the weights."""
+    from delta_lora.models import load_tokenizer
+
+    if cfg.model.init == "random" and (built := task.build_tokenizer()) is not None:
+        return built
+    if cfg.model.tokenizer_path is not None:
+        source = cfg.model.tokenizer_path, None
+    with as_config_error():
+        return load_tokenizer(*_known(cfg, source))
+
+
+def _base_model(
+    cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
+) -> Any:
+    """Return the model before any method: loaded, or with random weights."""
+    from delta_lora.models import load_model
+    from delta_lora.trainer import seed_everything
+
+    seed_everything(cfg.seed)
+    if cfg.model.init == "random":
+        model = random_model(cfg, task)
+        task.initialise(model, train)
+        return model
+    path, revision = _known(cfg, source)
+    return load_model(
+        cfg.model.family,
+        source=path,
+        revision=revision,
+        dtype=cfg.model.dtype,
+        dropout=cfg.model.dropout,
+        config_overrides=_config_overrides(cfg, task),
+        attention=cfg.model.attention,
+        new_modules=task.head,
+    )
+
+
+def _known(cfg: DictConfig, source: tuple[str, str | None] | None) -> tuple[str, str | None]:
+    if source is None:
+        raise ConfigError(f"model={cfg.model.name} has no weights; set model.path=FOLDER")
+    return source
+
+
+def random_model(cfg: DictConfig, task: Any) -> Any:
+    """Return the model of `cfg` built from its architecture, with random weights."""
+    from delta_lora.models import load_model
+
+    return load_model(
+        cfg.model.family,
+        architecture=cfg.model.architecture,
+        dtype=cfg.model.dtype,
+        dropout=cfg.model.dropout,
+        config_overrides=_config_overrides(cfg, task),
+        attention=cfg.model.attention,
+    )
+
+
+def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:
+    """Return the configuration values of the model, and those that the task's head needs."""
+    overrides: Any = OmegaConf.to_container(cfg.model.config_overrides)
+    return {**overrides, **task.model_config}
+
+
+def _count_parameters(model: Any, method: Any, task: Any, num_total: int) -> dict[str, int]:
+    from delta_lora.projections import head_parameters
+
+    return {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "updatable": method.num_updatable_parameters,
+        "head": sum(p.numel() for p in head_parameters(model, task.head).values()),
+        "total": num_total,
+    }
+
+
+def _log_start(
+    cfg: DictConfig,
+    plan: Plan,
+    parameters: dict[str, int],
+    num_examples: int,
+    batch_size: int,
+    total_steps: int,
+) -> None:
+    trainable, updatable = parameters["trainable"], parameters["updatable"]
+    logger.info(
+        "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
+        "%d examples, batch %d, %d steps",
+        plan.folder.name, cfg.choices.method, cfg.choices.task, cfg.model.name,
+        f"{trainable:,}", trainable / 2**20, f"{updatable:,}", updatable / 2**20,
+        f"{parameters['total']:,}", num_examples, batch_size, total_steps,
+    )  # fmt: skip
+
+
+def _mirrors(cfg: DictConfig, plan: Plan) -> list[Any]:
+    from hydra.utils import instantiate
+
+    if cfg.logger["_target_"] is None:
+        return []
+    choices = cfg.choices
+    return [
+        instantiate(
+            cfg.logger,
+            directory=plan.outputs,
+            signature=plan.folder.name,
+            group=plan.group,
+            tags=[choices.task, choices.method, choices.scale],
+            run_config=plan.signed,
+            _convert_="all",
+        )
+    ]
+
+
+def _what(cfg: DictConfig) -> dict[str, Any]:
+    choices = cfg.choices
+    return {
+        "scale": choices.scale,
+        "seed": cfg.seed,
+        "method": choices.method,
+        "recipe": choices.recipe,
+    }
+
+
+def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
+    """Return ``best_epoch/<metric>`` and ``last_epoch/<metric>`` where a metric selects."""
+    from delta_lora.trainer import best_entry
+
+    if task.selection_metric is None or not validation:
+        return {}
+    named = {"best_epoch": best_entry(validation, task) or {}, "last_epoch": validation[-1]}
+    return {
+        f"{which}/{spec.name}": entry[spec.name]
+        for which, entry in named.items()
+        for spec in task.metrics
+        if spec.name in entry
+    }
+
+
+def _restore_start(model: Any, before: Start, *, head: tuple[str, ...]) -> None:
+    """Load what the earlier run changed, but for its head, which belongs to its own task.
+
+    microsoft/LoRA's scripts for MRPC, RTE and STS-B do so with an adapter trained on MNLI.
+    """
+    from delta_lora import checkpoint
+
+    tensors = {
+        name: tensor
+        for name, tensor in read_adapter(before.folder).items()
+        if not any(name.startswith(f"{module}.") for module in head)
+    }
+    try:
+        checkpoint.restore_weights(model, tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"init_from: {before.folder} does not fit this run: {error}") from error
+    logger.info(
+        "starting from run %s (%s): %d tensors, head left out",
+        before.folder.name, before.facts["task"], len(tensors),
+    )  # fmt: skip
+
+
+def write_failure(cfg: DictConfig, plan: Plan, error: Exception) -> None:
+    """Write the record of a run that was stopped by `error`."""
+    from delta_lora import checkpoint
+
+    record = {
+        "schema": RECORD_SCHEMA,
+        "signature": plan.folder.name,
+        "group": plan.group,
+        "status": "failed",
+        **_what(cfg),
+        "task": {"name": cfg.choices.task},
+        "error": {
+            "type": type(error).__name__,
+            "message": str(error) or type(error).__name__,
+            "traceback": traceback.format_exc(),
+        },
+        "config": plan.signed,
+    }
+    checkpoint.write_json(plan.folder / RECORD, record)
