@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig
 from delta_lora.models import load_tokenizer
 from tasks import mimetic
 from tasks.embedded.general import Statement, statements
-from tasks.objectives import IGNORED, Denoising, Masked
+from tasks.objectives import IGNORED, Denoising, Masked, _read
 from tasks.pretraining import Pretraining
 
 SETTINGS = {
@@ -166,6 +167,38 @@ def test_verdicts_of_statements(masked_tokenizer):
             # A token may reach over the ends of the value ("£15-25." or an opening letter).
             assert statement.changed.split()[0] in found
             assert len(right)
+
+
+def test_verdicts_of_single_sentences(masked_tokenizer):
+    right, moved = masked_tokenizer.bos_token_id, masked_tokenizer.unk_token_id
+    words = ["the", "baker", "of", "the", "old", "town", "sells", "hats", "to", "every", "painter"]
+    seen = set()
+    for seed in range(40):
+        tokens = _read(words, masked_tokenizer, 96, random.Random(seed))
+        text = masked_tokenizer.decode([t.id for t in tokens], skip_special_tokens=True).split()
+        assert sorted(text) == sorted(words)
+        inside = tokens[1:-1]
+        assert {t.label for t in inside} <= {right, moved}
+        assert tokens[-1].label == IGNORED
+        assert tokens[0].label == (right if text == words else moved)
+        seen.add(tokens[0].label)
+        wrong = masked_tokenizer.decode([t.id for t in inside if t.label == moved]).split()
+        assert wrong == [a for a, b in zip(text, words, strict=True) if a != b]
+    assert seen == {right, moved}
+
+
+def test_sentences_are_taken_of_a_share_of_the_documents(masked_tokenizer):
+    groups = [["One line here now.\nAnother line stands here."]] * 300
+    verdicts = (masked_tokenizer.bos_token_id, masked_tokenizer.unk_token_id)
+    for share in (0.0, 0.4):
+        blocks = Masked(sentence_share=share).encode(
+            groups, masked_tokenizer, block_size=96, seed="s"
+        )
+        firsts = torch.cat([b.labels[(b.position_ids == 0) & (b.segments > 0)] for b in blocks])
+        found = sum(int(label) in verdicts for label in firsts) / len(groups)
+        assert found == pytest.approx(share, abs=0.08)
+    with pytest.raises(ValueError, match=r"sentence_share=1: must be in \[0, 1\)"):
+        Masked(sentence_share=1)
 
 
 def test_sequences_of_a_block_do_not_see_each_other(masked, masked_blocks):
