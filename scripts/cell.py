@@ -193,8 +193,12 @@ def status(cfg: DictConfig) -> CellStatus:
     if record["status"] == "failed":
         return CellStatus("failed", record["error"]["message"])
     if cfg.model.pretrain is not None:
-        base = _finished(run_dir(pretraining(cfg)))
-        if base and base["model"]["saved_weights_sha256"] != record["model"]["weights_sha256"]:
+        other = pretraining(cfg)
+        base = _finished(run_dir(other))
+        started_from = record["model"].get("pretrained_sha256")
+        if started_from is None and other.model.family == cfg.model.family:
+            started_from = record["model"]["weights_sha256"]  # the same model, nothing new in it
+        if base and started_from not in (None, base["model"]["saved_weights_sha256"]):
             return CellStatus("stale", "the pre-trained model was made anew since")
     if cfg.init_from is not None:
         before = start(cfg)
@@ -329,7 +333,14 @@ def _facts(cfg: DictConfig, folder: Path) -> Plan:
         signed=signed_config(cfg),
         source=_source(cfg),
         start=None,
+        pretrained_sha256=_pretrained_sha256(cfg),
     )
+
+
+def _pretrained_sha256(cfg: DictConfig) -> str | None:
+    """Return the checksum of the weights that the suite pre-trained for `cfg`, where it did."""
+    base = None if cfg.model.pretrain is None else _finished(run_dir(pretraining(cfg)))
+    return None if base is None else base["model"]["saved_weights_sha256"]
 
 
 def _is_main() -> bool:

@@ -44,6 +44,7 @@ class Plan:
         signed: what the signature is a hash of.
         source: hub id or folder, and revision, of the pre-trained weights; None without any.
         start: the run it starts from, or None.
+        pretrained_sha256: checksum of the weights that the suite pre-trained for it, or None.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Plan:
     signed: dict[str, Any]
     source: tuple[str, str | None] | None
     start: Start | None
+    pretrained_sha256: str | None
 
 
 @contextlib.contextmanager
@@ -189,6 +191,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
             "hub_id": cfg.model.hub_id,
             "revision": cfg.model.revision,
             "weights_sha256": weights_sha256,
+            "pretrained_sha256": plan.pretrained_sha256,
         },
         "init_from": None if plan.start is None else plan.start.facts,
         "parameters": parameters,

@@ -11,7 +11,7 @@ from scripts.report import ROOT, fill
 
 def test_readme_holds_the_generated_tables() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- results/tiny/table1.md -->" in text
+    assert "<!-- results/tiny/verdicts.md -->" in text
     assert fill(text) == text, "run `make report`"
 
 
