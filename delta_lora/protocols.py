@@ -223,8 +223,15 @@ class Task(ABC):
         return {}
 
     def length(self, example: Any) -> int:
-        """Return the number of tokens of an encoded example, for grouping by length."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how long an example is")
+        """Return the number of tokens of an encoded example, for grouping by length.
+
+        Raises:
+            ValueError: examples of this task cannot be grouped.
+        """
+        raise ValueError(
+            f"trainer.group_by_length=true, but {type(self).__name__} does not say how long an "
+            "example is; set it to false"
+        )
 
     def describe(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return facts for the record that depend on model and tokenizer; JSON values."""

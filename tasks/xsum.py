@@ -357,6 +357,10 @@ class XSum(Task):
         self._truncated[what] = num_cut
         return encoded
 
+    def length(self, example: Pair) -> int:
+        """Return the number of tokens of a document, which decide the padding."""
+        return len(example.source)
+
     def collate(self, examples: Sequence[Pair]) -> Batch:
         """Make a padded batch, see `tasks.seq2seq`."""
         return collate(examples)
