@@ -157,3 +157,30 @@ def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[
     losses = [r["training"]["validation"][-1]["loss"] for r in (plain, grouped)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert "group_by_length" not in plain["config"]["trainer"]
+
+
+def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
+    small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    pretraining = [
+        "task=pretraining_masked", "recipe=pretrain_roberta", "model=tiny_roberta_scratch",
+        "method=full", "scale=tiny", "trainer.max_steps=2", "task.num_documents=200",
+        "task.num_statements=20", "task.num_validation_documents=5", "task.vocab_size=600",
+        "task.num_validation_statements=5", "task.tokenizer_documents=200",
+        "model.architecture.vocab_size=600",
+    ]  # fmt: skip
+    cfg = cell.compose(
+        [
+            "task=glue/rte", "recipe=glue/rte", "model=roberta_base", "method=lora", "scale=tiny",
+            "logger=none", f"model.pretrain={pretraining!r}", SIZES, "trainer.max_steps=2",
+            f"paths.outputs={tmp_path / 'outputs'}",
+        ]
+    )  # fmt: skip
+    record = cell.run(cfg)
+    base = cell.run_dir(cell.pretraining(cfg)) / "record.json"
+    stored = json.loads(base.read_text())
+    assert record["model"]["pretrained_sha256"] == stored["model"]["saved_weights_sha256"]
+    assert cell.status(cfg).state == "done"
+    stored["model"]["saved_weights_sha256"] = "0" * 64
+    base.write_text(json.dumps(stored))
+    assert cell.status(cfg).state == "stale"
