@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 
 import pytest
+
+# `evaluate` imports metric modules from this folder, which it looks for only once in a process: one
+# folder for the process, and no other process that writes to it at the same time.
+_modules = tempfile.TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

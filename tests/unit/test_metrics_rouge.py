@@ -159,9 +159,8 @@ def test_names_are_those_of_the_papers_table() -> None:
 
 
 def test_the_evaluate_module_loads_by_path_and_gives_the_same_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = str(ROOT / "tasks" / "metrics" / "summary_rouge")
     predictions, references = make_texts(5, 4), make_texts(6, 4)
     suite = evaluate.load(folder, cache_dir=str(tmp_path))
