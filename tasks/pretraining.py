@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Task
-from tasks.embedded.general import Statement, sequences, statements
+from tasks.embedded.general import sequences, statements
+from tasks.embedded.sentences import sentences
 from tasks.objectives import Causal, Denoising, Group, Masked, Objective
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class Pretraining(Task):
         num_statements: texts with a statement about each (`tasks.embedded.general.statements`)
             among the training sequences, for an objective that learns from them.
         num_validation_statements: the same in the validation split.
+        num_sentences: single sentences (`tasks.embedded.sentences`) among the training sequences,
+            for an objective that learns from them.
+        num_validation_sentences: the same in the validation split.
 
     Raises:
         ValueError: a value outside its range.
@@ -69,6 +73,8 @@ class Pretraining(Task):
         tokenizer_documents: int,
         num_statements: int = 0,
         num_validation_statements: int = 0,
+        num_sentences: int = 0,
+        num_validation_sentences: int = 0,
     ) -> None:
         if isinstance(objective, str):
             if objective not in _OBJECTIVES:
@@ -92,10 +98,12 @@ class Pretraining(Task):
         more = {
             "num_statements": num_statements,
             "num_validation_statements": num_validation_statements,
+            "num_sentences": num_sentences,
+            "num_validation_sentences": num_validation_sentences,
         }
         for key, value in more.items():
-            if value < 0 or (value and not objective.uses_statements):
-                allowed = "0 or more is" if objective.uses_statements else "0 is"
+            if value < 0 or (value and not objective.uses_verdicts):
+                allowed = "0 or more is" if objective.uses_verdicts else "0 is"
                 raise ValueError(f"{key}={value}: {allowed} allowed for objective={objective.name}")
         if tokenizer_documents > num_documents:
             raise ValueError(
@@ -111,6 +119,8 @@ class Pretraining(Task):
         self.tokenizer_documents = tokenizer_documents
         self.num_statements = num_statements
         self.num_validation_statements = num_validation_statements
+        self.num_sentences = num_sentences
+        self.num_validation_sentences = num_validation_sentences
         self._sequences: dict[str, list[Group]] = {}
 
     def load(self) -> None:
@@ -119,17 +129,19 @@ class Pretraining(Task):
         stream = sequences(self.corpus_seed, total)
         train: list[Group] = [*islice(stream, self.num_documents)]
         validation: list[Group] = [*stream]
-        counts = (self.num_statements, self.num_validation_statements)
-        checks = statements(self.corpus_seed, sum(counts))
-        for split, count in zip((train, validation), counts, strict=True):
-            if count:
-                split += islice(checks, count)
+        num_statements = (self.num_statements, self.num_validation_statements)
+        num_sentences = (self.num_sentences, self.num_validation_sentences)
+        judged = statements(self.corpus_seed, sum(num_statements))
+        single = sentences(self.corpus_seed, sum(num_sentences))
+        for split, *counts in zip((train, validation), num_statements, num_sentences, strict=True):
+            if any(counts):
+                split += chain(islice(judged, counts[0]), islice(single, counts[1]))
                 # not for security
                 random.Random(f"mixture-{self.corpus_seed}").shuffle(split)  # noqa: S311
         self._sequences = {"train": train, "validation": validation}
         logger.info(
-            "general corpus: %d sequences and %d statements, seed %d",
-            total, sum(counts), self.corpus_seed,
+            "general corpus: %d sequences, %d statements and %d sentences, seed %d",
+            total, sum(num_statements), sum(num_sentences), self.corpus_seed,
         )  # fmt: skip
 
     def _groups(self, split: str) -> list[Group]:
@@ -163,7 +175,7 @@ class Pretraining(Task):
         Raises:
             ValueError: the corpus has too few words for `vocab_size` tokens.
         """
-        groups = [group for group in self._groups("train") if not isinstance(group, Statement)]
+        groups = [group for group in self._groups("train") if isinstance(group, list)]
         texts = list(chain.from_iterable(groups[: self.tokenizer_documents]))
         tokenizer = self.objective.train_tokenizer(
             texts, vocab_size=self.vocab_size, block_size=self.block_size

@@ -13,7 +13,10 @@ from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig
 from delta_lora.models import load_tokenizer
 from tasks import mimetic
 from tasks.embedded.general import Statement, statements
-from tasks.objectives import IGNORED, Denoising, Masked, _read
+from tasks.embedded.sentences import MOODS, Sentence, damage, sentences
+from tasks.objectives import Denoising, Masked
+from tasks.objectives.base import IGNORED
+from tasks.objectives.masked import _read
 from tasks.pretraining import Pretraining
 
 SETTINGS = {
@@ -38,6 +41,8 @@ def masked():
         Masked(mask_rate=0.15, pair_mask_rate=0.4),
         num_statements=200,
         num_validation_statements=20,
+        num_sentences=200,
+        num_validation_sentences=20,
     )
 
 
@@ -169,36 +174,82 @@ def test_verdicts_of_statements(masked_tokenizer):
             assert len(right)
 
 
-def test_verdicts_of_single_sentences(masked_tokenizer):
-    right, moved = masked_tokenizer.bos_token_id, masked_tokenizer.unk_token_id
+def test_damage_is_what_it_says_and_where_it_says():
     words = ["the", "baker", "of", "the", "old", "town", "sells", "hats", "to", "every", "painter"]
+    kinds = set()
+    for seed in range(80):
+        found, wrong = damage(words, random.Random(seed))
+        if len(wrong) == 2:
+            first, second = sorted(wrong)
+            found[first], found[second] = found[second], found[first]
+            assert (second, found) == (first + 1, words)
+            kinds.add("order")
+            continue
+        (at,) = wrong
+        if len(found) == len(words):
+            kinds.add("ending")
+            assert {found[at] + "s", found[at]} & {words[at], words[at] + "s"}
+            assert found[at] != words[at]
+            found[at] = words[at]
+        elif len(found) > len(words):
+            kinds.add("doubled")
+            assert found.pop(at) in words
+        else:
+            kinds.add("missing")
+            found.insert(at, words[at])
+        assert found == words
+    assert kinds == {"order", "missing", "doubled", "ending"}
+    assert damage(["Two", "words"], random.Random(0)) == (["Two", "words"], frozenset())
+
+
+def test_verdicts_of_single_sentences(masked_tokenizer):
+    right, wrong = masked_tokenizer.bos_token_id, masked_tokenizer.unk_token_id
+    text = "the baker of the old town sells hats to every painter"
     seen = set()
-    for seed in range(40):
-        tokens = _read(words, masked_tokenizer, 96, random.Random(seed))
-        text = masked_tokenizer.decode([t.id for t in tokens], skip_special_tokens=True).split()
-        assert sorted(text) == sorted(words)
+    for seed in range(60):
+        rng = random.Random(seed)
+        tokens = _read(Sentence(text), masked_tokenizer, 96, rng)
+        shown = masked_tokenizer.decode([t.id for t in tokens], skip_special_tokens=True)
         inside = tokens[1:-1]
-        assert {t.label for t in inside} <= {right, moved}
+        assert {t.label for t in inside} <= {right, wrong}
         assert tokens[-1].label == IGNORED
-        assert tokens[0].label == (right if text == words else moved)
+        assert tokens[0].label == (right if shown.split() == text.split() else wrong)
         seen.add(tokens[0].label)
-        wrong = masked_tokenizer.decode([t.id for t in inside if t.label == moved]).split()
-        assert wrong == [a for a, b in zip(text, words, strict=True) if a != b]
-    assert seen == {right, moved}
-
-
-def test_sentences_are_taken_of_a_share_of_the_documents(masked_tokenizer):
-    groups = [["One line here now.\nAnother line stands here."]] * 300
-    verdicts = (masked_tokenizer.bos_token_id, masked_tokenizer.unk_token_id)
-    for share in (0.0, 0.4):
-        blocks = Masked(sentence_share=share).encode(
-            groups, masked_tokenizer, block_size=96, seed="s"
+        rng = random.Random(seed)
+        expected: list[str] = []
+        if rng.random() < 0.5:
+            words, places = damage(text.split(), rng)
+            expected = [words[at] for at in sorted(places)]
+        assert (
+            masked_tokenizer.decode([t.id for t in inside if t.label == wrong]).split() == expected
         )
-        firsts = torch.cat([b.labels[(b.position_ids == 0) & (b.segments > 0)] for b in blocks])
-        found = sum(int(label) in verdicts for label in firsts) / len(groups)
-        assert found == pytest.approx(share, abs=0.08)
-    with pytest.raises(ValueError, match=r"sentence_share=1: must be in \[0, 1\)"):
-        Masked(sentence_share=1)
+    assert seen == {right, wrong}
+
+
+def test_every_token_of_an_opinion_names_its_mood(masked_tokenizer):
+    labels = set()
+    for mood in MOODS:
+        tokens = _read(
+            Sentence("the food was fair .", mood), masked_tokenizer, 96, random.Random(1)
+        )
+        shown = masked_tokenizer.decode([t.id for t in tokens[1:-1]])
+        assert shown.split() == ["the", "food", "was", "fair", "."]
+        (label,) = {t.label for t in tokens}
+        assert mood.startswith(masked_tokenizer.decode([label]).strip())
+        labels.add(label)
+    assert len(labels) == 2
+
+
+def test_sentences_have_all_kinds_and_opinions_one_mind():
+    found = [*sentences(3, 400)]
+    assert found[:100] == [*sentences(3, 100)]
+    assert found != [*sentences(4, 400)]
+    assert {sentence.mood for sentence in found} == {None, *MOODS}
+    for text, mood in found:
+        assert text.strip()
+        assert mood is None or not {"but", "although"} & set(text.split())
+    with pytest.raises(ValueError, match="num_sentences=-1: 0 or more"):
+        next(sentences(3, -1))
 
 
 def test_sequences_of_a_block_do_not_see_each_other(masked, masked_blocks):
@@ -214,7 +265,7 @@ def test_sequences_of_a_block_do_not_see_each_other(masked, masked_blocks):
             num_targets += int(hidden.sum())
         batch = masked.collate(blocks)
         assert batch.num_targets == num_targets
-        torch.testing.assert_close(masked.loss(model, batch), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(masked.loss(model, batch), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_no_hook_stays_behind(masked, masked_blocks):
@@ -408,6 +459,7 @@ def test_models_that_cannot_be_initialised(function, model, message):
         (lambda: Denoising(permuted_share=1.5), "permuted_share=1.5"),
         (lambda: build_task("denoising", num_statements=3), "0 is allowed for objective=denoising"),
         (lambda: build_task("masked", num_statements=-3), "0 or more is allowed"),
+        (lambda: build_task("causal", num_sentences=3), "0 is allowed for objective=causal"),
     ],
 )
 def test_bad_settings_are_errors(build, message):
@@ -415,13 +467,17 @@ def test_bad_settings_are_errors(build, message):
         build()
 
 
-def test_provenance_counts_statements(masked):
+def test_provenance_counts_statements_and_sentences(masked):
     facts = masked.provenance()
-    assert facts["rows"] == {"train": 600, "validation": 60}
+    assert facts["rows"] == {"train": 800, "validation": 80}
     assert facts["objective"] == "masked"
     kinds = {type(group) for group in masked._groups("validation")}
-    assert kinds == {list, Statement}
+    assert kinds == {list, Statement, Sentence}
     other = build_task(
-        "masked", num_statements=200, num_validation_statements=19, num_documents=300
+        "masked",
+        num_statements=200,
+        num_validation_statements=19,
+        num_sentences=200,
+        num_validation_sentences=20,
     )
     assert other.provenance()["sha256"] != facts["sha256"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scripts import cell
-from tasks.objectives import IGNORED, Token, make_blocks
+from tasks.objectives.base import IGNORED, Token, make_blocks
 from tasks.pretraining import Pretraining
 
 SETTINGS = {

@@ -29,6 +29,9 @@ _OPPOSED = (
     "although {a} , {b}",
     "{b} , although {a}",
 )
+#: share of the texts with two opposite opinions, and of the others' that have two clauses
+OPPOSED_SHARE = 0.34
+AGREEING_SHARE = 0.42
 #: share of the clauses that deny the opposite
 DENIED_SHARE = 0.2
 
@@ -41,20 +44,31 @@ def _clause(rng: random.Random, aspect: str, positive: bool) -> str:
     return template.format(x=aspect, d=rng.choice(_DEGREES), q=rng.choice(qualities))
 
 
-def sst2(source: Source) -> tuple[str, str]:
-    """A positive (1) or negative (0) opinion, lower-cased and tokenised as the real set is."""
-    rng = source.rng
-    positive = rng.random() < 0.55
+def write_opinion(rng: random.Random, positive: bool, *, opposed_share: float) -> str:
+    """Return an opinion of one or two clauses, lower-cased and tokenised as the real set is.
+
+    Args:
+        rng: source of all randomness.
+        positive: the opinion of the clause that counts.
+        opposed_share: share of the texts whose other clause says the opposite, in [0, 1].
+    """
     first, second = rng.sample(_ASPECTS, 2)
     form = rng.random()
-    if form < 0.38:
-        text = _clause(rng, second, positive)
-    elif form < 0.66:
+    if form < opposed_share:
+        text = rng.choice(_OPPOSED).format(
+            a=_clause(rng, first, not positive), b=_clause(rng, second, positive)
+        )
+    elif form < opposed_share + (1 - opposed_share) * AGREEING_SHARE:
         text = rng.choice(_AGREEING).format(
             a=_clause(rng, first, positive), b=_clause(rng, second, positive)
         )
     else:
-        text = rng.choice(_OPPOSED).format(
-            a=_clause(rng, first, not positive), b=_clause(rng, second, positive)
-        )
-    return f"{tokenise(text)} . ", str(int(positive))
+        text = _clause(rng, second, positive)
+    return f"{tokenise(text)} . "
+
+
+def sst2(source: Source) -> tuple[str, str]:
+    """A positive (1) or negative (0) opinion."""
+    positive = source.rng.random() < 0.55
+    text = write_opinion(source.rng, positive, opposed_share=OPPOSED_SHARE)
+    return text, str(int(positive))
