@@ -125,6 +125,8 @@ def load_model(
             output_loading_info=True,
         )
     _check_loaded(source, report, new_modules)
+    if family == "sequence_classification":
+        _warn_of_untrained_pooler(source, model, new_modules)
     return model
 
 
@@ -163,6 +165,28 @@ def _check_loaded(
             source, ", ".join(missing) or "nothing",
             ", ".join(sorted(report["unexpected_keys"])) or "nothing",
         )  # fmt: skip
+
+
+def _warn_of_untrained_pooler(
+    source: str | Path, model: nn.Module, new_modules: Sequence[str]
+) -> None:
+    """Warn of a pooler that no training has touched: its bias is still 0.
+
+    Sentence encoders (MiniLM, for one) carry such a BERT pooler without using it. Where an adapter
+    leaves it frozen, the classifier behind it gets hardly any signal.
+    """
+    for name, module in model.named_modules():
+        if not name.endswith("pooler.dense") or not isinstance(module, nn.Linear):
+            continue
+        pooler = name.removesuffix(".dense")
+        is_new = any(f"{pooler}.".startswith(f"{each}.") for each in new_modules)
+        if not is_new and module.bias is not None and not module.bias.any():
+            head = ",".join([*new_modules, pooler])
+            logger.warning(
+                "%s: %s was never trained (its bias is 0), and low-rank methods leave it as it is; "
+                "train it with the head: task.head=[%s]",
+                source, pooler, head,
+            )  # fmt: skip
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:

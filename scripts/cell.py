@@ -85,7 +85,7 @@ def signed_config(cfg: DictConfig) -> dict[str, Any]:
         if cfg.model.get(key) is not None:
             content["model"][key] = _folder_checksum(f"model.{key}", cfg.model[key])
     if cfg.model.pretrain is not None:
-        content["model"]["pretrain"] = signature(pretraining(cfg))
+        content["model"]["pretrain"] = _pretraining_signature(tuple(cfg.model.pretrain))
     if cfg.init_from is not None:
         before = start(cfg)
         content["init_from"] = before.name if isinstance(before, Path) else signature(before)
@@ -129,6 +129,11 @@ def _pretraining(overrides: tuple[str, ...]) -> DictConfig:
     return compose([*overrides, "save_model=true", "predict=false", "logger=none"])
 
 
+@functools.cache
+def _pretraining_signature(overrides: tuple[str, ...]) -> str:
+    return signature(_pretraining(overrides))
+
+
 def start(cfg: DictConfig) -> DictConfig | Path:
     """Return the run whose weights the run of `cfg` starts from.
 
@@ -143,7 +148,10 @@ def start(cfg: DictConfig) -> DictConfig | Path:
     if (CONFIGS / "task" / f"{name}.yaml").is_file():
         if name == cfg.choices.task:
             raise ConfigError(f"init_from={name} is the task of this run itself; use null")
-        return _start(name, tuple(_kept(cfg.overrides)), cfg.seed)
+        other = _start(name, tuple(_kept(cfg.overrides))).copy()
+        other.seed = cfg.seed
+        other.overrides.append(f"seed={cfg.seed}")
+        return other
     folder = Path(name).expanduser().resolve()
     if not (folder / RECORD).is_file():
         raise ConfigError(
@@ -162,8 +170,9 @@ def _kept(overrides: Iterable[str]) -> Iterator[str]:
 
 
 @functools.cache
-def _start(task: str, overrides: tuple[str, ...], seed: int) -> DictConfig:
-    return compose([*overrides, f"task={task}", f"recipe={task}", f"seed={seed}"])
+def _start(task: str, overrides: tuple[str, ...]) -> DictConfig:
+    # Composing takes a quarter of a second; another seed is only another value.
+    return compose([*overrides, f"task={task}", f"recipe={task}"])
 
 
 _CHECKSUMS: dict[tuple[str, float], str] = {}

@@ -292,7 +292,9 @@ def _check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) ->
 
 def _prepare(pool: Pool, cells: Sequence[Cell]) -> str | None:
     """Pre-train the models that the cells start from; return why it failed, or None."""
-    job = Job("prepare", tuple(item.overrides for item in cells), "prepare")
+    # One cell of each model: the worker composes what it is given, which takes a while.
+    models = {str(item.config.get("model")): item.overrides for item in cells}
+    job = Job("prepare", tuple(models.values()), "prepare")
     is_announced = False
     for outcome in pool.run([job]):
         if outcome is not None:

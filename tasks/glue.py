@@ -43,7 +43,7 @@ from tasks.data import (
     shorten,
 )
 from tasks.embedded import glue as embedded
-from tasks.embedded.bag_of_words import classify, regress
+from tasks.bag_of_words import classify, regress
 from tasks.metrics import glue as metrics
 from tasks.predictions import align
 

@@ -9,7 +9,8 @@ from itertools import combinations
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
-from tasks.embedded import bag_of_words, glue
+from tasks import bag_of_words
+from tasks.embedded import glue
 from tasks.embedded.glue import acceptability, facts, pairs, sentiment
 from tasks.embedded.world import CATEGORIES
 

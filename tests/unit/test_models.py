@@ -59,6 +59,27 @@ def test_weights_that_lack_a_layer_are_refused(encoder: Path) -> None:
         load_model("masked_lm", source=encoder)
 
 
+def test_a_pooler_that_was_never_trained_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**SIZES))
+    model.save_pretrained(tmp_path / "untrained")
+    torch.nn.init.normal_(model.bert.pooler.dense.bias)
+    model.save_pretrained(tmp_path / "trained")
+
+    def warnings(folder: str, *head: str) -> list[str]:
+        caplog.clear()
+        load_model("sequence_classification", source=tmp_path / folder, new_modules=head)
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    (message,) = warnings("untrained", "classifier")
+    assert "bert.pooler was never trained" in message
+    assert "task.head=[classifier,bert.pooler]" in message
+    assert not warnings("untrained", "classifier", "bert.pooler")
+    assert not warnings("trained", "classifier")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_tied_weights_are_not_missing(family: str, tmp_path: Path) -> None:
     if family == "gpt2":
