@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Scores, Task
+from tasks.bag_of_words import classify, regress
 from tasks.data import (
     Release,
     find_file,
@@ -43,7 +44,6 @@ from tasks.data import (
     shorten,
 )
 from tasks.embedded import glue as embedded
-from tasks.bag_of_words import classify, regress
 from tasks.metrics import glue as metrics
 from tasks.predictions import align
 
