@@ -43,7 +43,7 @@ setup: $(READY)  ## make the environment .venv from requirements.lock
 	@echo "environment ready: $(RUN)"
 
 test: $(READY)  ## run all tests, with the coverage of delta_lora and tasks (ARGS go to pytest)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile \
 	  --cov=delta_lora --cov=tasks --cov-report=term $$ARGS
 
 lint: $(READY)  ## ruff (lint and format) and mypy
