@@ -20,14 +20,9 @@ DATA = os.environ.get("DELTA_LORA_DATA")
 FOLDER = Path(DATA or ".") / "e2e" / "conformance"
 SYSTEMS = ("tgen", "slug", "chen", "sheff2", "zhaw2")
 
-# no_cover: these compute for long, and tracing would more than double that.
-pytestmark = [
-    pytest.mark.no_cover,
-    pytest.mark.skipif(
-        DATA is None,
-        reason="DELTA_LORA_DATA names no folder with e2e/conformance (see CONTRIBUTING)",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="DELTA_LORA_DATA names no folder with e2e/conformance (see CONTRIBUTING)"
+)
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java on PATH")
 
 

@@ -21,13 +21,9 @@ FOLDER = Path(DATA or ".") / "webnlg"
 SYSTEMS = ("melbourne", "upf-forge", "baseline")
 PARTS = ("seen", "unseen", "all")
 
-# no_cover: these compute for long, and tracing would more than double that.
-pytestmark = [
-    pytest.mark.no_cover,
-    pytest.mark.skipif(
-        DATA is None, reason="DELTA_LORA_DATA names no folder with webnlg (see CONTRIBUTING)"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="DELTA_LORA_DATA names no folder with webnlg (see CONTRIBUTING)"
+)
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java on PATH")
 
 

@@ -159,7 +159,6 @@ def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[
     assert "group_by_length" not in plain["config"]["trainer"]
 
 
-@pytest.mark.no_cover
 def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
     small: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -7,6 +7,5 @@ import pytest
 from scripts import tables
 
 
-@pytest.mark.no_cover  # composes every run of every table; tracing more than doubles that
 def test_tiny_results_follow_from_their_records(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--scale", "tiny", "--check"]) == 0, capsys.readouterr().out
