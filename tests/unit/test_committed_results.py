@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from scripts import tables
+from scripts.page import write_page
+from scripts.table_results import RESULTS
+from scripts.table_spec import table_names
+
+TINY = RESULTS / "tiny"
 
 
-def test_tiny_results_follow_from_their_records(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tables.main(["--scale", "tiny", "--check"]) == 0, capsys.readouterr().out
+@pytest.mark.parametrize("name", table_names())
+def test_tiny_results_follow_from_their_records(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tables.main([name, "--scale", "tiny", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_tiny_page_follows_from_its_tables(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "tiny")
+    pages = ("README.md", "verdicts.md")
+    for name in pages:
+        (tmp_path / "tiny" / name).unlink()
+    write_page(tmp_path / "tiny")
+    for name in pages:
+        assert (tmp_path / "tiny" / name).read_bytes() == (TINY / name).read_bytes()
