@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tasks.metrics.meteor import shared_process
+
 ROOT = Path(__file__).resolve().parents[2]
 _PRETRAINING = [
     "task=pretraining", "recipe=pretrain_gpt2", "model=tiny_gpt2_scratch", "method=full",
@@ -35,8 +37,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR takes ten seconds to start; its own tests start it."""
+    """METEOR takes ten seconds to start; its own tests start it, and may have left it running."""
     monkeypatch.setenv("PATH", "/nonexistent")
+    shared_process().close()
 
 
 @pytest.fixture
