@@ -182,7 +182,7 @@ def inject_branches(
         dropout: probability on the input of the branches.
         seed: seed of the run.
         make_branch: builds the branch of a projection from (projection, weight, generator).
-        weight_dtypes: types of W that the method can work with; None takes any.
+        weight_dtypes: types of W in which the method can write it; None takes any.
 
     Returns:
         The branches by the name of their projection (``<layer>.<role>``).
@@ -208,8 +208,10 @@ def inject_branches(
         if weight_dtypes is not None and weight.dtype not in weight_dtypes:
             allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in weight_dtypes)
             raise ValueError(
-                f"{p.layer}.weight is {weight.dtype}, but this method needs a weight in {allowed}; "
-                "load the model in float32 (mixed precision by autocast is fine)"
+                f"{p.layer}.weight is {weight.dtype}, but form=in_place writes it and needs "
+                f"{allowed}, because a narrower type rounds the update away; "
+                "load the model in float32 (mixed precision by autocast is fine), or use "
+                "form=closed_form, which never writes it"
             )
     head_trains = head_parameters(model, head)
     model.requires_grad_(False)

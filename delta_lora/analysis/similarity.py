@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from delta_lora.low_rank import weight_slice
+from delta_lora.low_rank import LowRankLinear, weight_slice
 from delta_lora.projections import Projection, find_projections
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,15 @@ def snapshot(
 
     Returns:
         One entry per projection, in the order of the model; empty, which is logged, where the
-        model has no attention that is found by structure.
+        model has no attention that is found by structure, or a quantised one.
     """
     try:
         found = find_projections(model, projections, exclude=exclude)
     except ValueError as error:
         logger.info("no similarity of weights is recorded: %s", error)
+        return []
+    if not all(model.get_submodule(p.layer).weight.is_floating_point() for p in found):
+        logger.info("no similarity of weights is recorded: the weights are quantised")
         return []
     return [Original(p, _weight(model, p).to("cpu", copy=True)) for p in found]
 
@@ -53,7 +56,7 @@ def cosine_similarities(originals: Sequence[Original], model: nn.Module) -> dict
 
     Args:
         originals: from `snapshot`.
-        model: the same model on merged weights.
+        model: the same model on merged weights, or with its branches where it cannot be merged.
 
     Returns:
         By the projection's name, in [-1, 1]; computed in float64. A weight of zeros gives 1.
@@ -72,4 +75,10 @@ def _weight(model: nn.Module, projection: Projection) -> Tensor:
     layer = model.get_submodule(projection.layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight_slice(weight, projection)
+    W_slice = weight_slice(weight, projection)
+    if not isinstance(layer, LowRankLinear):
+        return W_slice
+    # A model that cannot be merged: its weight is narrower than the change.
+    branch = next(b for b in layer.branches if b.projection == projection)
+    delta = branch.delta_weight().detach()
+    return W_slice.to(delta.dtype) + (delta.T if projection.is_transposed else delta)

@@ -12,9 +12,20 @@ In our symbols: ``if step > start_step: W += update_ratio * scaling * (B' @ A' -
 Deviations: none. Equation 5 as printed has the sign of its expansion reversed; the products above
 are what is computed.
 
-State kept: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of the factors,
-together twice the factors (3 MiB for GPT2-Medium at rank 4). They are rewritten in every step, so
-a checkpoint needs none of them; it holds the two counters of 8 bytes.
+Two forms of the same method:
+
+* ``in_place`` writes W as printed.
+* ``closed_form`` never writes it. The updates telescope (detail 6), so with A_k and B_k the factors
+  before the first update, W(t) x is ``W_0 x + update_ratio * scaling * (B A - B_k A_k) x``. The
+  branch becomes one of rank 2 rank, ``(1 + update_ratio) B A - update_ratio B_k A_k``, in which A
+  and B get the gradients that they have in ``scaling * B A`` alone, while x gets the whole one.
+  Values and gradients are those of ``in_place``; only a forward pass of the base layer is needed,
+  so its weight may be narrow, quantised or sharded.
+
+State kept, ``in_place``: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of
+the factors, together twice the factors (3 MiB for GPT2-Medium at rank 4). They are rewritten in
+every step, so a checkpoint needs none of them. ``closed_form``: `kept_A` and `kept_B`, once the
+factors, which belong to what a run has learned. Both: two counters of 8 bytes.
 
 Details:
 1. `step` counts applied optimiser steps from 0 and the inequality is strict: the first update of W
@@ -22,21 +33,22 @@ Details:
 2. The delta is one product of rank 2 rank, ``[B' B] @ [A'; -A]``, added by one `addmm_` into the
    slice of W: nothing of W's size is allocated.
 3. W has no gradient, no optimiser state and no weight decay.
-4. W must be float32 (or float64). bfloat16 rounds the update away: relative error .92 at learning
-   rate 2e-5, .14 at 2e-4, with lambda 2. Autocast over a float32 W is fine.
+4. Written in place, W must be float32 (or float64). bfloat16 rounds the update away: relative error
+   .92 at learning rate 2e-5, .14 at 2e-4, with lambda 2. Autocast over a float32 W is fine.
 5. No dropout in the branch: W may follow the product only because dL/dW = dL/d(BA), which dropout
    breaks. `allow_dropout` is for the ablation `delta_lora_dropout` (Table 5).
 6. The updates telescope: with A_k and B_k as they stood before the first update,
    ``W_T - W_0 = update_ratio * scaling * (B_T @ A_T - B_k @ A_k)``.
 7. A step that the loss scaler skipped changes neither A, B nor W, and does not count.
 8. `update_ratio` 0 leaves W alone, so the run is LoRA without dropout to the bit.
+9. In ``closed_form`` the branch is plain LoRA until the first update.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +65,8 @@ from delta_lora.low_rank import (
 from delta_lora.projections import Projection
 from delta_lora.protocols import Method
 
+FORMS = ("in_place", "closed_form")
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +81,8 @@ class DeltaLora(Method):
         start_step: K, at least -1; W is updated at the steps above it.
         dropout: probability on the input of the branch, in [0, 1); above 0 only for the ablation.
         allow_dropout: says that a dropout above 0 is meant.
-        form: ``in_place``, the update of W as Algorithm 1 prints it.
+        form: ``in_place``, the update of W as Algorithm 1 prints it, or ``closed_form``, the same
+            without writing W.
     """
 
     def __init__(
@@ -88,14 +103,21 @@ class DeltaLora(Method):
         self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
         self.start_step = check_integer("start_step", start_step, at_least=-1)
         self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.form = check_choice("form", form, ("in_place",))
+        self.form = check_choice("form", form, FORMS)
         if not check_bool("allow_dropout", allow_dropout) and self.dropout > 0:
             raise ValueError(
                 f"dropout={self.dropout:g} is not allowed in Delta-LoRA: with dropout in the "
                 "branch the gradient of W is not that of B @ A, which the method rests on; "
                 "use dropout=0, or allow_dropout=true for the ablation (method=delta_lora_dropout)"
             )
+        if self.form == "closed_form" and self.dropout > 0:
+            raise ValueError(
+                f"form=closed_form with dropout={self.dropout:g}: in the closed form the branch "
+                "carries the update of W, which no dropout may touch; use form=in_place for the "
+                "ablation"
+            )
         self._targets: list[_Target] = []
+        self._closed: list[ClosedFormBranch] = []
         self._num_steps = 0
         self._num_updates = 0
         self._snapshot_step: int | None = None
@@ -113,17 +135,27 @@ class DeltaLora(Method):
 
         Raises:
             RuntimeError: the model was injected before.
-            ValueError: nothing matches, the rank is larger than a projection, or W has a type that
-                rounds the update away.
+            ValueError: nothing matches, the rank is larger than a projection, or W would be
+                written in place and has a type that rounds the update away.
         """
         check_integer("total_steps", total_steps, at_least=1)
+        is_closed = self.form == "closed_form" and self.update_ratio > 0
 
         def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
-            return LowRankBranch(
-                p, rank=self.rank, alpha=self.alpha, weight=weight, generator=generator
+            if not is_closed:
+                return LowRankBranch(
+                    p, rank=self.rank, alpha=self.alpha, weight=weight, generator=generator
+                )
+            return ClosedFormBranch(
+                p,
+                rank=self.rank,
+                alpha=self.alpha,
+                weight=weight,
+                generator=generator,
+                update_ratio=self.update_ratio,
             )
 
-        inject_branches(
+        branches = inject_branches(
             model,
             projections=projections,
             head=head,
@@ -131,18 +163,19 @@ class DeltaLora(Method):
             dropout=self.dropout,
             seed=seed,
             make_branch=make_branch,
-            weight_dtypes=(torch.float32, torch.float64),
+            weight_dtypes=(torch.float32, torch.float64) if self.form == "in_place" else None,
         )
+        self._closed = [b for b in branches.values() if isinstance(b, ClosedFormBranch)]
         self._targets = [
             _Target(layer, branch)
             for layer in model.modules()
-            if isinstance(layer, LowRankLinear)
+            if isinstance(layer, LowRankLinear) and self.form == "in_place"
             for branch in layer.branches
         ]
         if self.update_ratio > 0:
             self.num_updatable_parameters = sum(
                 target.branch.projection.num_entries for target in self._targets
-            )
+            ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
             if self.start_step + 1 >= total_steps:
                 logger.warning(
                     "start_step=%d with %d steps in all: W is updated at steps above start_step, "
@@ -158,10 +191,17 @@ class DeltaLora(Method):
         return [{"params": list(super().updated_tensors(model).items()), "lr": self.learning_rate}]
 
     def before_step(self, step: int) -> None:
-        """Keep A and B as they are before the optimiser step."""
+        """Keep A and B as they are before the optimiser step.
+
+        Raises:
+            RuntimeError: W is sharded and would be written in place.
+        """
         if self._updates_at(step):
             for target in self._targets:
                 target.keep_factors()
+            if self._num_updates == 0:
+                for branch in self._closed:
+                    branch.keep_factors()
             self._snapshot_step = step
 
     def after_step(self, step: int) -> None:
@@ -183,8 +223,13 @@ class DeltaLora(Method):
                 )
             for target in self._targets:
                 target.add_delta(self.update_ratio)
-            self._num_updates += 1
+            self._set_num_updates(self._num_updates + 1)
         self._num_steps += 1
+
+    def _set_num_updates(self, number: int) -> None:
+        self._num_updates = number
+        for branch in self._closed:
+            branch.is_active = number > 0
 
     def _updates_at(self, step: int) -> bool:
         return self.update_ratio > 0 and step > self.start_step
@@ -202,16 +247,32 @@ class DeltaLora(Method):
             )
 
     def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Run on ``W + scaling * B @ A`` within the context."""
+        """Run on W and the branch in one weight within the context.
+
+        A closed form over a W that is neither float32 nor float64 runs as it is: rounded into such
+        a W, the change would not be the one that was learned.
+        """
+        if self._closed and not all(
+            layer.weight.dtype in (torch.float32, torch.float64)
+            for layer in model.modules()
+            if isinstance(layer, LowRankLinear)
+        ):
+            return nullcontext(model)
         return merged_layers(model)
 
     def updated_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return A, B, the head, and every whole weight of which a slice is updated."""
+        """Return A, B, the head, and what carries the update of W.
+
+        In place: every whole weight of which a slice is updated. Closed form: the kept factors.
+        """
         tensors = super().updated_tensors(model)
         if self.update_ratio > 0:
             for name, module in model.named_modules():
-                if isinstance(module, LowRankLinear):
+                if isinstance(module, LowRankLinear) and self.form == "in_place":
                     tensors[f"{name}.base_layer.weight"] = module.weight
+                if isinstance(module, ClosedFormBranch):
+                    tensors[f"{name}.kept_A"] = module.kept_A
+                    tensors[f"{name}.kept_B"] = module.kept_B
         return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -233,12 +294,82 @@ class DeltaLora(Method):
                 "resume from a checkpoint of the same method"
             )
         self._num_steps = int(state["num_steps"])
-        self._num_updates = int(state["num_updates"])
+        self._set_num_updates(int(state["num_updates"]))
 
     def describe(self) -> dict[str, Any]:
         """Return how often W was updated and at which step first (None if it never was)."""
         first = self.start_step + 1 if self._num_updates else None
         return {"num_weight_updates": self._num_updates, "first_weight_update_step": first}
+
+
+class ClosedFormBranch(LowRankBranch):
+    """A branch that carries the update of W: ``(1 + lambda) B A - lambda B_k A_k``, scaled.
+
+    Until it is active it is ``scaling * B A``, plain LoRA.
+
+    Args:
+        projection: as in `LowRankBranch`.
+        rank: as in `LowRankBranch`.
+        alpha: as in `LowRankBranch`.
+        weight: as in `LowRankBranch`.
+        generator: as in `LowRankBranch`.
+        update_ratio: lambda, above 0.
+
+    Attributes:
+        kept_A: A_k, (rank, in), no gradient.
+        kept_B: B_k, (out, rank), no gradient.
+        is_active: whether the first update of W has taken place.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        *,
+        rank: int,
+        alpha: float,
+        weight: Tensor,
+        generator: torch.Generator,
+        update_ratio: float,
+    ) -> None:
+        super().__init__(projection, rank=rank, alpha=alpha, weight=weight, generator=generator)
+        self.update_ratio = update_ratio
+        # Parameters and not buffers: whoever shards A and B shards these in the same way.
+        self.kept_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
+        self.kept_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
+        self.is_active = False
+
+    @torch.no_grad()
+    def keep_factors(self) -> None:
+        """Write the factors of the moment to `kept_A` and `kept_B`."""
+        self.kept_A.copy_(self.lora_A)
+        self.kept_B.copy_(self.lora_B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B, or once active ``[A; A_k]`` and ``[(1 + lambda) B, -lambda B_k]``."""
+        if not self.is_active:
+            return self.lora_A, self.lora_B
+        whole = 1 + self.update_ratio
+        A_RI = _ScaledGradient.apply(self.lora_A, 1 / whole)
+        B_OR = _ScaledGradient.apply(self.lora_B, 1 / whole)
+        left = torch.cat([whole * B_OR, -self.update_ratio * self.kept_B], dim=1)
+        return torch.cat([A_RI, self.kept_A]), left
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, with its gradient times a number.
+
+    In ``(1 + lambda) B A x`` the gradients of A and B are 1 + lambda times those in ``B A x``; in
+    Delta-LoRA the lambda part belongs to W, which has no gradient, so they are divided by it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
 
 
 class _Target:
@@ -255,7 +386,16 @@ class _Target:
 
     @torch.no_grad()
     def keep_factors(self) -> None:
-        """Write the factors of the moment into the second halves."""
+        """Write the factors of the moment into the second halves.
+
+        Raises:
+            RuntimeError: W is no longer a whole matrix.
+        """
+        if self.layer.weight.dim() != 2 or hasattr(self.layer.weight, "device_mesh"):
+            raise RuntimeError(
+                f"the weight of {self.branch.projection.layer} is sharded and cannot be written in "
+                "place; use form=closed_form, which never writes it"
+            )
         A_RI, B_OR = self.branch.lora_A, self.branch.lora_B
         if self.left is None or self.right is None or self.left.device != B_OR.device:
             self.left = torch.empty_like(B_OR).repeat(1, 2)
