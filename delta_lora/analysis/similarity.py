@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ def snapshot(
     except ValueError as error:
         logger.info("no similarity of weights is recorded: %s", error)
         return []
-    if not all(model.get_submodule(p.layer).weight.is_floating_point() for p in found):
+    weights: list[Any] = [model.get_submodule(p.layer).weight for p in found]
+    if not all(weight.is_floating_point() for weight in weights):
         logger.info("no similarity of weights is recorded: the weights are quantised")
         return []
     return [Original(p, _weight(model, p).to("cpu", copy=True)) for p in found]
