@@ -210,10 +210,18 @@ def _check_folder(source: str | Path, files: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"{source} holds none of {', '.join(files)}; it holds {found}")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return one sha256 over names, types and bytes of all parameters (tied ones once)."""
+def fingerprint(model: nn.Module, exclude: Sequence[str] = ()) -> str:
+    """Return one sha256 over names, types and bytes of all parameters (tied ones once).
+
+    Args:
+        model: on any device but meta.
+        exclude: names of modules whose parameters do not count.
+    """
     digest = hashlib.sha256()
+    prefixes = tuple(f"{module}." for module in exclude)
     for name, parameter in model.named_parameters():
+        if name.startswith(prefixes or ("\0",)):
+            continue
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\0".encode())
         data = parameter.detach().contiguous().cpu().flatten().view(torch.uint8)
         digest.update(data.numpy().data)

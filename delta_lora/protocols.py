@@ -71,6 +71,8 @@ class Method(ABC):
 
     #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).
     num_updatable_parameters: int = 0
+    #: whether `inject` plans by the length of the training.
+    needs_total_steps: bool = False
 
     @abstractmethod
     def inject(
@@ -140,6 +142,9 @@ class Method(ABC):
     def describe(self) -> dict[str, Any]:
         """Return facts for the record (ranks after pruning, number of W updates); JSON values."""
         return {}
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:  # noqa: B027 - a hook
+        """Set what a finished run's `describe` told, where the forward pass depends on it."""
 
 
 class Task(ABC):

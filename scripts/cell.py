@@ -247,6 +247,11 @@ def check(cfg: DictConfig) -> None:
     for part in ("trainer", "task", "method"):
         with as_config_error():
             instantiate(cfg[part])
+    if cfg.init_from is not None and cfg.method.get("form") == "closed_form":
+        raise ConfigError(
+            f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
+            "to W would have to be written into it; use method.form=in_place"
+        )
     if cfg.model.architecture is not None and cfg.model.path is None:
         _check_fits(cfg)
 

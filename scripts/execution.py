@@ -18,7 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import provenance
 from scripts.composition import ROOT, ConfigError
-from scripts.run_folder import RECORD, RESOURCES, load_record, predict, read_adapter, write_adapter
+from scripts.run_folder import (
+    ADAPTER,
+    RECORD,
+    RESOURCES,
+    load_record,
+    predict,
+    read_adapter,
+)
 
 RECORD_SCHEMA = 1
 
@@ -100,7 +107,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     """
     from hydra.utils import instantiate
 
-    from delta_lora import checkpoint
+    from delta_lora import adapter, checkpoint
     from delta_lora.analysis import similarity
     from delta_lora.models import fingerprint
 
@@ -115,6 +122,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
+        base = _describe_base(cfg, plan, task, model)
         method.inject(
             model,
             projections=cfg.model.projections,
@@ -169,13 +177,14 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     references = task.reference_scores(split) if cfg.score_references else {}
     resources["score_time_s"] = time.monotonic() - began
 
-    adapter_sha256 = write_adapter(
-        plan.folder,
+    adapter_sha256 = adapter.write(
+        (plan.folder / ADAPTER).parent,
         method.updated_tensors(model),
         {
             "method": OmegaConf.to_container(cfg.method, resolve=True),
-            "model": OmegaConf.to_container(cfg.model, resolve=True),
+            "base": base,
             "facts": method.describe(),
+            "step": result.num_steps,
         },
     )
     record = {
@@ -270,6 +279,30 @@ def _base_model(
         config_overrides=_config_overrides(cfg, task),
         attention=cfg.model.attention,
         new_modules=task.head,
+    )
+
+
+def _describe_base(cfg: DictConfig, plan: Plan, task: Any, model: Any) -> dict[str, Any]:
+    """Return how the model of a run is built before any method, for `delta_lora.load`."""
+    from delta_lora.adapter import describe_base
+
+    is_random = cfg.model.init == "random"
+    source, revision = (None, None) if is_random else _known(cfg, plan.source)
+    architecture: Any = OmegaConf.to_container(cfg.model.architecture) if is_random else None
+    projections: Any = None
+    if cfg.model.projections is not None:
+        projections = OmegaConf.to_container(cfg.model.projections)
+    return describe_base(
+        model,
+        projections=projections,
+        head=task.head,
+        family=cfg.model.family,
+        source=source,
+        revision=revision,
+        architecture=architecture,
+        dtype=cfg.model.dtype,
+        attention=cfg.model.attention,
+        config_overrides=_config_overrides(cfg, task),
     )
 
 

@@ -115,21 +115,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.split("\n") if line]
 
 
-def write_adapter(folder: Path, tensors: dict[str, Any], description: dict[str, Any]) -> str:
-    """Write every parameter that a run changed, with what is needed to use it again.
-
-    Returns:
-        The sha256 of the file of tensors.
-    """
-    from delta_lora import checkpoint
-
-    path = folder / ADAPTER
-    path.parent.mkdir(exist_ok=True)
-    checkpoint.write_tensors(path, tensors)
-    checkpoint.write_json(path.with_name("adapter_config.json"), description)
-    return checkpoint.sha256_file(path)
-
-
 def read_adapter(folder: Path) -> dict[str, Any]:
     """Return the parameters that the run in `folder` changed, by name.
 

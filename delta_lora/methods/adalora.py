@@ -105,6 +105,8 @@ class AdaLora(Method):
         beta2: smoothing of the uncertainty, in (0, 1).
     """
 
+    needs_total_steps = True
+
     def __init__(
         self,
         *,

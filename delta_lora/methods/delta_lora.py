@@ -301,6 +301,10 @@ class DeltaLora(Method):
         first = self.start_step + 1 if self._num_updates else None
         return {"num_weight_updates": self._num_updates, "first_weight_update_step": first}
 
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """Set the number of updates, which says whether a closed form has begun."""
+        self._set_num_updates(int(facts["num_weight_updates"]))
+
 
 class ClosedFormBranch(LowRankBranch):
     """A branch that carries the update of W: ``(1 + lambda) B A - lambda B_k A_k``, scaled.

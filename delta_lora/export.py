@@ -1,0 +1,347 @@
+"""Export a trained adapter: as a plain LoRA that PEFT loads, or as a merged model.
+
+Delta-LoRA's whole change of a layer is ``(1 + lambda) s B A - lambda s B_k A_k`` (paper.md's
+algebra of Algorithm 1), so it *is* a LoRA of rank 2r on the untouched base, with
+``A = [A; A_k]`` and ``B = [(1 + lambda) s B, -lambda s B_k]``. The other low-rank methods are LoRAs
+of their own rank (AdaLoRA of the ranks it kept, DyLoRA of any rank up to r).
+
+What PEFT calls a layer is the whole layer: for a fused query-key-value layer the factors of its
+slices are stacked, with zeros in B where nothing was adapted.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from delta_lora import adapter, checkpoint
+from delta_lora.checks import check_integer
+from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
+from delta_lora.projections import Projection, find_projections
+
+_TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change of one whole layer as a product: ``B @ A``.
+
+    Attributes:
+        A: (rank, in), float64.
+        B: (out of the whole layer, rank), float64.
+        error: what the product leaves out of the change, relative, by the Frobenius norm.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B."""
+        return self.A.shape[0]
+
+
+class _Part(NamedTuple):
+    """The change of one slice, ``left @ right``, and the norm of what that leaves out."""
+
+    projection: Projection
+    left: Tensor
+    right: Tensor
+    lost: float
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """What `export_peft` wrote.
+
+    Attributes:
+        folder: the adapter of PEFT.
+        ranks: rank by layer.
+        errors: relative error of the layer's change, by layer; 0 for an exact product.
+        num_parameters: entries of all factors.
+    """
+
+    folder: Path
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    num_parameters: int
+
+
+def export_peft(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    base: nn.Module | str | Path | None = None,
+    rank: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> PeftExport:
+    """Write a PEFT LoRA that gives on the untouched base what the trained model gives.
+
+    Args:
+        path: a run's folder, or the folder of an adapter.
+        folder: gets ``adapter_model.safetensors`` and ``adapter_config.json`` of PEFT.
+        base: the base model (left as it is), or its folder or hub id; None as in `load`.
+        rank: compress every layer to this rank by SVD, the best there is; None keeps all.
+        settings: settings of the method to change, such as DyLoRA's ``{"eval_rank": 2}``.
+
+    Returns:
+        Ranks and errors by layer.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        FileNotFoundError: no adapter stands there.
+        ValueError: the change is none of low rank (full fine-tuning), or the rank is not allowed.
+    """
+    peft = _import_peft()
+    if rank is not None:
+        check_integer("rank", rank, at_least=1)
+    source = adapter.find_folder(path)
+    description = adapter.read_description(source)
+    trained, plain = _trained_and_plain(source, base, settings)
+    layers = changes(trained, plain, description, rank=rank)
+    heads = description["base"]["head"]
+    tensors = {
+        name: tensor
+        for name, tensor in adapter.adapter_of(trained).method.updated_tensors(trained).items()
+        if any(name.startswith(f"{module}.") for module in heads)
+    }
+    with torch.no_grad():
+        checkpoint.restore_weights(plain, tensors)
+    ranks = {name: factors.rank for name, factors in layers.items()}
+    widest = max(ranks.values())
+    config = peft.LoraConfig(
+        r=widest,
+        lora_alpha=widest,  # the scaling is in B, so PEFT's is 1
+        rank_pattern={name: r for name, r in ranks.items() if r != widest},
+        alpha_pattern={name: r for name, r in ranks.items() if r != widest},
+        target_modules=list(layers),
+        modules_to_save=list(heads) or None,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=not all(isinstance(plain.get_submodule(n), nn.Linear) for n in layers),
+        task_type=_TASK_TYPES.get(description["base"]["family"]),
+        base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
+        inference_mode=True,
+    )
+    wrapped = peft.get_peft_model(plain, config)
+    with torch.no_grad():
+        for name, factors in layers.items():
+            layer = wrapped.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(factors.A)
+            layer.lora_B["default"].weight.copy_(factors.B)
+    folder = Path(folder)
+    wrapped.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    return PeftExport(
+        folder=folder,
+        ranks=ranks,
+        errors={name: factors.error for name, factors in layers.items()},
+        num_parameters=sum(f.A.numel() + f.B.numel() for f in layers.values()),
+    )
+
+
+def export_merged(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    base: nn.Module | str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the model on merged weights, as `save_pretrained` does.
+
+    Args:
+        path: a run's folder, or the folder of an adapter.
+        folder: gets ``config.json`` and ``model.safetensors``.
+        base: as for `export_peft`.
+        settings: as for `export_peft`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: the model is none of transformers and has no `save_pretrained`.
+        ValueError: the weights are narrower than the change and cannot hold it.
+    """
+    source = adapter.find_folder(path)
+    model = adapter.load(
+        source, base=copy.deepcopy(base) if isinstance(base, nn.Module) else base, settings=settings
+    )
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise TypeError(
+            f"{type(model).__name__} has no save_pretrained; within "
+            "delta_lora.adapter_of(model).merged() its state_dict is the merged one"
+        )
+    with adapter.adapter_of(model).merged() as merged:
+        if any(isinstance(module, LowRankLinear) for module in merged.modules()):
+            raise ValueError(
+                "the weights of the base are narrower than float32 and would round the learned "
+                "change away; export the PEFT adapter instead"
+            )
+        save(str(folder), safe_serialization=True)
+    return Path(folder)
+
+
+def changes(
+    trained: nn.Module, plain: nn.Module, description: Mapping[str, Any], *, rank: int | None = None
+) -> dict[str, Factors]:
+    """Return what training changed in every adapted layer, as factors.
+
+    Args:
+        trained: from `load`.
+        plain: the untouched base.
+        description: of the adapter.
+        rank: compress to this rank; None keeps the change as it is.
+
+    Raises:
+        ValueError: a change is not of low rank and no `rank` is given, or weights outside the
+            adapted layers and the head changed.
+    """
+    base = description["base"]
+    found = find_projections(plain, base["projections"], exclude=base["head"])
+    with adapter.adapter_of(trained).merged() as merged:
+        _refuse_other_changes(merged, plain, {p.layer for p in found}, base["head"])
+        after = {
+            p.name: _weight(merged.get_submodule(p.layer), p)
+            for p in found
+            if not isinstance(merged.get_submodule(p.layer), LowRankLinear)
+        }
+    branches = {
+        branch.projection.name: branch
+        for module in trained.modules()
+        if isinstance(module, LowRankLinear)
+        for branch in module.branches
+    }
+    layers: dict[str, Factors] = {}
+    for layer in dict.fromkeys(p.layer for p in found):
+        parts = []
+        for p in (p for p in found if p.layer == layer):
+            branch = branches.get(p.name)
+            base_layer = plain.get_submodule(layer)
+            if branch is None:  # a weight that trained as a whole
+                change = after[p.name] - _weight(base_layer, p)
+                parts.append(_Part(p, *_dense(change, rank, p), lost=0.0))
+                continue
+            left, right = _branch_factors(branch)
+            moved = _moved(trained.get_submodule(layer).base_layer, base_layer, p)
+            lost = 0.0
+            if moved is not None:
+                # Written in place: W_T - W_0 is of rank 2r with B A in it, up to rounding.
+                change = moved + left @ right
+                left, right = _truncate(change, 2 * branch.rank)
+                lost = float((change - left @ right).norm())
+            parts.append(_Part(p, left, right, lost))
+        layers[layer] = _stack(parts, rank)
+    return layers
+
+
+def _trained_and_plain(
+    source: Path,
+    base: nn.Module | str | Path | None,
+    settings: Mapping[str, Any] | None,
+) -> tuple[nn.Module, nn.Module]:
+    """Return the trained model and the untouched base, neither of them the caller's."""
+    if isinstance(base, nn.Module):
+        plain, start = copy.deepcopy(base), copy.deepcopy(base)
+    else:
+        description = adapter.read_description(source)
+        start = adapter.load_base(description, source, source=base)
+        plain = copy.deepcopy(start)
+    adapter.put(start, source, settings=settings)
+    return start.eval(), plain.eval()
+
+
+def _branch_factors(branch: LowRankBranch) -> tuple[Tensor, Tensor]:
+    """Return scaled B and A of a branch in float64, without the rows that are zero."""
+    with torch.no_grad():
+        A_RI, B_OR = (factor.detach().double().cpu() for factor in branch.factors())
+    is_used = (A_RI != 0).any(dim=1) & (B_OR != 0).any(dim=0)
+    return branch.scaling * B_OR[:, is_used], A_RI[is_used]
+
+
+def _moved(written: Any, base_layer: nn.Module, p: Projection) -> Tensor | None:
+    """Return how far W was written in place, or None where it was not."""
+    before = base_layer.weight
+    assert isinstance(before, Tensor)
+    if torch.equal(written.weight.cpu(), before.cpu()):
+        return None
+    return _weight(written, p) - _weight(base_layer, p)
+
+
+def _weight(layer: Any, p: Projection) -> Tensor:
+    """Return the slice of a layer's weight, (out, in), in float64 on the CPU."""
+    W_slice = weight_slice(layer.weight, p).double().cpu()
+    return W_slice.T if p.is_transposed else W_slice
+
+
+def _dense(change: Tensor, rank: int | None, p: Projection) -> tuple[Tensor, Tensor]:
+    if rank is None:
+        raise ValueError(
+            f"the change of {p.name} is no product of low rank (its weight trained as a whole); "
+            f"compress it with rank=N, at most {p.max_rank}, or export the merged model"
+        )
+    return _truncate(change, p.max_rank)
+
+
+def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best product of `rank`: left (out, rank) and right (rank, in)."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(rank, S.numel())
+    root = S[:rank].sqrt()
+    return U[:, :rank] * root, root[:, None] * Vh[:rank]
+
+
+def _stack(parts: list[_Part], rank: int | None) -> Factors:
+    """Return the factors of a whole layer from those of its slices."""
+    rows = []
+    for part in parts:
+        p = part.projection
+        whole = torch.zeros(p.out_features, part.left.shape[1], dtype=part.left.dtype)
+        whole[p.start : p.stop] = part.left
+        rows.append(whole)
+    A, B = torch.cat([part.right for part in parts]), torch.cat(rows, dim=1)
+    if A.shape[0] == 0:  # nothing was learned: PEFT needs a rank of one at least
+        return Factors(A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1), 0.0)
+    change = B @ A
+    lost = math.hypot(*(part.lost for part in parts))
+    if rank is not None and rank < A.shape[0]:
+        B, A = _truncate(change, rank)
+        lost = math.hypot(lost, float((change - B @ A).norm()))
+    norm = float(change.norm())
+    return Factors(A, B, lost / norm if norm > 0 else 0.0)
+
+
+def _refuse_other_changes(
+    merged: nn.Module, plain: nn.Module, layers: set[str], head: list[str]
+) -> None:
+    allowed = tuple(f"{name}." for name in (*layers, *head))
+    own = dict(merged.named_parameters())
+    for name, before in plain.named_parameters():
+        if name.startswith(allowed) or name not in own:
+            continue
+        if not torch.equal(own[name].cpu(), before.cpu()):
+            raise ValueError(
+                f"{name} changed too, which no LoRA on the adapted layers can hold; "
+                "export the merged model"
+            )
+
+
+def _import_peft() -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("the export needs PEFT: pip install peft")
+    import peft
+
+    return peft

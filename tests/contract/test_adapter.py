@@ -1,0 +1,275 @@
+"""The library: attach, a hand-written loop of two calls, save, load, continue."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+import delta_lora
+from delta_lora.adapter import adapter_of, attach, build_method, load, method_class
+from delta_lora.methods.delta_lora import DeltaLora
+from delta_lora.methods.dylora import draw_rank
+from tests.contract.models import CASES, inject, inputs, logits, loss
+from tests.contract.models import train as train_method
+from tests.contract.test_export import DELTA, train, trained
+
+ROOT = Path(__file__).parents[2]
+ADALORA = {
+    "init_rank": 3, "target_rank": 1, "alpha": 3, "orth_reg_weight": 0.1,
+    "initial_fraction": 0.1, "final_fraction": 0.3, "interval": 2,
+}  # fmt: skip
+
+
+def attached(name="gpt2", method="delta_lora", *, model=None, **settings):
+    case = CASES[name]
+    model = case.model() if model is None else model
+    return attach(model, method, projections=case.projections, head=case.head, **settings)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_calls_in_a_loop_train_as_the_method_does(name):
+    model = attached(name, seed=3, learning_rate=1e-2, **DELTA)
+    assert adapter_of(model).model is model
+    train(model, 5)
+    adapter_of(model).method.finish(5)
+    case = CASES[name]
+    method = DeltaLora(learning_rate=1e-2, **DELTA)
+    other = inject(method, case.model(), case)
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    for _ in train_method(method, other, 5, optimizer=optimizer):
+        pass
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(other.get_parameter(n), p, atol=1e-6, rtol=0)
+    assert adapter_of(model).method.describe()["num_weight_updates"] == 3
+
+
+def test_dylora_draws_its_ranks_by_itself():
+    model = attached(method="dylora", rank=3, alpha=3, seed=5)
+    adapter, seen = adapter_of(model), []
+    original = adapter.method.before_micro_batch
+
+    def watch(step, micro_step):
+        seen.append((step, micro_step))
+        original(step, micro_step)
+
+    adapter.method.before_micro_batch = watch
+    optimizer = torch.optim.AdamW(adapter.param_groups())
+    model.train()
+    for step in range(3):
+        for _ in range(2):
+            loss(model, inputs(model, step)).backward()
+        adapter.before_step()
+        optimizer.step()
+        adapter.after_step()
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({draw_rank(3, 5, *key) for key in seen}) > 1
+    with torch.no_grad():
+        logits(model, inputs(model))
+    logits(model.eval(), inputs(model))
+    assert len(seen) == 6, "evaluation draws nothing"
+
+
+def test_adalora_needs_the_number_of_steps():
+    with pytest.raises(ValueError, match="set total_steps"):
+        attached(method="adalora", **ADALORA)
+    model = attached(method="adalora", total_steps=10, **ADALORA)
+    train(model, 10)
+    assert adapter_of(model).method.describe()["mean_rank"] == 1.0
+
+
+@pytest.mark.parametrize("form", ["in_place", "closed_form"])
+@pytest.mark.parametrize("name", ["gpt2", "roberta", "bart"])
+def test_a_saved_adapter_loads_to_the_bit(name, form, tmp_path):
+    _, folder, expected = trained(CASES[name], tmp_path, form=form, **DELTA)
+    model = load(folder)
+    assert not model.training
+    assert torch.equal(logits(model, inputs(model, 99)), expected)
+    with adapter_of(model).merged() as plain:
+        found = logits(plain, inputs(plain, 99))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_folder_of_base_and_adapter_can_be_moved(tmp_path):
+    _, _, expected = trained(CASES["gpt2"], tmp_path / "here", **DELTA)
+    (tmp_path / "here").rename(tmp_path / "there")
+    model = load(tmp_path / "there" / "adapter")
+    assert torch.equal(logits(model, inputs(model, 99)), expected)
+
+
+@pytest.mark.parametrize("method", ["delta_lora", "dylora", "full_query_value", "adalora"])
+def test_a_stopped_loop_continues_to_the_bit(method):
+    settings = {
+        "delta_lora": DELTA, "dylora": {"rank": 2, "alpha": 3}, "adalora": ADALORA,
+        "full_query_value": {},
+    }[method]  # fmt: skip
+    runs = []
+    for stop in (None, 3):
+        model = attached(method=method, total_steps=10, **settings)
+        adapter = adapter_of(model)
+        optimizer = torch.optim.AdamW(adapter.param_groups())
+        for step in range(6):
+            if step == stop:
+                state, optimizer_state = (
+                    copy.deepcopy(adapter.state_dict()),
+                    copy.deepcopy(optimizer.state_dict()),
+                )
+                model = attached(method=method, total_steps=10, **settings)
+                adapter = adapter_of(model)
+                adapter.load_state_dict(state)
+                optimizer = torch.optim.AdamW(adapter.param_groups())
+                optimizer.load_state_dict(optimizer_state)
+            model.train()
+            torch.manual_seed(step)
+            loss(model, inputs(model, step)).backward()
+            adapter.before_step()
+            optimizer.step()
+            adapter.after_step()
+            optimizer.zero_grad()
+        runs.append(model.state_dict())
+    assert all(torch.equal(tensor, runs[1][n]) for n, tensor in runs[0].items())
+
+
+def test_the_state_of_another_method_is_refused():
+    state = adapter_of(attached(method="lora", rank=2, alpha=3)).state_dict()
+    with pytest.raises(ValueError, match="not one of this model and method"):
+        adapter_of(attached(**DELTA)).load_state_dict(state)
+
+
+def test_another_base_is_refused(tmp_path):
+    _, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
+    with pytest.raises(ValueError, match="base model is not the one"):
+        load(folder, base=CASES["gpt2"].model(seed=1))
+    other = load(folder, base=CASES["gpt2"].model(seed=1), check_base=False)
+    assert adapter_of(other).method.describe()["num_weight_updates"] == 4
+
+
+class TestBadInput:
+    def test_an_unknown_method(self):
+        with pytest.raises(ValueError, match=r"unknown method 'delta_lor'; did you mean 'delta_lo"):
+            attached(method="delta_lor")
+
+    def test_an_unknown_setting(self):
+        with pytest.raises(TypeError, match=r"no setting 'ranks'; did you mean 'rank'"):
+            attached(ranks=4)
+
+    def test_a_missing_setting(self):
+        with pytest.raises(TypeError, match=r"method 'adalora' needs init_rank="):
+            attached(method="adalora", total_steps=10)
+
+    def test_a_value_that_is_not_allowed(self):
+        with pytest.raises(ValueError, match="rank=0"):
+            attached(rank=0)
+
+    def test_attaching_twice(self):
+        with pytest.raises(RuntimeError, match="has a method attached"):
+            attach(attached(**DELTA))
+
+    def test_nothing_attached(self):
+        with pytest.raises(RuntimeError, match=r"use model = delta_lora\.attach"):
+            adapter_of(CASES["gpt2"].model())
+
+    def test_no_adapter_in_a_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="holds no adapter"):
+            load(tmp_path)
+
+    def test_an_adapter_of_peft(self, tmp_path):
+        import peft
+
+        model = peft.get_peft_model(
+            CASES["gpt2"].model(), peft.LoraConfig(target_modules="all-linear")
+        )
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="PeftModel"):
+            load(tmp_path)
+
+    def test_a_damaged_description(self, tmp_path):
+        _, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
+        (folder / "adapter_config.json").write_text('{"method": ')
+        with pytest.raises(ValueError, match="is damaged"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "target",
+        ["os.system", "delta_lora.methods.lora.LowRankBranch", "delta_lora.trainer.Trainer", "x"],
+    )
+    def test_a_description_imports_methods_and_nothing_else(self, target):
+        with pytest.raises(ValueError, match=r"no method of delta_lora\.methods|unknown method"):
+            build_method({"_target_": target, "rank": 2})
+
+    def test_a_classification_head_left_frozen_is_said(self, caplog):
+        with caplog.at_level(logging.WARNING, logger="delta_lora"):
+            attach(CASES["roberta"].model(), **DELTA)
+        assert "classifier stays frozen" in caplog.text
+
+    def test_layers_that_do_not_exist(self):
+        with pytest.raises(ValueError, match=r"'qurey' matched no linear layer"):
+            attach(CASES["roberta"].model(), projections=["qurey"], **DELTA)
+
+
+def test_defaults_are_the_paper_s_and_said(caplog):
+    with caplog.at_level(logging.INFO, logger="delta_lora"):
+        model = attach(CASES["gpt2"].model())
+    method = adapter_of(model).method
+    assert isinstance(method, DeltaLora)
+    assert (method.update_ratio, method.start_step, method.learning_rate) == (2.0, 500, 2e-4)
+    assert "update_ratio=2.0 by default" in caplog.text
+
+
+def test_every_method_has_a_class():
+    assert method_class("delta_lora") is DeltaLora
+    names = [path.stem for path in (ROOT / "delta_lora" / "methods").glob("[a-z]*.py")]
+    assert len({method_class(name) for name in names}) == len(names)
+
+
+def test_importing_the_library_is_quick_and_without_warnings():
+    """`-W error` turns every warning of ours into a failure; torch comes with first use only."""
+    code = (
+        "import sys, delta_lora\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert {'attach', 'load', 'adapter_of', 'Adapter'} <= set(dir(delta_lora))\n"
+        "delta_lora.attach, delta_lora.load\n"
+        "import delta_lora.export\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_state_of_the_adapter_is_plain_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter = adapter_of(attached(**DELTA))
+    state = {n: t.clone() for n, t in adapter.state_dict().items()}
+    save_file(state, tmp_path / "state.safetensors")
+    adapter.load_state_dict(load_file(tmp_path / "state.safetensors"))
+
+
+def test_a_model_with_an_adapter_can_be_copied():
+    model = attached(**DELTA)
+    twin = copy.deepcopy(model)
+    assert adapter_of(twin).model is twin
+    assert adapter_of(twin).method is not adapter_of(model).method
+    train(twin, 3)
+    assert adapter_of(model).step == 0
+
+
+def test_what_is_written_is_json_and_safetensors(tmp_path):
+    _, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    description = json.loads((folder / "adapter_config.json").read_text())
+    assert description["base"]["source"] == "../base"
+    assert description["base"]["family"] == "causal_lm"
+    assert description["step"] == 6
+    assert isinstance(load(folder), tf.GPT2LMHeadModel)
+    assert delta_lora.__version__
