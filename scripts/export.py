@@ -1,0 +1,272 @@
+"""Export a finished run, to be served anywhere.
+
+    python scripts/export.py outputs/0123456789ab                 PEFT LoRA, merged model, card
+    python scripts/export.py outputs/0123456789ab --rank 4        LoRA compressed to rank 4 by SVD
+    python scripts/export.py outputs/0123456789ab --eval-rank 2   DyLoRA at rank 2
+
+Writes ``OUTPUT/peft`` (a LoRA on the untouched base, read by `peft.PeftModel.from_pretrained`),
+``OUTPUT/merged`` (a plain model) and a card in each. OUTPUT is ``export`` in the run's folder by
+default. What cannot be written (full fine-tuning is no LoRA) is said, the rest is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.run_folder import RECORD, load_record
+from scripts.table_results import RESULTS
+
+PAPER = "https://arxiv.org/abs/2309.02411"
+#: of how many tokens the comparison of outputs is made.
+NUM_TOKENS = 16
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    run: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    eval_rank: int | None = None,
+    is_merged_wanted: bool = True,
+) -> list[str]:
+    """Write the exports of a run; return what to tell the user, one line each.
+
+    Args:
+        run: its folder, or the folder of an adapter.
+        output: gets the folders ``peft`` and ``merged``.
+        base: the pre-trained model where it is not where it was; None takes that of the run.
+        rank: compress the LoRA to this rank.
+        eval_rank: DyLoRA's rank to export at.
+        is_merged_wanted: whether the merged model is written.
+
+    Raises:
+        ValueError: nothing of it can be exported, or a rank is not allowed.
+        FileNotFoundError: the folder holds no finished run.
+    """
+    from delta_lora import adapter, export
+    from delta_lora.checks import check_integer
+
+    for name, value in (("rank", rank), ("eval_rank", eval_rank)):
+        if value is not None:
+            check_integer(name, value, at_least=1)
+    settings = None if eval_rank is None else {"eval_rank": eval_rank}
+    source = adapter.find_folder(run)
+    description = adapter.read_description(source)
+    record = load_record(source.parent) if (source.parent / RECORD).is_file() else None
+    lines, problems = [], []
+    try:
+        done = export.export_peft(run, output / "peft", base=base, rank=rank, settings=settings)
+    except ValueError as error:
+        if rank is not None:
+            raise
+        problems.append(f"no PEFT LoRA: {error}")
+    else:
+        difference = _difference(run, done.folder, base, settings)
+        ranks = sorted(set(done.ranks.values()))
+        facts = (
+            f"rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'} in "
+            f"{len(done.ranks)} layers, {done.num_parameters:,} numbers; the largest error of a "
+            f"layer's change is {max(done.errors.values()):.1e} of its norm"
+        )
+        if difference is not None:
+            facts += f"; outputs differ by at most {difference:.1e}"
+        lines.append(f"{done.folder}: PEFT LoRA, {_megabytes(done.folder)}; {facts}")
+        _write_card(done.folder, description, record, facts)
+    if is_merged_wanted:
+        try:
+            folder = export.export_merged(run, output / "merged", base=base, settings=settings)
+        except (TypeError, ValueError) as error:
+            problems.append(f"no merged model: {error}")
+        else:
+            lines.append(f"{folder}: merged model, {_megabytes(folder)}")
+            _write_card(folder, description, record, "the change is merged into the weights")
+    if not lines:
+        raise ValueError("; ".join(problems))
+    _copy_tokenizer(description, source, base, [path for path in output.iterdir() if path.is_dir()])
+    return lines + problems
+
+
+def _difference(
+    run: Path, folder: Path, base: str | None, settings: Mapping[str, Any] | None
+) -> float | None:
+    """Return how far logits of the trained model and of the exported one are apart at most."""
+    import peft
+    import torch
+
+    from delta_lora import adapter
+
+    trained = adapter.load(run, base=base, settings=settings)
+    source = adapter.find_folder(run)
+    plain = adapter.load_base(adapter.read_description(source), source, source=base)
+    served = peft.PeftModel.from_pretrained(plain, str(folder)).eval()
+    generator = torch.Generator().manual_seed(0)
+    config: Any = trained.config
+    ids = torch.randint(config.vocab_size, (2, NUM_TOKENS), generator=generator)
+    tokens = {"input_ids": ids}
+    if config.is_encoder_decoder:
+        tokens["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return float((trained(**tokens).logits - served(**tokens).logits).abs().max())
+
+
+def _megabytes(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return f"{size / 1e6:,.2f} MB of weights"
+
+
+def _copy_tokenizer(
+    description: Mapping[str, Any], source: Path, base: str | None, folders: Sequence[Path]
+) -> None:
+    """Put the tokenizer of the base beside the weights, where the base has one."""
+    from delta_lora.models import load_tokenizer
+
+    origin = description["base"]["source"] if base is None else base
+    if origin is None:
+        return
+    origin = source / origin if origin.startswith(".") else origin
+    try:
+        tokenizer = load_tokenizer(origin, description["base"]["revision"])
+    except OSError as error:
+        logger.warning("no tokenizer beside the export: %s", error)
+        return
+    for folder in folders:
+        tokenizer.save_pretrained(str(folder))
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def _write_card(
+    folder: Path,
+    description: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    facts: str,
+) -> None:
+    """Write the model card: what it is, how to load it, its scores, and what they are worth."""
+    base, method = description["base"], dict(description["method"])
+    name = str(method.pop("_target_")).split(".")[2]
+    is_peft = (folder / "adapter_config.json").exists()
+    known = None if record is None else record["model"]
+    base_name = (known or {}).get("hub_id") or (known or {}).get("name") or base["source"]
+    front = ["---", "library_name: peft" if is_peft else "library_name: transformers"]
+    if known is not None and known["hub_id"]:
+        front.append(f"base_model: {known['hub_id']}")
+    front += [
+        "tags:",
+        *[f"- {tag}" for tag in ("delta-lora", "lora", name.replace("_", "-"))],
+        "---",
+    ]
+    lines = [*front, "", f"# {name} on {base_name}", "", f"{facts[0].upper()}{facts[1:]}.", ""]
+    lines += ["## Load it", "", "```python", *_loading(base, is_peft), "```", ""]
+    if record is not None:
+        lines += _scores(record)
+    lines += ["## Settings", ""]
+    lines += [f"- `{key}`: {json.dumps(value)}" for key, value in method.items()]
+    if record is not None:
+        training = record["training"]
+        lines += [
+            f"- {training['steps']} steps of {training['batch_size']} examples "
+            f"({training['examples']} in all), seed {record['seed']}, recipe `{record['recipe']}`, "
+            f"scale `{record['scale']}`",
+            f"- run `{record['signature']}`",
+        ]
+    lines += ["", f"Method: [Delta-LoRA]({PAPER}) and its relatives, by the Delta-LoRA suite.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
+    auto = {
+        "causal_lm": "AutoModelForCausalLM",
+        "masked_lm": "AutoModelForMaskedLM",
+        "seq2seq_lm": "AutoModelForSeq2SeqLM",
+        "sequence_classification": "AutoModelForSequenceClassification",
+    }.get(base["family"], "AutoModel")
+    if not is_peft:
+        return [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("FOLDER")']
+    labels = base["config_overrides"].get("num_labels")
+    extra = f", num_labels={labels}" if labels is not None else ""
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f'base = {auto}.from_pretrained("BASE"{extra})',
+        'model = PeftModel.from_pretrained(base, "FOLDER")',
+    ]
+
+
+def _scores(record: Mapping[str, Any]) -> list[str]:
+    task = record["task"]
+    lines = [f"## Scores on `{task['name']}`", "", "| metric | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in record["metrics"].items()]
+    lines += [
+        f"| {name} | not computed: {why} |" for name, why in record["missing_metrics"].items()
+    ]
+    lines += [
+        "",
+        "Fractions of 1 where the metric is one; one run, one seed: no interval.",
+        "",
+        "## What the paper's claims are worth",
+        "",
+        *_verdicts(record["scale"]),
+        "",
+    ]
+    return lines
+
+
+def _verdicts(scale: str) -> list[str]:
+    """Return the suite's verdicts at the scale of the run, from the generated tables."""
+    lines = []
+    for path in sorted((RESULTS / scale).glob("*.json")):
+        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", []):
+            lines.append(f"- {claim['id']}: {claim['statement']} **{claim['verdict']}**")
+    if not lines:
+        return [f"No table was made at scale `{scale}` yet, so no claim is judged."]
+    return [f"Judged by this suite at scale `{scale}`:", "", *sorted(lines)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a run; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="outputs/<signature>, a signature, or an adapter's folder")
+    parser.add_argument("--output", type=Path, help="default: export in the run's folder")
+    parser.add_argument("--base", help="folder or hub id of the base model, if it has moved")
+    parser.add_argument("--rank", type=int, help="compress the LoRA to this rank")
+    parser.add_argument("--eval-rank", type=int, help="DyLoRA: export at this rank")
+    parser.add_argument("--no-merged", action="store_true", help="write the LoRA only")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    run = Path(options.run)
+    if not run.exists() and (ROOT / "outputs" / options.run).is_dir():
+        run = ROOT / "outputs" / options.run
+    try:
+        lines = export(
+            run,
+            options.output or run / "export",
+            base=options.base,
+            rank=options.rank,
+            eval_rank=options.eval_rank,
+            is_merged_wanted=not options.no_merged,
+        )
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Exporting runs of the suite from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+import delta_lora
+from scripts import cell, export
+
+
+def test_a_run_loads_and_exports(
+    small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = cell.compose(small("method=delta_lora"))
+    record = cell.run(cfg)
+    folder = cell.run_dir(cfg)
+    model = delta_lora.load(folder)
+    assert isinstance(model, tf.GPT2LMHeadModel)
+    assert export.main([str(folder), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "rank 16 in 3 layers" in said  # 2 r of query and of value in one fused layer
+    assert "outputs differ by at most" in said
+    base = cell.run_dir(cell.pretraining(cfg)) / "model"
+    ids = torch.arange(20)[None]
+    served = peft.PeftModel.from_pretrained(
+        tf.AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft"
+    ).eval()
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        for other in (served, merged):
+            torch.testing.assert_close(other(ids).logits, expected, atol=1e-5, rtol=0)
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert f"| bleu | {record['metrics']['bleu']:.4f} |" in card
+    assert "**not reproduced**" in card, "the verdicts at the scale of the run"
+    assert str(tmp_path) not in card
+    assert (tmp_path / "peft" / "tokenizer.json").is_file()
+
+
+def test_compressing_says_what_it_costs(
+    small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = cell.compose(small("method=lora"))
+    cell.run(cfg)
+    folder = cell.run_dir(cfg)
+    arguments = [str(folder), "--output", str(tmp_path), "--rank", "2", "--no-merged"]
+    assert export.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "rank 2 in 3 layers" in said
+    assert not (tmp_path / "merged").exists()
+
+
+def test_full_fine_tuning_exports_merged_and_says_why_not_as_a_lora(
+    small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = cell.compose(small("method=full"))
+    cell.run(cfg)
+    assert export.main([str(cell.run_dir(cfg)), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "no PEFT LoRA:" in said
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "holds no adapter"),
+        (["nowhere", "--rank", "0"], "rank=0"),
+    ],
+)
+def test_wrong_input_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main(arguments) == 2
+    assert message in capsys.readouterr().err
