@@ -10,6 +10,7 @@ Shape suffixes: B batch and sequence, I inputs, O outputs, R rank, S twice the r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -339,6 +340,12 @@ def _is_transposed(base: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(base, Conv1D)
+
+
+def forget_compiled_code() -> None:
+    """Make compiled models compile again: their code does not look for hooks that came later."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled
+        torch.compiler.reset()
 
 
 def sample_weights(targets: list[LoraTarget], *, per_layer: int = 4096) -> Iterator[Tensor]:

@@ -51,6 +51,7 @@ from delta_lora.integrations.peft_layers import (
     LoraTarget,
     check_can_train,
     find_targets,
+    forget_compiled_code,
     import_peft,
     sample_weights,
 )
@@ -203,6 +204,8 @@ class DeltaLoraCallback(TrainerCallback):
                     target.last = target.copy_factors()
                 elif self._num_updates == 0:
                     target.add_forward_term(self.update_ratio)
+            if self.form == "closed_form" and self._num_updates == 0:
+                forget_compiled_code()
             self._num_updates += 1
         self._num_steps += 1
 
@@ -371,8 +374,8 @@ class DeltaLoraCallback(TrainerCallback):
         if not found:
             raise RuntimeError(
                 f"training resumes at step {state.global_step}, but there is no {FOLDER}/{STATE} "
-                f"in {', '.join(map(str, guesses))}; without A and B from before the first update W "
-                "cannot be restored. If the checkpoint lies elsewhere, give its folder to the "
+                f"in {', '.join(map(str, guesses))}; without A and B from before the first update "
+                "W cannot be restored. If the checkpoint lies elsewhere, give its folder to the "
                 "callback (resume_from_checkpoint=...); if it was written without the callback or "
                 "cut short, resume from another one"
             )
@@ -389,14 +392,16 @@ class DeltaLoraCallback(TrainerCallback):
         settings = json.loads(json.dumps(self._settings()))
         theirs = content["settings"]
         differing = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
-        if "base_digest" in differing:
+        if differing == ["base_digest"]:
             raise RuntimeError(
                 f"the base weights are not those that the run in {checkpoint} started from; load "
                 "the base model afresh (a model that was trained in place has changed weights)"
             )
         if differing:
             changes = "; ".join(
-                f"{k}: {theirs.get(k)} then, {settings.get(k)} now" for k in differing
+                f"{k}: {theirs.get(k)} then, {settings.get(k)} now"
+                for k in differing
+                if k != "base_digest"
             )
             raise RuntimeError(
                 f"{checkpoint} was written with other settings of Delta-LoRA ({changes}); use the "
@@ -433,6 +438,8 @@ class DeltaLoraCallback(TrainerCallback):
             if f"{target.name}.weight" in tensors:
                 with torch.no_grad():
                     target.weight.copy_(tensors[f"{target.name}.weight"])
+        if self.form == "closed_form":
+            forget_compiled_code()
 
     def _factors_digest(self) -> str:
         return _digest(tensor for target in self._targets for tensor in target.factors)

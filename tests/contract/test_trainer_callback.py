@@ -21,10 +21,9 @@ from delta_lora.integrations import DeltaLoraCallback, peft_layers, trainer_call
 from delta_lora.integrations.peft_export import stack_factors, write_peft_folder
 from delta_lora.integrations.peft_layers import LoraTarget
 from delta_lora.methods.delta_lora import DeltaLora
-from delta_lora.projections import find_projections
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer, step_indices
-from tests.contract.models import gpt2, inject  # noqa: F401
+from tests.contract.models import gpt2
 
 F64 = torch.float64
 RATIO, RANK, ALPHA, LR, DECAY, CLIP = 0.5, 2, 3, 1e-2, 0.1, 0.5
@@ -83,12 +82,8 @@ class Classification(Task):
 def run_ours(folder, *, K, num_steps=NUM_STEPS, num_micro=1, ratio=RATIO):
     """Train with our trainer; return (factors at the start, final tensors by PEFT's names)."""
     model = roberta()
-    method = DeltaLora(
-        rank=RANK, alpha=ALPHA, learning_rate=LR, update_ratio=ratio, start_step=K
-    )
-    method.inject(
-        model, projections=None, head=["classifier"], total_steps=num_steps, seed=SEED
-    )
+    method = DeltaLora(rank=RANK, alpha=ALPHA, learning_rate=LR, update_ratio=ratio, start_step=K)
+    method.inject(model, projections=None, head=["classifier"], total_steps=num_steps, seed=SEED)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     Trainer(
         batch_size=BATCH, micro_batch_size=BATCH // num_micro, max_steps=num_steps,
@@ -147,7 +142,15 @@ class Kill(tf.TrainerCallback):
 
 
 def trainer_of(
-    folder, model, callback, *, num_steps=NUM_STEPS, num_micro=1, more=(), eval_dataset=None, **values
+    folder,
+    model,
+    callback,
+    *,
+    num_steps=NUM_STEPS,
+    num_micro=1,
+    more=(),
+    eval_dataset=None,
+    **values,
 ):
     """Return a transformers.Trainer with the settings and the data order of `run_ours`."""
     rows = examples()
@@ -292,7 +295,9 @@ def test_a_checkpoint_elsewhere_is_found_when_named(tmp_path, reference):
     train_and_kill(tmp_path / "old", start, form="closed_form", K=1)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "old" / "checkpoint-50", moved)
-    with pytest.raises(RuntimeError, match=r"no delta_lora/state\.json in .*resume_from_checkpoint"):
+    with pytest.raises(
+        RuntimeError, match=r"no delta_lora/state\.json in .*resume_from_checkpoint"
+    ):
         trainer_of(tmp_path / "new", lora_model(), delta(form="closed_form")).train(
             resume_from_checkpoint=str(moved)
         )
@@ -302,13 +307,14 @@ def test_a_checkpoint_elsewhere_is_found_when_named(tmp_path, reference):
     assert_same(model, final)
 
 
-class TestWhatCannotBeResumed:
-    @pytest.fixture(scope="class")
-    def killed(self, tmp_path_factory, reference):
-        folder = tmp_path_factory.mktemp("killed")
-        train_and_kill(folder, reference(K=1)[0], form="in_place", K=1)
-        return folder
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, reference):
+    folder = tmp_path_factory.mktemp("killed")
+    train_and_kill(folder, reference(K=1)[0], form="in_place", K=1)
+    return folder
 
+
+class TestWhatCannotBeResumed:
     @pytest.fixture
     def run(self, killed, tmp_path):
         shutil.copytree(killed, tmp_path / "run")
@@ -348,7 +354,8 @@ class TestWhatCannotBeResumed:
         "values", [{"update_ratio": 0.75}, {"start_step": 2}, {"form": "closed_form"}]
     )
     def test_other_settings(self, run, values):
-        self.resume(run, f"other settings of Delta-LoRA .*{next(iter(values))}", **values)
+        name = next(iter(values))
+        self.resume(run, rf"other settings of Delta-LoRA \({name}: .* then, .* now\)", **values)
 
     def test_another_base(self, run):
         model = lora_model()
@@ -420,7 +427,7 @@ class TestKnownMistakes:
             "add_to_weight",
             lambda self, new, old, ratio: self.weight.add_(change(*new, *old)),
         )
-        with pytest.raises(AssertionError, match="query|value"):
+        with pytest.raises(AssertionError, match=r"query|value"):
             assert_same(self.short_run(tmp_path, start), final, 1e-6)
 
     @both_forms
@@ -474,7 +481,7 @@ class TestKnownMistakes:
         model = lora_model()
         with torch.no_grad():
             lora_layers(model).popitem()[1].lora_A["default"].weight.zero_()
-        with pytest.raises(ValueError, match="are both zero.*can never train"):
+        with pytest.raises(ValueError, match=r"are both zero.*can never train"):
             trainer_of(tmp_path, model, delta(form=form)).train()
 
 
@@ -538,9 +545,7 @@ def test_conv1d_equals_a_transcription(tmp_path, form):
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         B_k = torch.zeros_like(B)
         whole = (1 + RATIO) * SCALING * B @ A - RATIO * SCALING * B_k @ A_k[name]
-        torch.testing.assert_close(
-            effective_weight(layer) - first[name], whole, atol=1e-12, rtol=0
-        )
+        torch.testing.assert_close(effective_weight(layer) - first[name], whole, atol=1e-12, rtol=0)
         assert whole.abs().max() > 1e-3
 
 
@@ -567,23 +572,27 @@ def quantised():
     return model
 
 
-@pytest.mark.parametrize("build", [quantised, lambda: roberta(torch.bfloat16)], ids=["int8", "bf16"])
+@pytest.mark.parametrize(
+    "build", [quantised, lambda: roberta(torch.bfloat16)], ids=["int8", "bf16"]
+)
 def test_the_closed_form_works_on_a_narrow_base(tmp_path, build):
-    model, callback = lora_model(model=build()), delta(form="closed_form")
+    # PEFT keeps a trained head in float32, which a bfloat16 body cannot feed without autocast.
+    model, callback = lora_model(model=build(), modules_to_save=None), delta(form="closed_form")
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+    x = torch.ones(1, 16, dtype=model.base_model.model.dtype)
     with torch.no_grad():
-        start = {n: m(torch.ones(1, 16)) for n, m in lora_layers(model).items()}
+        start = {n: m(x) for n, m in lora_layers(model).items()}
     trainer_of(tmp_path, model, callback, num_steps=12).train()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], tensor) for n, tensor in before.items())
     assert callback.num_updates == 10
     loaded = peft.PeftModel.from_pretrained(build(), callback.export(model, tmp_path / "export"))
-    narrow = next(iter(before.values())).dtype == torch.bfloat16
+    # bfloat16 rounds the output after each term: two roundings of ours to one of the export.
+    tolerance = 1e-5 if x.dtype == torch.float32 else 2**-7
     for name, layer in lora_layers(model).items():
-        x = torch.ones(1, 16, dtype=torch.bfloat16 if narrow else torch.float32)
         ours, theirs = layer(x), lora_layers(loaded)[name](x)
-        torch.testing.assert_close(ours, theirs, atol=2e-2 if narrow else 1e-5, rtol=1e-2)
-        assert not torch.equal(ours.float(), start[name].float())
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=2 * tolerance)
+        assert (ours - start[name]).abs().max() > 4 * tolerance
 
 
 def test_a_quantised_base_is_refused_in_place(tmp_path):
@@ -671,9 +680,7 @@ def test_checkpoints_hold_their_export_if_asked(tmp_path, form):
     torch.manual_seed(2)
     model = lora_model(model=roberta(torch.float32))
     callback = delta(form=form, export_checkpoints=True)
-    trainer_of(
-        tmp_path, model, callback, num_steps=12, save_strategy="steps", save_steps=6
-    ).train()
+    trainer_of(tmp_path, model, callback, num_steps=12, save_strategy="steps", save_steps=6).train()
     folder = tmp_path / "checkpoint-12" / "delta_lora" / "adapter"
     loaded = peft.PeftModel.from_pretrained(roberta(torch.float32), folder)
     assert (logits(loaded) - logits(model)).abs().max() < 1e-5
@@ -702,7 +709,7 @@ def test_the_factors_of_the_export_are_the_closed_form():
 
 def test_the_writer_needs_no_trained_model(tmp_path):
     """The pure function: factors of different ranks and a configuration make a PEFT folder."""
-    model = lora_model()
+    model = lora_model(modules_to_save=None)
     draw = torch.Generator().manual_seed(0)
     factors = {
         f"base_model.model.{name}": (
@@ -712,8 +719,7 @@ def test_the_writer_needs_no_trained_model(tmp_path):
         for i, name in enumerate(lora_layers(model))
     }
     write_peft_folder(tmp_path / "out", config=model.peft_config["default"], factors=factors)
-    with pytest.warns(UserWarning, match="missing adapter keys"):  # no head in `others`
-        loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "out")
     for name, layer in lora_layers(loaded).items():
         A, B = factors[f"base_model.model.{name}"]
         change = effective_weight(layer) - layer.base_layer.weight
@@ -789,7 +795,7 @@ class TestModelsThatDoNotFit:
         attention = base.roberta.encoder.layer[0].attention.self
         attention.value.weight = attention.query.weight
         model = lora_model(model=base)
-        with pytest.raises(ValueError, match="is shared .*closed_form"):
+        with pytest.raises(ValueError, match=r"is shared .*closed_form"):
             self.begin(model)
         self.begin(model, delta(form="closed_form"))
 
@@ -803,7 +809,7 @@ class TestModelsThatDoNotFit:
     @both_forms
     @pytest.mark.parametrize("values", [{"deepspeed": {"zero": 2}}, {"fsdp": ["full_shard"]}])
     def test_sharding(self, form, values):
-        with pytest.raises(RuntimeError, match="not supported.*closed_form"):
+        with pytest.raises(RuntimeError, match=r"not supported.*closed_form"):
             self.begin(lora_model(), delta(form=form), **values)
 
     def test_an_update_that_never_fires_is_warned_of(self, caplog):
@@ -878,7 +884,9 @@ def test_a_step_that_the_loss_scaler_skipped_does_not_count(is_fused):
     assert (callback.num_steps, callback.num_updates) == (3, 2)
     layer = next(iter(lora_layers(model).values()))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    change = layer.base_layer.weight - roberta().roberta.encoder.layer[0].attention.self.query.weight
+    change = (
+        layer.base_layer.weight - roberta().roberta.encoder.layer[0].attention.self.query.weight
+    )
     torch.testing.assert_close(change, RATIO * SCALING * (B - (B - 2)) @ A, atol=1e-13, rtol=0)
 
 
@@ -908,10 +916,7 @@ def test_importing_is_quick_and_quiet():
         "assert not {'transformers', 'peft', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-    code = (
-        "import sys; from delta_lora.integrations import DeltaLoraCallback; DeltaLoraCallback(); "
-        "assert 'peft' not in sys.modules"
-    )
+    code = "from delta_lora.integrations import DeltaLoraCallback; DeltaLoraCallback()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
