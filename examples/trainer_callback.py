@@ -95,7 +95,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a classifier: folder or hub id (default: a tiny RoBERTa)")
-    parser.add_argument("--output", type=Path, default=Path("delta_lora_example"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/trainer_callback"))
     parser.add_argument("--form", choices=["in_place", "closed_form"], default="in_place")
     parser.add_argument("--update-ratio", type=float, default=0.5, help="lambda in the paper")
     parser.add_argument("--start-step", type=int, default=20, help="K in the paper")
