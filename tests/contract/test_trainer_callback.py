@@ -30,7 +30,8 @@ RATIO, RANK, ALPHA, LR, DECAY, CLIP = 0.5, 2, 3, 1e-2, 0.1, 0.5
 NUM_STEPS, BATCH, WARMUP, SEED = 100, 4, 10, 3
 VOCABULARY, LENGTH, NUM_LABELS = 29, 6, 3
 SCALING = ALPHA / RANK
-#: float64 rounding: 8e-16 was measured; Adam, which divides gradients by themselves, may enlarge it.
+#: float64 rounding: 8e-16 was measured; Adam, which divides gradients by themselves, may enlarge
+#: it elsewhere.
 TOLERANCE = 1e-12
 both_forms = pytest.mark.parametrize("form", ["in_place", "closed_form"])
 
