@@ -12,7 +12,6 @@ slices are stacked, with zeros in B where nothing was adapted.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from delta_lora import adapter, checkpoint
+from delta_lora import adapter
 from delta_lora.checks import check_integer
 from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
+from delta_lora.peft_folder import import_peft, write_peft_folder
 from delta_lora.projections import Projection, find_projections
 
+#: what PEFT puts before the name of a layer.
+_PREFIX = "base_model.model."
 _TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
@@ -105,7 +107,7 @@ def export_peft(
         FileNotFoundError: no adapter stands there.
         ValueError: the change is none of low rank (full fine-tuning), or the rank is not allowed.
     """
-    peft = _import_peft()
+    peft = import_peft()
     if rank is not None:
         check_integer("rank", rank, at_least=1)
     source = adapter.find_folder(path)
@@ -113,41 +115,30 @@ def export_peft(
     trained, plain = _trained_and_plain(source, base, settings)
     layers = changes(trained, plain, description, rank=rank)
     heads = description["base"]["head"]
-    tensors = {
-        name: tensor
-        for name, tensor in adapter.adapter_of(trained).method.updated_tensors(trained).items()
-        if any(name.startswith(f"{module}.") for module in heads)
-    }
-    with torch.no_grad():
-        checkpoint.restore_weights(plain, tensors)
-    ranks = {name: factors.rank for name, factors in layers.items()}
-    widest = max(ranks.values())
     config = peft.LoraConfig(
-        r=widest,
-        lora_alpha=widest,  # the scaling is in B, so PEFT's is 1
-        rank_pattern={name: r for name, r in ranks.items() if r != widest},
-        alpha_pattern={name: r for name, r in ranks.items() if r != widest},
         target_modules=list(layers),
         modules_to_save=list(heads) or None,
-        lora_dropout=0.0,
-        bias="none",
         fan_in_fan_out=not all(isinstance(plain.get_submodule(n), nn.Linear) for n in layers),
         task_type=_TASK_TYPES.get(description["base"]["family"]),
         base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
-        inference_mode=True,
     )
-    wrapped = peft.get_peft_model(plain, config)
-    with torch.no_grad():
-        for name, factors in layers.items():
-            layer = wrapped.base_model.model.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(factors.A)
-            layer.lora_B["default"].weight.copy_(factors.B)
     folder = Path(folder)
-    wrapped.save_pretrained(str(folder), safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    write_peft_folder(
+        folder,
+        config=config,
+        factors={
+            f"{_PREFIX}{name}": (factors.A.float(), factors.B.float())
+            for name, factors in layers.items()
+        },
+        others={
+            f"{_PREFIX}{name}": parameter
+            for name, parameter in trained.named_parameters()
+            if name.startswith(tuple(f"{module}." for module in heads) or ("\0",))
+        },
+    )
     return PeftExport(
         folder=folder,
-        ranks=ranks,
+        ranks={name: factors.rank for name, factors in layers.items()},
         errors={name: factors.error for name, factors in layers.items()},
         num_parameters=sum(f.A.numel() + f.B.numel() for f in layers.values()),
     )
@@ -337,11 +328,3 @@ def _refuse_other_changes(
                 f"{name} changed too, which no LoRA on the adapted layers can hold; "
                 "export the merged model"
             )
-
-
-def _import_peft() -> Any:
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("the export needs PEFT: pip install peft")
-    import peft
-
-    return peft

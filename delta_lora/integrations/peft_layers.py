@@ -20,27 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from delta_lora.peft_folder import import_peft
+
 Factors = tuple[Tensor, Tensor]
 
 #: what PEFT must leave alone at initialisation: these values of `init_lora_weights` keep the base.
 _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 _MARK = "delta_lora_changed"
-
-
-def import_peft() -> Any:
-    """Return the module `peft`.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(
-            "DeltaLoraCallback works on a PEFT LoRA, but the package peft is not installed; "
-            'install it with: pip install "delta-lora[peft]"'
-        ) from error
-    return peft
 
 
 @dataclass

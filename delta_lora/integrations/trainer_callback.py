@@ -46,15 +46,14 @@ from transformers.training_args import TrainingArguments
 
 from delta_lora.checkpoint import sha256_file, write_json, write_tensors
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
-from delta_lora.integrations.peft_export import stack_factors, write_peft_folder
 from delta_lora.integrations.peft_layers import (
     LoraTarget,
     check_can_train,
     find_targets,
     forget_compiled_code,
-    import_peft,
     sample_weights,
 )
+from delta_lora.peft_folder import import_peft, stack_factors, write_peft_folder
 
 logger = logging.getLogger(__name__)
 

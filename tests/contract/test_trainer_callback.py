@@ -18,9 +18,9 @@ import transformers as tf
 from torch import nn
 
 from delta_lora.integrations import DeltaLoraCallback, peft_layers, trainer_callback
-from delta_lora.integrations.peft_export import stack_factors, write_peft_folder
 from delta_lora.integrations.peft_layers import LoraTarget
 from delta_lora.methods.delta_lora import DeltaLora
+from delta_lora.peft_folder import stack_factors, write_peft_folder
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer, step_indices
 from tests.contract.models import gpt2

@@ -27,6 +27,22 @@ from delta_lora.checkpoint import write_tensors
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
+def import_peft() -> Any:
+    """Return the module `peft`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(
+            "this works on adapters of PEFT, but the package peft is not installed; "
+            'install it with: pip install "delta-lora[peft]"'
+        ) from error
+    return peft
+
+
 @torch.no_grad()
 def stack_factors(
     now: tuple[Tensor, Tensor],
