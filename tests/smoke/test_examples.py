@@ -54,6 +54,18 @@ def test_the_callback_learns_and_its_export_is_what_it_learned(outputs: dict[str
 
 
 @pytest.mark.slow
+def test_the_loop_learns_and_saves_what_it_learned(outputs: dict[str, str]) -> None:
+    out = outputs["own_loop"]
+    before, after, loaded = (
+        float(re.search(pattern + r"\s*([\d.]+)", out)[1])  # type: ignore[index]
+        for pattern in ("before:", "after:", "loaded again:")
+    )
+    assert after < before / 10
+    assert loaded == after
+    assert "ranks [8]" in out, "twice the rank, on the untouched base"
+
+
+@pytest.mark.slow
 def test_the_closed_form_does_so_too(tmp_path: Path) -> None:
     script = ROOT / "examples" / "trainer_callback.py"
     check_accuracies(run(script, tmp_path, "--form", "closed_form"))
