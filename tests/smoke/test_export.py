@@ -72,6 +72,7 @@ def test_full_fine_tuning_exports_merged_and_says_why_not_as_a_lora(
     [
         (["nowhere"], "holds no adapter"),
         (["nowhere", "--rank", "0"], "rank=0"),
+        (["nowhere", "--eval-rank", "-1"], "eval_rank=-1"),
     ],
 )
 def test_wrong_input_is_said(
@@ -79,3 +80,33 @@ def test_wrong_input_is_said(
 ) -> None:
     assert export.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
+    small: Callable[..., list[str]],
+) -> None:
+    cfg = cell.compose(
+        small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16")
+    )
+    record = cell.run(cfg)
+    assert record["training"]["method"]["num_weight_updates"] == 4
+    assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
+    model = delta_lora.load(cell.run_dir(cfg))
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.query.is_active
+    assert layer.query.kept_A.any()
+
+
+def test_writing_in_place_into_bfloat16_is_refused_before_anything_starts(
+    small: Callable[..., list[str]],
+) -> None:
+    cfg = cell.compose(small("method=delta_lora", "model.dtype=bfloat16"))
+    with pytest.raises(cell.ConfigError, match="form=closed_form"):
+        cell.run(cfg)
+
+
+def test_a_closed_form_does_not_start_from_another_run(small: Callable[..., list[str]]) -> None:
+    cfg = cell.compose(small("method=delta_lora", "method.form=closed_form", "init_from=glue/mnli"))
+    with pytest.raises(cell.ConfigError, match=r"use method\.form=in_place"):
+        cell.check(cfg)
