@@ -274,6 +274,39 @@ def test_a_quantised_base_needs_only_a_forward_pass():
     assert similarity.snapshot(fresh, ["layers.0"]) == []
 
 
+def test_a_4_bit_base_of_bitsandbytes():
+    """The run equals `in_place` on the weights that the 4-bit ones stand for."""
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    quantised, plain = (
+        nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in "ab"
+    )
+    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(quantised[2].state_dict())
+    quantised[2] = layer.to("cpu")
+    plain.load_state_dict({n: p for n, p in quantised.state_dict().items() if n[0] == "0"}, False)
+    plain[2].bias = copy.deepcopy(layer.bias)
+    plain[2].weight.data = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    x, y = torch.randn(32, 16), torch.randn(32, 64)
+    results = []
+    for form, model in (("in_place", plain), ("closed_form", quantised)):
+        method = delta(form)
+        method.inject(model, projections=["2"], head=(), total_steps=10, seed=0)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for step in range(10):
+            total = F.mse_loss(model(x), y)
+            total.backward()
+            losses.append(float(total.detach()))
+            method.before_step(step)
+            optimizer.step()
+            method.after_step(step)
+            optimizer.zero_grad()
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
+    assert results[0][-1] < results[0][0]
+    assert layer.weight.dtype == torch.uint8
+
+
 def test_similarity_of_a_model_that_is_not_merged_counts_the_branch():
     case = CASES["gpt2"]
     model = case.model(dtype=torch.bfloat16)
