@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAZY = {"wandb", "bitsandbytes", "matplotlib"}
+LAZY = {"wandb", "bitsandbytes", "matplotlib", "peft"}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
