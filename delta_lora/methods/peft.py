@@ -30,8 +30,8 @@ Details:
    encoder-decoders. The causal tasks of the suite concatenate their sequences to one row, where a
    prompt would stand before the first sequence only; that is refused.
 4. Methods that need more than a forward pass are refused by name (`REFUSED`).
-5. A prompt takes positions: RoBERTa's first virtual token stands where the first token stood, and
-   its classifier reads that position, as in PEFT.
+5. A prompt takes positions. With prompt tuning and P-tuning RoBERTa's first virtual token stands
+   where ``<s>`` stood, and its classifier reads that position, as in PEFT.
 """
 
 from __future__ import annotations
