@@ -13,6 +13,7 @@ from torch import nn
 
 from delta_lora.methods.lora import Lora
 from delta_lora.methods.peft import PROMPTS, REFUSED, Peft
+from tasks.generation import Seq2SeqBeamSearch
 from tests.contract.models import (
     BATCH,
     CASES,
@@ -359,6 +360,25 @@ def test_prompts_compute_what_pefts_own_wrapper_does(name, model_name):
         assert torch.equal(own.sequences_scores, theirs.sequences_scores)
         plain = case.model().generate(batch["input_ids"], **settings)
         assert not torch.equal(own.sequences_scores, plain.sequences_scores)
+
+
+@pytest.mark.parametrize("name", PROMPT_ROWS)
+def test_the_tasks_search_hides_the_defaults_of_the_checkpoint(name, monkeypatch):
+    """Generation runs in PEFT's wrapper, which must see the settings that the task has set."""
+    case = MODELS["bart"]
+    model = inject(row(name), case.model(), case)
+    model.generation_config.min_length = 8
+    generate, seen = type(model).generate, []
+
+    def watched(self, **arguments):
+        seen.append(self.generation_config.min_length)
+        return generate(self, **arguments)
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    search = Seq2SeqBeamSearch(num_beams=2, max_length=8)
+    assert len(search.generate(model, [torch.arange(3, 9), torch.arange(4, 8)])) == 2
+    assert seen == [tf.GenerationConfig().min_length]
+    assert model.generation_config.min_length == 8
 
 
 @pytest.mark.parametrize("name", PROMPT_ROWS)
