@@ -11,8 +11,11 @@ PYTHON3 ?= python3
 RATIOS ?= 0.5,1,2,4
 STARTS ?= 0,100,500
 
-TABLES := $(patsubst configs/table/%.yaml,%,$(sort $(wildcard configs/table/*.yaml)))
-REPRODUCE := $(TABLES:%=reproduce-%)
+ALL_TABLES := $(patsubst configs/table/%.yaml,%,$(sort $(wildcard configs/table/*.yaml)))
+# Not of the paper: made by their own target only.
+OPTIONAL := $(patsubst configs/table/%.yaml,%,$(shell grep -l '^optional: true' configs/table/*.yaml))
+TABLES := $(filter-out $(OPTIONAL),$(ALL_TABLES))
+REPRODUCE := $(ALL_TABLES:%=reproduce-%)
 
 # PYTHON= takes an existing environment; without it the targets make their own in .venv.
 ifeq ($(strip $(PYTHON)),)
@@ -36,7 +39,7 @@ help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@for table in $(TABLES); do \
+	@for table in $(TABLES) $(OPTIONAL); do \
 	  printf '  %-18s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
 
 setup: $(READY)  ## make the environment .venv from requirements.lock
@@ -59,7 +62,7 @@ plan: $(READY)  ## what the tables still need and how long it will take
 tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1
 
-reproduce-all: $(READY)  ## all tables and figures, and one page with all of them: results/SCALE/README.md
+reproduce-all: $(READY)  ## all tables and figures of the paper, and one page with all of them: results/SCALE/README.md
 	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
 $(REPRODUCE): reproduce-%: $(READY)

@@ -103,6 +103,15 @@ class Method(ABC):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return optimiser groups ``{"params": [(name, parameter), ...], "lr": float}``."""
 
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """Return the optimiser of a method that is defined by one; None takes the trainer's.
+
+        Args:
+            groups: those of `param_groups`, split and completed by the trainer; every one has
+                ``lr``, ``initial_lr`` and ``weight_decay``.
+        """
+        return None
+
     def before_micro_batch(self, step: int, micro_step: int) -> None:  # noqa: B027 - a hook
         """Run before every forward pass in training (`step` counts applied steps from 0)."""
 

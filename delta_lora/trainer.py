@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHECKPOINT_RULES = ("last", "best")
+OPTIMIZERS = ("adamw", "sgd", "rmsprop", "adafactor")
 #: consecutive overflowing steps after which fp16 training is given up.
 MAX_SKIPPED_STEPS = 25
 
@@ -125,7 +126,7 @@ class FitResult:
 
 
 class Trainer:
-    """AdamW with a warm-up schedule; the recipe's values come in as keywords.
+    """AdamW or another optimiser with a warm-up schedule; the recipe's values are the keywords.
 
     Args:
         batch_size: examples of one optimiser step, over all processes and micro-batches.
@@ -138,11 +139,15 @@ class Trainer:
         warmup_steps: steps of linear warm-up; exclusive with `warmup_ratio`.
         warmup_ratio: the same as a fraction of all steps.
         schedule: ``linear``, ``cosine`` or ``constant`` behind the warm-up.
-        weight_decay: decoupled decay (torch's AdamW: before the update, by the learning rate).
+        optimizer: ``adamw``, or torch's ``sgd``, ``rmsprop`` or ``adafactor``; a method may bring
+            its own.
+        momentum: of ``sgd`` and ``rmsprop``, in [0, 1).
+        weight_decay: decoupled decay (torch's AdamW: before the update, by the learning rate);
+            ``sgd`` and ``rmsprop`` add it to the gradient instead.
         no_decay: name parts of parameters without decay, for example ``bias``.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
-        adam_epsilon: AdamW's epsilon.
+        adam_epsilon: AdamW's epsilon; the other optimisers keep torch's.
         max_grad_norm: clip the global gradient norm to this; None: no clipping.
         label_smoothing: passed to the task's training loss (validation loss is plain).
         precision: ``fp32``, or autocast in ``bf16`` or ``fp16`` (weights stay in float32).
@@ -175,6 +180,8 @@ class Trainer:
         warmup_steps: int | None = None,
         warmup_ratio: float | None = None,
         schedule: str = "linear",
+        optimizer: str = "adamw",
+        momentum: float = 0.0,
         weight_decay: float = 0.0,
         no_decay: Sequence[str] = (),
         adam_beta1: float = 0.9,
@@ -216,6 +223,13 @@ class Trainer:
             check_real("trainer.warmup_ratio", warmup_ratio, at_least=0, at_most=1)
         if max_grad_norm is not None:
             check_real("trainer.max_grad_norm", max_grad_norm, above=0)
+        check_real("trainer.momentum", momentum, at_least=0, below=1)
+        check_choice("trainer.optimizer", optimizer, OPTIMIZERS)
+        if momentum > 0 and optimizer not in ("sgd", "rmsprop"):
+            raise ValueError(
+                f"trainer.momentum={momentum} has no meaning for trainer.optimizer={optimizer}; "
+                "use 0, or optimizer=sgd or rmsprop"
+            )
         check_choice("trainer.schedule", schedule, SCHEDULES)
         check_choice("trainer.precision", precision, PRECISIONS)
         check_choice("trainer.checkpoint_rule", checkpoint_rule, CHECKPOINT_RULES)
@@ -240,6 +254,8 @@ class Trainer:
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
         self.schedule = schedule
+        self.optimizer_name = optimizer
+        self.momentum = momentum
         self.weight_decay = weight_decay
         self.no_decay = tuple(no_decay)
         self.adam_betas = (adam_beta1, adam_beta2)
@@ -281,8 +297,12 @@ class Trainer:
             torch.set_num_threads(self.num_threads)
         torch.use_deterministic_algorithms(self.deterministic)
 
-    def optimizer(self, model: nn.Module, method: Method) -> torch.optim.AdamW:
-        """Return AdamW over the method's groups, each split by `no_decay`."""
+    def optimizer(self, model: nn.Module, method: Method) -> torch.optim.Optimizer:
+        """Return the optimiser over the method's groups, each split by `no_decay`.
+
+        Raises:
+            ValueError: nothing trains, or two optimisers are asked for.
+        """
         groups = []
         for group in method.param_groups(model):
             decayed = [(n, p) for n, p in group["params"] if not self._is_exempt(n)]
@@ -300,6 +320,21 @@ class Trainer:
                     )
         if not groups:
             raise ValueError("the method trains no parameter; check its settings")
+        own = method.make_optimizer(groups)
+        if own is not None:
+            if self.optimizer_name != "adamw":
+                raise ValueError(
+                    f"trainer.optimizer={self.optimizer_name}, but this method brings its own "
+                    f"({type(own).__name__}); leave trainer.optimizer as it is, or take another "
+                    "method"
+                )
+            return own
+        if self.optimizer_name == "sgd":
+            return torch.optim.SGD(groups, momentum=self.momentum)
+        if self.optimizer_name == "rmsprop":
+            return torch.optim.RMSprop(groups, momentum=self.momentum)
+        if self.optimizer_name == "adafactor":
+            return _adafactor(groups)
         # One kernel for the whole update. Not with a loss scaler: a fused optimiser skips an
         # overflowing step inside the kernel, where nobody could tell that it was skipped.
         is_fused = self.precision != "fp16"
@@ -663,6 +698,20 @@ class Trainer:
             num_targets += batch.num_targets
         targets = _sum_over_processes(accelerator, num_targets)
         return _sum_over_processes(accelerator, loss_sum) / max(1, targets)
+
+
+def _adafactor(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return torch's Adafactor over `groups`.
+
+    Raises:
+        ValueError: torch is older than 2.5.
+    """
+    if not hasattr(torch.optim, "Adafactor"):
+        raise ValueError(
+            f"trainer.optimizer=adafactor needs torch 2.5 or later, this is {torch.__version__}; "
+            "use adamw, sgd or rmsprop"
+        )
+    return torch.optim.Adafactor(groups)
 
 
 def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:

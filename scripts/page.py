@@ -1,5 +1,7 @@
 """One page with every table, figure and verdict of a scale: ``results/<scale>/README.md``.
 
+Optional tables are no part of it; they stand beside it.
+
 The verdicts alone stand in ``verdicts.md``.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 from scripts.table_formats import md_table
 from scripts.table_results import write_text
-from scripts.table_spec import PAPER, read_yaml, table_names
+from scripts.table_spec import PAPER, paper_table_names, read_yaml
 
 Results = Mapping[str, Any]
 
@@ -28,7 +30,7 @@ def write_page(folder: Path, scale: str | None = None) -> Path:
     Returns:
         The page.
     """
-    known = table_names()
+    known = paper_table_names()
     found: dict[str, Results] = {}
     for name in sorted(known, key=_order):
         path = folder / f"{name}.json"

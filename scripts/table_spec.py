@@ -94,7 +94,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table or figure: what runs, what is shown, what is judged."""
+    """A table or figure: what runs, what is shown, what is judged.
+
+    `is_optional` marks what is no part of the paper and of no command but its own.
+    """
 
     name: str
     kind: str
@@ -107,6 +110,7 @@ class TableSpec:
     claims: tuple[Claim, ...]
     contrasts: tuple[Part, ...]
     paper: Mapping[str, Any]
+    is_optional: bool = False
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -120,6 +124,11 @@ class TableSpec:
 def table_names() -> list[str]:
     """Return the tables and figures that have a configuration."""
     return sorted(path.stem for path in TABLES.glob("*.yaml"))
+
+
+def paper_table_names() -> list[str]:
+    """Return the tables and figures that are not optional."""
+    return [name for name in table_names() if not load_table(name).is_optional]
 
 
 def load_table(name: str) -> TableSpec:
@@ -162,7 +171,9 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
     keys: tuple[str, ...] = ("number", "title", "tuning", "runs", "rows")
     if kind == "table":
         keys += ("paper", "columns")
-    _check_keys(raw, "the table", required=keys, optional=("kind", "claims", "contrasts"))
+    optional = ("kind", "claims", "contrasts", "optional")
+    _check_keys(raw, "the table", required=keys, optional=optional)
+    _check_names([raw.get("optional", False)], (True, False), "optional")
     runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
     columns = _build_columns(raw["columns"], tuple(runs)) if kind == "table" else ()
     rows = tuple(_build_row(item) for item in raw["rows"])
@@ -192,6 +203,7 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
             for item in raw.get("contrasts", [])
         ),
         paper=paper,
+        is_optional=raw.get("optional", False),
     )
     strangers = sorted(paper["rows"].keys() - {row.name for row in rows})
     if strangers:

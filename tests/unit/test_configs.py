@@ -28,7 +28,7 @@ def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str)
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])
 def test_a_scale_names_only_what_exists(scale: str) -> None:
-    for group in ("task", "recipe", "model"):
+    for group in ("task", "recipe", "model", "method"):
         scaled = CONFIGS / f"scaled_{group}" / scale
         for path in scaled.rglob("*.yaml"):
             assert (CONFIGS / group / path.relative_to(scaled)).is_file(), path

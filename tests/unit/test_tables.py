@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,46 @@ def test_every_table_file_loads() -> None:
     assert "table1" in names
     for name in names:
         assert load_table(name).rows
+
+
+def test_optional_tables_are_in_no_command_but_their_own() -> None:
+    optional = set(table_spec.table_names()) - set(table_spec.paper_table_names())
+    assert optional == {"extended", "extended_e2e"}
+    planned = subprocess.run(
+        ["make", "-n", "reproduce-all", f"PYTHON={sys.executable}"],
+        cwd=TABLES.parents[1], capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    command = next(line for line in planned.splitlines() if "scripts/reproduce.py" in line)
+    assert set(table_spec.paper_table_names()) <= set(command.split())
+    assert not optional & set(command.split())
+    own = subprocess.run(
+        ["make", "-n", "reproduce-extended", f"PYTHON={sys.executable}"],
+        cwd=TABLES.parents[1], capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "scripts/reproduce.py extended --scale" in own
+
+
+def test_every_method_of_peft_is_a_row_of_an_extended_table() -> None:
+    folder = TABLES.parent / "method" / "peft"
+    rows = [row.overrides[0] for row in load_table("extended").rows]
+    for path in folder.glob("*.yaml"):
+        assert f"method=peft/{path.stem}" in rows
+
+
+def test_an_incomplete_optional_table_is_left_alone(tmp_path: Path) -> None:
+    """Its rows share runs with the paper's tables, so some of its records are always there."""
+    for name in table_spec.paper_table_names():
+        finish(cells_of(load_table(name)))
+    arguments = ["--scale", "tiny", "--results", str(tmp_path / "results")]
+    (tmp_path / "results" / "tiny").mkdir(parents=True)
+    made = tmp_path / "results" / "tiny" / "extended.json"
+    made.write_text("{}")
+    assert command.main(arguments, cell=fake_cell) == 0
+    assert made.read_text() == "{}"
+    finish(cells_of(load_table("extended")))
+    assert command.main(arguments, cell=fake_cell) == 0
+    assert json.loads(made.read_text())["table"] == "extended"
+    assert not made.with_name("extended_e2e.json").exists(), "nobody has made that one"
 
 
 def test_table1_has_the_papers_rows_in_order_then_the_controls(spec: TableSpec) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from delta_lora import checkpoint
+from delta_lora.methods.full_sgd import FullSgd
 from delta_lora.trainer import (
     FitResult,
     NonFiniteLossError,
@@ -120,6 +121,97 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, stop_at: int) -
     assert vars(result) | {"resources": 0} == vars(expected) | {"resources": 0}
     read = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "killed")]
     assert read[0] == read[1]
+
+
+OTHER_OPTIMIZERS = [
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "momentum": 0.9},
+    {"optimizer": "rmsprop", "momentum": 0.5},
+    {"optimizer": "adafactor"},
+]
+
+
+@pytest.mark.parametrize("settings", OTHER_OPTIMIZERS, ids=str)
+def test_a_killed_run_continues_to_the_same_bits_with_other_optimisers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    start = weights(toy_model())
+    straight, _ = fit(tmp_path / "straight", **settings)
+    assert not torch.equal(weights(straight), start)
+
+    class Killed(ToyMethod):
+        def after_step(self, step: int) -> None:
+            super().after_step(step)
+            if step == 8:
+                raise ZeroDivisionError("killed")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", method=Killed(), **settings)
+    stored = checkpoint.latest(tmp_path / "killed" / "checkpoints")
+    assert stored is not None
+    assert stored.step == 6
+    has_state = bool(stored.tensors.get("optimizer"))
+    assert has_state == (settings != {"optimizer": "sgd"}), "plain SGD keeps nothing"
+    resumed, _ = fit(tmp_path / "killed", **settings)
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_every_optimiser_goes_its_own_way(tmp_path: Path) -> None:
+    runs = [{}, *OTHER_OPTIMIZERS]
+    ends = [weights(fit(tmp_path / str(i), **run)[0]) for i, run in enumerate(runs)]
+    for a, b in itertools.combinations(ends, 2):
+        assert (a - b).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_full_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
+    """Decay 0.1 but for biases, warm-up of 3 steps, linear decay: written out step by step."""
+    task = ToyTask()
+    task.load()
+    method, model = FullSgd(learning_rate=0.05, momentum=momentum), toy_model()
+    method.inject(model, projections=None, head=(), total_steps=20, seed=1)
+    trainer = Trainer(**{**SETTINGS, "no_decay": ["bias"]})
+    trainer.fit(
+        model, method=method, task=task, train=task.examples("train"),
+        validation=task.examples("validation"), seed=1, folder=tmp_path,
+    )  # fmt: skip
+    assert isinstance(trainer.optimizer(model, method), torch.optim.SGD)
+
+    twin = toy_model()
+    velocity = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
+    for step in range(20):
+        batch = task.collate(step_indices(32, 8, 1, step))
+        twin.zero_grad()
+        (task.loss(twin, batch) / batch.num_targets).backward()
+        rate = 0.05 * schedule_factor("linear", step, 3, 20)
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                assert p.grad is not None
+                gradient = p.grad + (0.0 if "bias" in name else 0.1) * p
+                velocity[name] = momentum * velocity[name] + gradient
+                p -= rate * velocity[name]
+    assert not torch.equal(weights(twin), weights(toy_model()))
+    torch.testing.assert_close(weights(model), weights(twin), atol=1e-6, rtol=1e-5)
+
+
+def test_two_optimisers_are_refused() -> None:
+    method = FullSgd(learning_rate=0.05)
+    trainer = Trainer(**{**SETTINGS, "optimizer": "adafactor"})
+    with pytest.raises(ValueError, match=r"optimizer=adafactor, but this method brings .*SGD"):
+        trainer.optimizer(toy_model(), method)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lion"}, "trainer.optimizer='lion' is not known; choose one of 'adamw', 's"),
+        ({"momentum": 0.9}, "trainer.momentum=0.9 has no meaning for trainer.optimizer=adamw"),
+        ({"optimizer": "sgd", "momentum": 1.0}, "trainer.momentum=1.0 .*< 1"),
+    ],
+)
+def test_bad_optimisers_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(**{**SETTINGS, **settings})
 
 
 def test_a_signal_writes_a_checkpoint_and_stops(tmp_path: Path) -> None:
