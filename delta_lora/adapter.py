@@ -217,7 +217,8 @@ def attach(
         seed=seed,
     )
     target = f"{kind.__module__}.{kind.__qualname__}"
-    _remember(model, instance, {"method": {"_target_": target, **settings}, "base": base})
+    method_config = {"_target_": target, **settings}
+    _remember(model, instance, {"method": method_config, "seed": seed, "base": base})
     return model
 
 
@@ -300,7 +301,7 @@ def put(
         projections=base["projections"],
         head=base["head"],
         total_steps=UNKNOWN_STEPS,
-        seed=0,
+        seed=description["seed"],
     )
     with torch.no_grad():
         checkpoint.restore_weights(model, load_file(folder / TENSORS))
@@ -388,7 +389,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     Args:
         folder: made where it does not exist.
         tensors: every parameter that training changed, by name.
-        description: ``method``, ``base`` (from `describe_base`) and ``facts``; JSON values.
+        description: ``method``, ``seed`` (some methods draw what never trains), ``base`` (from
+            `describe_base`) and ``facts``; JSON values.
 
     Returns:
         The sha256 of the file of tensors.
@@ -480,7 +482,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds an adapter of PEFT; load it with peft.PeftModel.from_pretrained"
         )
-    lacking = [key for key in ("method", "base", "facts") if key not in description]
+    lacking = [key for key in ("method", "seed", "base", "facts") if key not in description]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}; it was written by an older version")
     return description

@@ -281,7 +281,8 @@ def _weight(layer: Any, p: Projection) -> Tensor:
 def _dense(change: Tensor, rank: int | None, p: Projection) -> tuple[Tensor, Tensor]:
     if rank is None:
         raise ValueError(
-            f"the change of {p.name} is no product of low rank (its weight trained as a whole); "
+            f"the change of {p.name} is no product of low rank that is known (its weight trained "
+            "as a whole, or the run is one of PEFT's methods); "
             f"compress it with rank=N, at most {p.max_rank}, or export the merged model"
         )
     return _truncate(change, p.max_rank)

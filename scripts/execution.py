@@ -182,6 +182,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
         method.updated_tensors(model),
         {
             "method": OmegaConf.to_container(cfg.method, resolve=True),
+            "seed": cfg.seed,
             "base": base,
             "facts": method.describe(),
             "step": result.num_steps,

@@ -137,6 +137,14 @@ def test_a_stopped_loop_continues_to_the_bit(method):
     assert all(torch.equal(tensor, runs[1][n]) for n, tensor in runs[0].items())
 
 
+def test_what_a_seed_drew_and_never_trains_comes_back(tmp_path):
+    """VeRA's frozen projections are in no file; the seed draws them again."""
+    config = {"peft_type": "VERA", "r": 4, "save_projection": False}
+    _, folder, expected = trained(CASES["roberta"], tmp_path, "peft", peft=config, seed=5)
+    model = load(folder)
+    torch.testing.assert_close(logits(model, inputs(model, 99)), expected, atol=0, rtol=0)
+
+
 def test_the_state_of_another_method_is_refused():
     state = adapter_of(attached(method="lora", rank=2, alpha=3)).state_dict()
     with pytest.raises(ValueError, match="not one of this model and method"):
