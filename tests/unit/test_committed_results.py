@@ -10,12 +10,18 @@ import pytest
 from scripts import tables
 from scripts.page import write_page
 from scripts.table_results import RESULTS
-from scripts.table_spec import table_names
+from scripts.table_spec import load_table, table_names
 
 TINY = RESULTS / "tiny"
+#: an optional table is committed or not; the others must be.
+COMMITTED = [
+    name
+    for name in table_names()
+    if (TINY / f"{name}.json").exists() or not load_table(name).optional
+]
 
 
-@pytest.mark.parametrize("name", table_names())
+@pytest.mark.parametrize("name", COMMITTED)
 def test_tiny_results_follow_from_their_records(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
