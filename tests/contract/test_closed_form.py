@@ -77,8 +77,10 @@ def random_factors(model, seed=0):
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("K", [-1, 0, 1, 50])
+@pytest.mark.parametrize(
+    ("name", "K"),
+    [(name, K) for name in FAMILIES for K in (-1, 50)] + [("roberta", 0), ("vit", 0), ("gpt2", 1)],
+)
 def test_it_equals_in_place_over_200_steps(name, K):
     case = CASES[name]
     runs = []

@@ -17,7 +17,7 @@ TINY = RESULTS / "tiny"
 COMMITTED = [
     name
     for name in table_names()
-    if (TINY / f"{name}.json").exists() or not load_table(name).optional
+    if (TINY / f"{name}.json").exists() or not load_table(name).is_optional
 ]
 
 
