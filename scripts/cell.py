@@ -46,7 +46,12 @@ __all__ = [
 #: what cannot change a result and is left out of the signature.
 NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpoint_every_steps")
 #: keys that are signed only where they are set, with the value that means they are not.
-SIGNED_IF_SET = {"init_from": None, "task.max_rows": None, "trainer.group_by_length": False}
+SIGNED_IF_SET = {
+    "init_from": None,
+    "task.max_rows": None,
+    "train_fraction": None,
+    "trainer.group_by_length": False,
+}
 #: overrides of a task's data that a run hands to the run that it starts from.
 DATA_KEYS = ("task.source", "task.data_dir", "task.cache_dir")
 
