@@ -345,7 +345,7 @@ def _facts(cfg: DictConfig, folder: Path) -> Plan:
         outputs=outputs(cfg),
         group=group(cfg),
         signed=signed_config(cfg),
-        source=_source(cfg),
+        source=weights_source(cfg),
         start=None,
         pretrained_sha256=_pretrained_sha256(cfg),
     )
@@ -362,7 +362,7 @@ def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _source(cfg: DictConfig) -> tuple[str, str | None] | None:
+def weights_source(cfg: DictConfig) -> tuple[str, str | None] | None:
     """Return folder or hub id, and revision, of the pre-trained weights; None without any."""
     if cfg.model.pretrain is not None:
         return str(run_dir(pretraining(cfg)) / "model"), None

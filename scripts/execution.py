@@ -115,7 +115,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
         train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
     with as_config_error():
-        model = _base_model(cfg, task, train, plan.source)
+        model = base_model(cfg, task, train, plan.source)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
@@ -282,7 +282,7 @@ def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] |
         return load_tokenizer(*_known(cfg, source))
 
 
-def _base_model(
+def base_model(
     cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
 ) -> Any:
     """Return the model before any method: loaded, or with random weights."""
