@@ -174,7 +174,6 @@ class _Base:
         self._model = model if dtype is None else model.to(dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.projections = cfg.model.projections
-        self.seed = cfg.seed
 
     def build(self) -> Any:
         """Return the model anew."""
@@ -189,6 +188,17 @@ class _Base:
             stream += [token for example in self._examples for token in example.tokens]
         window = stream[step * batch * length : (step + 1) * batch * length]
         return torch.tensor(window, device=self._device).view(batch, length)
+
+
+_BASES: dict[tuple[str, str], _Base] = {}
+
+
+def _base_of(cfg: DictConfig, dtype: Any = None) -> _Base:
+    """Return the base of a run; one process reads the same one once."""
+    key = (_model_name(cfg), str(dtype))
+    if key not in _BASES:
+        _BASES[key] = _Base(cfg, dtype)
+    return _BASES[key]
 
 
 def _next_token_loss(batch: int, length: int, base: _Base) -> Callable[[Any, int], Any]:
@@ -233,7 +243,7 @@ def _trained(cfg: DictConfig, base: _Base, **changes: Any) -> tuple[Any, Any]:
 def _rank(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     from delta_lora.analysis import rank, similarity
 
-    base = _Base(cfg)
+    base = _base_of(cfg)
     originals = similarity.snapshot(base.build(), cfg.model.projections, exclude=base.task.head)
     method, model = _trained(cfg, base)
     with method.merged(model) as merged:
@@ -256,7 +266,7 @@ def _gradients(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     from delta_lora.analysis import gradients
 
-    base = _Base(cfg, torch.float64)
+    base = _base_of(cfg, torch.float64)
     tokens = base.tokens(0, settings["batch"], settings["length"])
     loss = gradients.LOSSES[settings["loss"]]
     result = {}
@@ -282,7 +292,7 @@ def _equivalence(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]
 
     from delta_lora.analysis import equivalence
 
-    base = _Base(cfg, torch.float64)
+    base = _base_of(cfg, torch.float64)
     keys = (
         "steps", "rank", "alpha", "update_ratio", "start_step", "optimizer", "learning_rate",
         "options", "learning_rate_factor", "max_grad_norm",
@@ -292,7 +302,7 @@ def _equivalence(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]
         _next_token_loss(settings["batch"], settings["length"], base),
         projections=base.projections,
         head=tuple(settings["head"]),
-        seed=base.seed,
+        seed=settings["seed"],
         **{key: settings[key] for key in keys},
     )
     return dict(vars(found))
@@ -303,7 +313,7 @@ def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     from delta_lora.analysis import precision
 
-    base = _Base(cfg)
+    base = _base_of(cfg)
     keys = (
         "form", "steps", "every", "rank", "alpha", "learning_rate", "update_ratio", "start_step"
     )  # fmt: skip
@@ -317,7 +327,7 @@ def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
             weight_decay=cfg.trainer.weight_decay,
         ),
         projections=base.projections,
-        seed=base.seed,
+        seed=settings["seed"],
         **{key: settings[key] for key in keys},
     )
     weights = [w for n, w in base.build().named_parameters() if "attn" in n and w.dim() == 2]
@@ -331,7 +341,7 @@ def _memory(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     from delta_lora.analysis import memory_model
 
-    base = _Base(cfg)
+    base = _base_of(cfg)
     rank = settings["rank"]
     grid = []
     for batch in settings["batches"]:

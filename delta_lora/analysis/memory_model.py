@@ -20,7 +20,7 @@ feed-forward layer of 4 d, V words and L blocks, autograd saves these floats:
 
 | what | full | W_Q, W_V frozen but for a branch |
 |---|---|---|
-| input of the first normalisation, and its mean and deviation | d + 2 | d + 2, not in the first block |
+| input of the first normalisation, mean and deviation | d + 2 | d + 2, not in the first block |
 | its output, which c_attn or the branch multiplies | d | d |
 | query, key, value; output of attention; its log-sums | 4 d + h | 4 d + h |
 | input of the second normalisation, mean and deviation | d + 2 | d + 2 |
@@ -74,9 +74,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` and count the storages of its results that are new."""
         inputs = {
             t.untyped_storage().data_ptr()
@@ -289,9 +287,7 @@ def expected_memory(shape: Shape, adaptation: Adaptation) -> dict[str, int]:
         ValueError: unknown kind.
     """
     if adaptation.kind not in ("full", "full_query_value", "low_rank"):
-        raise ValueError(
-            f"kind={adaptation.kind!r}; allowed: full, full_query_value, low_rank"
-        )
+        raise ValueError(f"kind={adaptation.kind!r}; allowed: full, full_query_value, low_rank")
     d, num_branches = shape.width, 2 * shape.num_layers
     base = shape.num_parameters
     factors = num_branches * (2 * adaptation.rank * d + adaptation.extra_per_branch)
@@ -337,7 +333,7 @@ def _activation_bytes(shape: Shape, adaptation: Adaptation) -> int:
             R = adaptation.forward_rank
             per_token += L * 2 * R
             at_once = (L - 1) * 2 * R * d  # A of both branches, stacked
-            if R > adaptation.rank:
+            if adaptation.rank < R:
                 at_once += L * 2 * R * d  # [(1 + lambda) B, -lambda B_k]
     floats = N * per_token + num_targets * shape.vocabulary + at_once + 1
     mask = (L - 1) * N * d * adaptation.mask_bytes if adaptation.dropout else 0
