@@ -419,5 +419,6 @@ def code_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def device_of(record: Mapping[str, Any]) -> str:
+    """Return the name of the device that a record was computed on."""
     device = record["provenance"]["device"]
     return str(device["name"]) if isinstance(device, Mapping) else str(device)
