@@ -229,6 +229,7 @@ def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring
     scale, reason = resolve_scale(options.scale)
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
+    worker_environments(options.workers, scale, 1)  # a bad number is said before the planning
     plan = make_plan(scale, seeds, extra, load_settings(scale), cell)
     folder, kept = options.results / scale, options.results / "runs"
     if options.plan:
