@@ -167,7 +167,7 @@ def gradient_section(records: Sequence[Record], settings: Content) -> Section | 
             "the policy gradient samples every token and rewards even token numbers."
         ),
         not_shown=(
-            "what the broken identity costs in score; that is the next question but one. The three "
+            "what the broken identity costs in score, which the section on dropout asks. The three "
             "losses other than cross-entropy are made up for this test."
         ),
         picture={"gaps": {LOSS_LABELS[loss]: by for loss, by in means.items()}, "limit": limit},
@@ -192,21 +192,48 @@ def grade(relative: float, settings: Content) -> str:
     return "close" if relative < settings["close_below"] else "different"
 
 
+def _clipping(
+    records: Sequence[Record],
+    clip: float,
+    column: str,
+    broken_by: Mapping[str, Sequence[str]],
+    mended_by: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Return what clipping the branches alone at `clip` did, in words."""
+    mine = [r for r in records if r["settings"]["max_grad_norm"] == clip]
+    acted = [r["result"]["num_clipped"] for r in mine if not r["settings"]["head"]]
+    if not acted:
+        return []
+    text = (
+        f"Clipping the global norm of the branches at {clip:g} acted on Delta-LoRA in "
+        f"{span(acted)} of {mine[0]['settings']['steps']} steps, and the equality was lost under "
+        f"{listing(broken_by[column])}"
+    )
+    if mended_by[column]:
+        text += (
+            f", gained under {listing(mended_by[column])}: a gradient that is cut to one norm in "
+            "every step has lost the factor"
+        )
+    return [text + "."]
+
+
 def equivalence_section(records: Sequence[Record], settings: Content) -> Section | None:
     """Judge where Delta-LoRA equals the LoRA of alpha * (1 + lambda)."""
     if not records:
         return None
     first = settings["start_steps"][0]
     rows, grid, plain, surprises = [], {}, {}, []
-    columns: dict[tuple[Any, ...], str] = {
-        (first, False, False, False): f"K = {first}",
-        (first, True, False, False): f"K = {first}, clipped",
-        (first, False, True, False): f"K = {first}, another module",
-        (first, True, True, False): f"K = {first}, another module, clipped",
-    }
-    columns |= {(K, False, False, False): f"K = {K}" for K in settings["start_steps"][1:]}
-    columns |= {(first, False, False, True): f"K = {first}, rate / (1 + λ)"}
+    base_case = (first, None, False, False)
+    columns: dict[tuple[Any, ...], str] = {base_case: f"K = {first}"}
+    columns |= {(first, c, False, False): f"clipped at {c:g}" for c in settings["clips"]}
+    columns[first, None, True, False] = "another module"
+    columns[first, settings["clips"][0], True, False] = (
+        f"another module, clipped at {settings['clips'][0]:g}"
+    )
+    columns |= {(K, None, False, False): f"K = {K}" for K in settings["start_steps"][1:]}
+    columns |= {(first, None, False, True): "rate / (1 + λ)"}
     broken_by: dict[str, list[str]] = {name: [] for name in columns.values()}
+    mended_by: dict[str, list[str]] = {name: [] for name in columns.values()}
     for optimizer in settings["optimizers"]:
         mine = {}
         for record in records:
@@ -215,14 +242,14 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
             if all(case[key] == optimizer[key] for key in same):
                 key = (
                     case["start_step"],
-                    case["max_grad_norm"] is not None,
+                    case["max_grad_norm"],
                     bool(case["head"]),
                     case["learning_rate_factor"] != 1,
                 )
                 mine[columns[key]] = record["result"]
-        if columns[(first, False, False, False)] not in mine:
+        if columns[base_case] not in mine:
             continue
-        base = mine[columns[(first, False, False, False)]]["relative"]
+        base = mine[columns[base_case]]["relative"]
         plain[optimizer["label"]] = base
         if (grade(base, settings) == "different") == optimizer["invariant"]:
             surprises.append(optimizer["label"])
@@ -230,20 +257,19 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
             worse = grade(result["relative"], settings) == "different"
             if worse and grade(base, settings) != "different":
                 broken_by[name].append(optimizer["label"])
+            if not worse and grade(base, settings) == "different":
+                mended_by[name].append(optimizer["label"])
         rows.append([
             optimizer["label"],
             *(number(mine[c]["relative"]) if c in mine else "" for c in columns.values()),
-            number(mine[columns[(first, False, False, False)]]["max_abs"]),
+            number(mine[columns[base_case]]["max_abs"]),
         ])  # fmt: skip
         grid[optimizer["label"]] = {c: mine[c]["relative"] for c in columns.values() if c in mine}
     by_grade = {
         name: [label for label, value in plain.items() if grade(value, settings) == name]
         for name in ("equal", "close", "different")
     }
-    clipped = [r["result"]["num_clipped"] for r in records if r["settings"]["max_grad_norm"]]
-    with_head = columns[(first, True, True, False)]
-    without_head = columns[(first, True, False, False)]
-    others = [columns[(K, False, False, False)] for K in settings["start_steps"][1:]]
+    others = [columns[(K, None, False, False)] for K in settings["start_steps"][1:]]
     later = sorted({label for name in others for label in broken_by[name]})
     lines = [
         f"With W updated from the first step on, Delta-LoRA and LoRA of α(1 + λ) gave the same "
@@ -263,7 +289,7 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
             "the factor 1 + λ, which is all that tells the two apart; the epsilon of Adam limits "
             "how well. SGD does not cancel it."
         )
-    last = columns[(first, False, False, True)]
+    last = columns[first, None, False, True]
     rescued = [label for label, by in grid.items() if last in by]
     if rescued:
         good = [label for label in rescued if grade(grid[label][last], settings) != "different"]
@@ -272,19 +298,22 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
             f"{listing(good)}"
             + ("." if len(good) == len(rescued) else f", of {listing(rescued)} where it should.")
         )
+    for clip in settings["clips"]:
+        lines += _clipping(records, clip, columns[first, clip, False, False], broken_by, mended_by)
+    alone, both = (
+        columns[first, None, True, False],
+        columns[first, settings["clips"][0], True, False],
+    )
     lines.append(
-        f"Clipping the global norm at {settings['clip']:g} acted in {span(clipped)} of "
-        f"{settings['steps']} steps and broke the equality for {listing(broken_by[without_head])} "
-        f"(branches only) and for {listing(broken_by[with_head])} (another module trains too, "
-        "whose gradient does not carry the factor); the other module alone broke it for "
-        f"{listing(broken_by[columns[(first, False, True, False)]])}."
-        if clipped
-        else "Clipping was not measured."
+        f"Where another module trains, whose gradient does not carry the factor, the equality was "
+        f"lost under {listing(broken_by[alone])} without clipping and under "
+        f"{listing(broken_by[both])} with clipping at {settings['clips'][0]:g}, which turns the "
+        "common direction."
     )
     if others:
         lines.append(
             f"Where W follows later ({listing(others)}), the LoRA continues on a base shifted by "
-            f"the fixed -λs B_k A_k; that broke the equality for {listing(later)}."
+            f"the fixed -λs B_k A_k; the equality was lost under {listing(later)}."
         )
     return Section(
         key="equivalence",

@@ -118,13 +118,14 @@ def memory_section(records: Sequence[Record], settings: Content) -> Section | No
     point = next(iter(largest.values()))
     at = f"batch {point['batch']} × {point['length']} tokens"
     lines = []
-    if "lora" in largest:
+    reference = settings["reference"]
+    if reference in largest:
         peaks = {name: p["measured"]["peak"] for name, p in largest.items()}
         ratios = [
-            f"{labels[name]} {peaks[name] / peaks['lora']:.3f}" for name in labels
-            if name in peaks and name != "lora"
+            f"{labels[name]} {peaks[name] / peaks[reference]:.3f}" for name in labels
+            if name in peaks and name != reference
         ]  # fmt: skip
-        lines.append(f"Peak memory over LoRA's at {at}: {', '.join(ratios)}.")
+        lines.append(f"Peak memory over that of {labels[reference]} at {at}: {', '.join(ratios)}.")
     lines.append(
         f"The formula {'fits' if fits else 'does NOT fit'}: over {len(by_name)} methods and "
         f"{len(settings['batches']) * len(settings['lengths'])} sizes its largest relative error "

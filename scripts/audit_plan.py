@@ -82,7 +82,7 @@ def make_plan(
             rows[f"low_resource/{row['name']}/{fraction:g}"] = [*row["overrides"], *share]
     spec: Any = SimpleNamespace(
         name="audit",
-        runs={settings["score"]["metric"]: settings["run"]},
+        runs={settings["run"][0].partition("=")[2]: settings["run"]},
         rows=[SimpleNamespace(name=name, overrides=o) for name, o in rows.items()],
     )
     cells = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
@@ -164,9 +164,9 @@ def equivalence_cases(
         }
 
     first, *others = settings["start_steps"]
-    clip, head = settings["clip"], settings["head"]
-    cases = [case(first, None, (), 1.0), case(first, clip, (), 1.0)]
-    cases += [case(first, None, head, 1.0), case(first, clip, head, 1.0)]
+    clips, head = settings["clips"], settings["head"]
+    cases = [case(first, clip, (), 1.0) for clip in (None, *clips)]
+    cases += [case(first, clip, head, 1.0) for clip in (None, clips[0])]
     cases += [case(K, None, (), 1.0) for K in others]
     if not optimizer["invariant"]:
         cases.append(case(first, None, (), 1 / (1 + settings["update_ratio"])))

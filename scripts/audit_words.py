@@ -63,7 +63,7 @@ def listing(names: Sequence[str]) -> str:
 def interval(summary: stats.Summary) -> str:
     """Return mean and interval, with the sign."""
     if summary.ci95 is None:
-        return f"{summary.mean:+.2f} (one seed)"
+        return f"{summary.mean:+.2f}, one seed"
     return f"{summary.mean:+.2f} [{summary.ci95[0]:+.2f}, {summary.ci95[1]:+.2f}]"
 
 

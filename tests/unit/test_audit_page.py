@@ -89,6 +89,7 @@ def comparisons(**relative: float) -> list[dict[str, Any]]:
                 value = 1e-14
             if case["head"] and case["max_grad_norm"]:
                 value = 0.3
+            own["steps"] = 60
             result = {"relative": value, "max_abs": value, "moved": 1.0, "num_clipped": 3}
             found.append(one("equivalence", {**own, **case}, result))
     return found
@@ -98,10 +99,14 @@ def test_optimisers_are_graded_and_surprises_said() -> None:
     chosen = SETTINGS["equivalence"]
     section = equivalence_section(comparisons(), chosen)
     assert section is not None
-    assert "different ones under SGD and SGD, momentum 0.9." in section.findings[0]
+    assert "different ones under SGD and SGD with momentum 0.9." in section.findings[0]
     assert "CONTRADICTS" not in " ".join(section.findings)
-    assert "gives Delta-LoRA's weights under SGD and SGD, momentum 0.9." in section.findings[2]
-    assert "broke the equality for none (branches only)" in section.findings[3]
+    assert "gives Delta-LoRA's weights under SGD and SGD with momentum 0.9." in section.findings[2]
+    assert (
+        "at 1 acted on Delta-LoRA in 3 of 60 steps, and the equality was lost under none."
+        in (section.findings[3])
+    )
+    assert "lost under none without clipping and under AdamW (eps 1e-16)" in section.findings[5]
     section = equivalence_section(comparisons(lion=0.5), chosen)
     assert section is not None
     assert "CONTRADICTS the expectation for Lion" in section.findings[1]
@@ -176,7 +181,7 @@ def test_the_formula_is_judged_by_its_largest_error(peak: int, words: str) -> No
     point = {"batch": 2, "length": 32, "measured": measured}
     point["expected"] = {"weights": 500, "peak": peak}
     section = memory_section(
-        [one("memory", {"name": "lora"}, {"grid": [point]})], SETTINGS["memory"]
+        [one("memory", {"name": "lora_no_dropout"}, {"grid": [point]})], SETTINGS["memory"]
     )
     assert section is not None
     assert any(words in line for line in section.findings)
