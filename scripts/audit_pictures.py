@@ -15,6 +15,8 @@ from scripts.figures import STYLES
 COLOURS = (*(colour for colour, _ in STYLES), "#56B4E9", "#E69F00", "#CC79A7", "#F0E442")
 #: what replaces a value of 0 on a logarithmic axis.
 FLOOR = 1e-18
+#: ticks of a logarithmic axis of memory.
+TICKS_MIB = tuple(2**power for power in range(20))
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -142,7 +144,7 @@ def _memory(figure: Any, data: Mapping[str, Any]) -> None:
     left.plot(peaks, labels, "k|", ms=10, label="peak")
     left.invert_yaxis()
     left.set_xlabel(f"MiB, {data['at']}")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.3, -0.18))
     for (label, grid), colour in zip(data["grids"].items(), COLOURS, strict=False):
         right.plot(
             [point["expected"]["peak"] / 2**20 for point in grid],
@@ -153,6 +155,10 @@ def _memory(figure: Any, data: Mapping[str, Any]) -> None:
     right.plot([min(every), max(every)], [min(every), max(every)], color="grey", lw=1)
     right.set_xscale("log")
     right.set_yscale("log")
+    ticks = [size for size in TICKS_MIB if min(every) / 2 < size < max(every) * 2]
+    right.set_xticks(ticks, list(map(str, ticks)))
+    right.set_yticks(ticks, list(map(str, ticks)))
+    right.minorticks_off()
     right.set_xlabel("Peak by the formula, MiB")
     right.set_ylabel("Peak measured, MiB")
     right.grid(alpha=0.3)

@@ -13,7 +13,7 @@ CHANGES = {
     "above": "gained",
     "below": "lost",
     "not distinguishable": "did not clearly change",
-    "not judged": "changed, in one seed, by",
+    "not judged": "was not judged",
 }
 SENSITIVITIES = {
     "above": "less sensitive than",
@@ -82,7 +82,7 @@ def dropout_section(runs: Content, settings: Content) -> Section | None:
         if losses[row["name"]]:
             summary = stats.summarize(losses[row["name"]].values())
             word = CHANGES[direction(summary)]
-            sentences.append(f"{row['label']} {word}: {interval(summary)} {label}")
+            sentences.append(f"{row['label']} {word}: {label} {interval(summary)}")
     lines = [
         f"Going from no dropout to {xs[-1]} in the branch, {'; '.join(sentences)} "
         "(95 % interval of the paired difference)."

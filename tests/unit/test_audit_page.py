@@ -132,13 +132,13 @@ def test_dropout_is_judged_over_paired_seeds() -> None:
     })  # fmt: skip
     section = dropout_section(runs, SETTINGS)
     assert section is not None
-    assert "LoRA lost: -9.97" in section.findings[0]
+    assert "LoRA lost: BLEU -9.97" in section.findings[0]
     assert "Delta-LoRA did not clearly change" in section.findings[0]
     assert "less sensitive than LoRA" in section.findings[1]
     single = {name: {1: by[1]} for name, by in runs.items()}
     section = dropout_section(single, SETTINGS)
     assert section is not None
-    assert "changed, in one seed, by" in section.findings[0]
+    assert "LoRA was not judged: BLEU -9.90, one seed" in section.findings[0]
 
 
 def test_few_rows_are_judged_at_every_share() -> None:
