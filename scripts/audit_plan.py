@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,12 +80,18 @@ def make_plan(
         for fraction in settings["low_resource"]["fractions"]:
             share = [] if fraction == 1 else [f"train_fraction={fraction:g}"]
             rows[f"low_resource/{row['name']}/{fraction:g}"] = [*row["overrides"], *share]
+    # Rows of the same settings are one run; composing it takes a quarter of a second.
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, overrides in rows.items():
+        names.setdefault(tuple(overrides), []).append(name)
     spec: Any = SimpleNamespace(
         name="audit",
         runs={settings["run"][0].partition("=")[2]: settings["run"]},
-        rows=[SimpleNamespace(name=name, overrides=o) for name, o in rows.items()],
+        rows=[SimpleNamespace(name=same[0], overrides=o) for o, same in names.items()],
     )
-    cells = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
+    found = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
+    also = {same[0]: same for same in names.values()}
+    cells = [replace(item, row=name) for item in found for name in also[item.row]]
     return Plan(
         scale=scale,
         seeds=list(seeds),

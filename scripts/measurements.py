@@ -84,7 +84,9 @@ def plan(
     Raises:
         ConfigError: they cannot be composed.
     """
-    start, outputs = _start(tuple(overrides), needs_run)
+    seed = next((o for o in overrides if o.startswith("seed=")), None) if needs_run else None
+    unseeded = tuple(o for o in overrides if not o.startswith("seed="))
+    start, outputs = _start(unseeded, seed, needs_run)
     return Measurement(
         part=part,
         label=label,
@@ -97,10 +99,19 @@ def plan(
 
 
 @functools.cache
-def _start(overrides: tuple[str, ...], needs_run: bool) -> tuple[str, Path]:
-    # Composing takes a quarter of a second, and most measurements start from one model.
-    cfg = cell.compose(list(overrides))
+def _start(overrides: tuple[str, ...], seed: str | None, needs_run: bool) -> tuple[str, Path]:
+    """Return what a measurement starts from, and the folder of all run folders."""
+    cfg = _composed(overrides)
+    if seed is not None:
+        cfg = cfg.copy()
+        cfg.seed = int(seed.partition("=")[2])
     return cell.signature(cfg) if needs_run else _model_name(cfg), cell.outputs(cfg)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    # Composing takes a quarter of a second; another seed is only another value.
+    return cell.compose(list(overrides))
 
 
 def _model_name(cfg: DictConfig) -> str:
