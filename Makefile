@@ -33,7 +33,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) sweep report check-results clean check-python
+.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report check-results clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -68,6 +68,9 @@ reproduce-all: $(READY)  ## all tables and figures of the paper, and one page wi
 $(REPRODUCE): reproduce-%: $(READY)
 	@$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
+audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
+	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
 sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	@scale=$$($(RUN) scripts/scale.py "$$SCALE") && echo "scale: $$scale" && \
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
@@ -78,6 +81,7 @@ report: $(READY)  ## put the generated verdicts and tables into README
 
 check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
+	@$(RUN) scripts/audit.py --scale tiny --check
 
 clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info

@@ -49,6 +49,7 @@ NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpo
 SIGNED_IF_SET = {
     "init_from": None,
     "task.max_rows": None,
+    "train_fraction": None,
     "trainer.group_by_length": False,
     "trainer.optimizer": "adamw",
     "trainer.momentum": 0.0,
@@ -351,7 +352,7 @@ def _facts(cfg: DictConfig, folder: Path) -> Plan:
         outputs=outputs(cfg),
         group=group(cfg),
         signed=signed_config(cfg),
-        source=_source(cfg),
+        source=weights_source(cfg),
         start=None,
         pretrained_sha256=_pretrained_sha256(cfg),
     )
@@ -368,7 +369,7 @@ def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _source(cfg: DictConfig) -> tuple[str, str | None] | None:
+def weights_source(cfg: DictConfig) -> tuple[str, str | None] | None:
     """Return folder or hub id, and revision, of the pre-trained weights; None without any."""
     if cfg.model.pretrain is not None:
         return str(run_dir(pretraining(cfg)) / "model"), None

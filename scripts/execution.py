@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,12 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     method = instantiate(cfg.method)
     tokenizer = build_tokenizer(cfg, task, plan.source)
     train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+    num_available = len(train)
+    with as_config_error():
+        train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
     with as_config_error():
-        model = _base_model(cfg, task, train, plan.source)
+        model = base_model(cfg, task, train, plan.source)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
@@ -145,6 +149,8 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     }
     if plan.start is not None:
         identity["init_from"] = plan.start.facts
+    if cfg.train_fraction is not None:
+        identity["train_fraction"] = cfg.train_fraction
 
     def score(network: Any) -> dict[str, float]:
         chunks = task.predict(network, tokenizer, "validation")
@@ -234,6 +240,10 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
             "device": provenance.device(),
         },
     }
+    if cfg.train_fraction is not None:
+        record["training"]["subset"] = {
+            "fraction": cfg.train_fraction, "of": num_available, "seed": cfg.seed
+        }  # fmt: skip
     if cfg.save_model:
         model.save_pretrained(plan.folder / "model")
         tokenizer.save_pretrained(plan.folder / "model")
@@ -244,6 +254,30 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
         mirror.log_record(record, plan.folder / "predictions.jsonl")
         mirror.close()
     return load_record(plan.folder)
+
+
+def draw_rows(examples: Sequence[Any], fraction: float | None, seed: int) -> Sequence[Any]:
+    """Return a random share of `examples`, in their order; None returns all.
+
+    Args:
+        examples: encoded training examples.
+        fraction: share that is kept, above 0 and at most 1; rounded up, so at least one row.
+        seed: of the draw; with one seed a smaller share lies within a larger one.
+
+    Raises:
+        ValueError: the fraction is not allowed.
+    """
+    import torch
+
+    from delta_lora.checks import check_real
+
+    if fraction is None:
+        return examples
+    check_real("train_fraction", fraction, above=0, at_most=1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    kept = sorted(order[: max(1, math.ceil(fraction * len(examples) - 1e-9))])
+    return [examples[i] for i in kept]
 
 
 def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] | None) -> Any:
@@ -258,7 +292,7 @@ def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] |
         return load_tokenizer(*_known(cfg, source))
 
 
-def _base_model(
+def base_model(
     cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
 ) -> Any:
     """Return the model before any method: loaded, or with random weights."""

@@ -129,7 +129,7 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
         with Pool(module, environments=environments, logs=logs, name=name) as pool:
             print(f"{len(environments)} worker process(es); their output: {logs}", flush=True)
             everything = list(distinct.values())
-            problem = _prepare(pool, everything if options.prepare else todo)
+            problem = prepare_models(pool, everything if options.prepare else todo)
             if problem is not None:
                 print(f"error: preparing the models failed: {problem}", file=sys.stderr)
                 return 1
@@ -290,7 +290,7 @@ def _check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) ->
                 raise ValueError(f"row {item.row} on {item.run}: {error}") from error
 
 
-def _prepare(pool: Pool, cells: Sequence[Cell]) -> str | None:
+def prepare_models(pool: Pool, cells: Sequence[Cell]) -> str | None:
     """Pre-train the models that the cells start from; return why it failed, or None."""
     # One cell of each model: the worker composes what it is given, which takes a while.
     models = {str(item.config.get("model")): item.overrides for item in cells}

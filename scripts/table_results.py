@@ -161,8 +161,8 @@ def facts_of(
         "tasks": {run: _task_facts(run, done) for run in spec.runs},
         "models": sorted({record["model"]["name"] for record in records}),
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
-        "code": _code(records),
-        "devices": sorted({_device(record) for record in records}),
+        "code": code_of(records),
+        "devices": sorted({device_of(record) for record in records}),
     }
 
 
@@ -408,7 +408,7 @@ def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, dict[str, f
     return found
 
 
-def _code(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def code_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the commits of the records, with how many come from each and whether it was dirty."""
     counts = Counter(
         (record["provenance"]["git"]["commit"], record["provenance"]["git"]["dirty"])
@@ -418,6 +418,7 @@ def _code(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"commit": c, "dirty": dirty, "runs": count} for (c, dirty), count in ordered]
 
 
-def _device(record: Mapping[str, Any]) -> str:
+def device_of(record: Mapping[str, Any]) -> str:
+    """Return the name of the device that a record was computed on."""
     device = record["provenance"]["device"]
     return str(device["name"]) if isinstance(device, Mapping) else str(device)

@@ -49,7 +49,7 @@ def snapshot(
     if not all(weight.is_floating_point() for weight in weights):
         logger.info("no similarity of weights is recorded: the weights are quantised")
         return []
-    return [Original(p, _weight(model, p).to("cpu", copy=True)) for p in found]
+    return [Original(p, projection_weight(model, p).to("cpu", copy=True)) for p in found]
 
 
 def cosine_similarities(originals: Sequence[Original], model: nn.Module) -> dict[str, float]:
@@ -62,7 +62,7 @@ def cosine_similarities(originals: Sequence[Original], model: nn.Module) -> dict
     Returns:
         By the projection's name, in [-1, 1]; computed in float64. A weight of zeros gives 1.
     """
-    return {p.name: _cosine(before, _weight(model, p)) for p, before in originals}
+    return {p.name: _cosine(before, projection_weight(model, p)) for p, before in originals}
 
 
 @torch.no_grad()
@@ -72,7 +72,16 @@ def _cosine(before: Tensor, after: Tensor) -> float:
     return float((a @ b) / norms) if norms > 0 else 1.0
 
 
-def _weight(model: nn.Module, projection: Projection) -> Tensor:
+def projection_weight(model: nn.Module, projection: Projection) -> Tensor:
+    """Return the weight of a projection in the layout of its layer, branches included.
+
+    Args:
+        model: on merged weights, or with branches.
+        projection: the slice.
+
+    Returns:
+        Detached; a view where the layer has no branch.
+    """
     layer = model.get_submodule(projection.layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -1,0 +1,424 @@
+"""The measurements of the audit that are no ordinary runs: one small record each.
+
+A measurement is named by a hash of its settings and of what it starts from (the pre-trained model,
+or a finished run). Its record ``<outputs>/audit/<part>-<hash>.json`` is written whole or not at
+all, and asked for again it is not repeated. `compose` and `run` are what a worker process calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from delta_lora import provenance
+from scripts import cell
+from scripts.composition import ROOT
+from scripts.execution import base_model, build_tokenizer, load_task
+
+RECORD_SCHEMA = 1
+#: raised whenever a measurement can give other values from the same settings.
+VERSIONS = {"rank": 1, "gradients": 1, "equivalence": 1, "precision": 1, "memory": 1}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure.
+
+    Attributes:
+        part: a key of `VERSIONS`.
+        label: how messages and pages call it.
+        settings: JSON values; all that its result depends on but for the start.
+        overrides: compose the run that it starts from; of a run that need not be trained, only
+            model and data count.
+        needs_run: whether it reads what that run has learned.
+        start: signature of that run, or of its pre-trained model.
+        outputs: folder of all run folders.
+    """
+
+    part: str
+    label: str
+    settings: dict[str, Any]
+    overrides: tuple[str, ...]
+    needs_run: bool
+    start: str
+    outputs: Path
+
+    @property
+    def signature(self) -> str:
+        """Name of its record."""
+        signed = {
+            "part": self.part,
+            "version": VERSIONS[self.part],
+            "settings": self.settings,
+            "start": self.start,
+        }
+        return f"{self.part}-{provenance.signature(signed)}"
+
+    @property
+    def path(self) -> Path:
+        """Its record, once it is done."""
+        return self.outputs / "audit" / f"{self.signature}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the record, or None where there is none (or a file that is no record)."""
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_mine = isinstance(record, dict) and record.get("signature") == self.signature
+        return record if is_mine else None
+
+
+def plan(
+    part: str, label: str, settings: Mapping[str, Any], overrides: Sequence[str], *, needs_run: bool
+) -> Measurement:
+    """Return a measurement on the run, or on the model of the run, that `overrides` compose.
+
+    Raises:
+        ConfigError: they cannot be composed.
+    """
+    seed = next((o for o in overrides if o.startswith("seed=")), None) if needs_run else None
+    unseeded = tuple(o for o in overrides if not o.startswith("seed="))
+    start, outputs = _start(unseeded, seed, needs_run)
+    return Measurement(
+        part=part,
+        label=label,
+        settings=dict(settings),
+        overrides=tuple(overrides),
+        needs_run=needs_run,
+        start=start,
+        outputs=outputs,
+    )
+
+
+@functools.cache
+def _start(overrides: tuple[str, ...], seed: str | None, needs_run: bool) -> tuple[str, Path]:
+    """Return what a measurement starts from, and the folder of all run folders."""
+    cfg = _composed(overrides)
+    if seed is not None:
+        cfg = cfg.copy()
+        cfg.seed = int(seed.partition("=")[2])
+    return cell.signature(cfg) if needs_run else _model_name(cfg), cell.outputs(cfg)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    # Composing takes a quarter of a second; another seed is only another value.
+    return cell.compose(list(overrides))
+
+
+def _model_name(cfg: DictConfig) -> str:
+    """Return what names model and data of a run: its signature without method and seed."""
+    signed = cell.signed_config(cfg)
+    kept = {key: signed[key] for key in ("model", "task")}
+    return provenance.signature(kept)
+
+
+def compose(overrides: Sequence[str]) -> Measurement:
+    """Return the measurement of a job: ``Job("run", (as_job(measurement),), key)``."""
+    (text,) = overrides
+    values = json.loads(text)
+    values["overrides"], values["outputs"] = tuple(values["overrides"]), Path(values["outputs"])
+    return Measurement(**values)
+
+
+def as_job(measurement: Measurement) -> tuple[str]:
+    """Return what `compose` reads."""
+    return (json.dumps({**vars(measurement), "outputs": str(measurement.outputs)}),)
+
+
+def run(measurement: Measurement) -> dict[str, Any]:
+    """Measure and write the record, or return it if it is there.
+
+    Raises:
+        ValueError: the settings are not allowed, or the run that it starts from is not finished.
+    """
+    from delta_lora import checkpoint
+
+    if (known := measurement.read()) is not None:
+        return known
+    cfg = cell.compose(list(measurement.overrides))
+    if measurement.needs_run and cell.status(cfg).state != "done":
+        raise ValueError(f"{measurement.label}: the run {measurement.start} is not finished")
+    record = {
+        "schema": RECORD_SCHEMA,
+        "signature": measurement.signature,
+        "status": "completed",
+        "part": measurement.part,
+        "label": measurement.label,
+        "start": measurement.start,
+        "settings": measurement.settings,
+        "model": cfg.model.name,
+        "result": MEASURE[measurement.part](cfg, measurement.settings),
+        "provenance": {
+            "git": provenance.git_state(ROOT),
+            "packages": provenance.packages(),
+            "device": provenance.device(),
+        },
+    }
+    measurement.path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(measurement.path, record)
+    return record
+
+
+# ---------------------------------------------------------------------- models and tokens
+
+
+class _Base:
+    """Model, tokens and projections of a run before any method.
+
+    Args:
+        cfg: the run.
+        dtype: torch type of the weights.
+    """
+
+    def __init__(self, cfg: DictConfig, dtype: Any = None) -> None:
+        import torch
+        from hydra.utils import instantiate
+
+        instantiate(cfg.trainer).prepare_backend()
+        cell.prepare([cfg])
+        self.task = load_task(cfg)
+        source = cell.weights_source(cfg)
+        tokenizer = build_tokenizer(cfg, self.task, source)
+        self._examples = self.task.examples("train", tokenizer)
+        model = base_model(cfg, self.task, self._examples, source)
+        self._model = model if dtype is None else model.to(dtype)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.projections = cfg.model.projections
+
+    def build(self) -> Any:
+        """Return the model anew."""
+        return copy.deepcopy(self._model).to(self._device)
+
+    def tokens(self, step: int, batch: int, length: int) -> Any:
+        """Return a batch of the training text, cut to windows: (batch, length), by step."""
+        import torch
+
+        stream: list[int] = []
+        while len(stream) < (step + 1) * batch * length:
+            stream += [token for example in self._examples for token in example.tokens]
+        window = stream[step * batch * length : (step + 1) * batch * length]
+        return torch.tensor(window, device=self._device).view(batch, length)
+
+
+_BASES: dict[tuple[str, str], _Base] = {}
+
+
+def _base_of(cfg: DictConfig, dtype: Any = None) -> _Base:
+    """Return the base of a run; one process reads the same one once."""
+    key = (_model_name(cfg), str(dtype))
+    if key not in _BASES:
+        _BASES[key] = _Base(cfg, dtype)
+    return _BASES[key]
+
+
+def _next_token_loss(batch: int, length: int, base: _Base) -> Callable[[Any, int], Any]:
+    from delta_lora.analysis import gradients
+
+    batches: dict[int, Any] = {}
+
+    def loss(model: Any, step: int) -> Any:
+        if step not in batches:
+            batches[step] = base.tokens(step, batch, length)
+        tokens = batches[step]
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return gradients.cross_entropy(logits, logits, tokens)
+
+    return loss
+
+
+def _trained(cfg: DictConfig, base: _Base, **changes: Any) -> tuple[Any, Any]:
+    """Return method and model with what the finished run of `cfg` has learned."""
+    from hydra.utils import instantiate
+
+    from delta_lora import checkpoint
+    from scripts.run_folder import read_adapter
+
+    method, model = instantiate(cfg.method, **changes), base.build()
+    method.inject(
+        model,
+        projections=cfg.model.projections,
+        head=base.task.head,
+        total_steps=max(1, cell.load_record(cell.run_dir(cfg))["training"]["steps"]),
+        seed=cfg.seed,
+    )
+    dtype = next(model.parameters()).dtype
+    learned = {name: t.to(dtype) for name, t in read_adapter(cell.run_dir(cfg)).items()}
+    checkpoint.restore_weights(model, learned)
+    return method, model
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def _rank(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    from delta_lora.analysis import rank, similarity
+
+    base = _base_of(cfg)
+    originals = similarity.snapshot(base.build(), cfg.model.projections, exclude=base.task.head)
+    method, model = _trained(cfg, base)
+    with method.merged(model) as merged:
+        found = rank.spectra(originals, merged)
+    return {
+        "method_rank": cfg.recipe.get("rank"),
+        "projections": {
+            name: {
+                "rank": one.rank,
+                "tolerance": one.tolerance,
+                "singular_values": list(one.singular_values),
+            }
+            for name, one in found.items()
+        },
+    }
+
+
+def _gradients(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from delta_lora.analysis import gradients
+
+    base = _base_of(cfg, torch.float64)
+    tokens = base.tokens(0, settings["batch"], settings["length"])
+    loss = gradients.LOSSES[settings["loss"]]
+    result = {}
+    for dropout in settings["dropouts"]:
+        _, model = _trained(cfg, base, dropout=dropout)
+        model.train()
+
+        def forward(model: Any = model) -> Any:
+            out = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
+            return loss(out.logits, out.hidden_states[-1], tokens)
+
+        masks = []
+        for mask in range(settings["num_masks"] if dropout > 0 else 1):
+            torch.manual_seed(mask)
+            gaps = gradients.gradient_gaps(model, forward)
+            masks.append({"mean": sum(gaps.values()) / len(gaps), "max": max(gaps.values())})
+        result[f"{dropout:g}"] = masks
+    return {"gaps": result}
+
+
+def _equivalence(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from delta_lora.analysis import equivalence
+
+    base = _base_of(cfg, torch.float64)
+    keys = (
+        "steps", "rank", "alpha", "update_ratio", "start_step", "optimizer", "learning_rate",
+        "options", "learning_rate_factor", "max_grad_norm",
+    )  # fmt: skip
+    found = equivalence.compare(
+        base.build,
+        _next_token_loss(settings["batch"], settings["length"], base),
+        projections=base.projections,
+        head=tuple(settings["head"]),
+        seed=settings["seed"],
+        **{key: settings[key] for key in keys},
+    )
+    return dict(vars(found))
+
+
+def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from delta_lora.analysis import precision
+
+    base = _base_of(cfg)
+    keys = (
+        "form", "steps", "every", "rank", "alpha", "learning_rate", "update_ratio", "start_step"
+    )  # fmt: skip
+    errors = precision.change_errors(
+        base.build,
+        _next_token_loss(settings["batch"], settings["length"], base),
+        make_optimizer=lambda groups: torch.optim.AdamW(
+            groups,
+            betas=(cfg.trainer.adam_beta1, cfg.trainer.adam_beta2),
+            eps=cfg.trainer.adam_epsilon,
+            weight_decay=cfg.trainer.weight_decay,
+        ),
+        projections=base.projections,
+        seed=settings["seed"],
+        **{key: settings[key] for key in keys},
+    )
+    weights = [w for n, w in base.build().named_parameters() if "attn" in n and w.dim() == 2]
+    size = torch.cat([w.detach().flatten() for w in weights]).square().mean().sqrt()
+    return {"errors": [list(pair) for pair in errors], "weight_rms": float(size)}
+
+
+def _memory(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+    from hydra.utils import instantiate
+
+    from delta_lora.analysis import memory_model
+
+    base = _base_of(cfg)
+    rank = settings["rank"]
+    grid = []
+    for batch in settings["batches"]:
+        for length in settings["lengths"]:
+            model, method = base.build(), instantiate(cfg.method)
+            method.inject(model, projections=base.projections, head=(), total_steps=10, seed=1)
+            model.train()
+            tokens = base.tokens(0, batch, length)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            if settings["optimizer"] == "sgd":
+                optimizer: Any = torch.optim.SGD(parameters, lr=1e-3)
+            else:
+                optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+            measured = memory_model.measure_step(
+                model, method, optimizer, _memory_loss(model, tokens)
+            )
+            architecture = model.config
+            shape = memory_model.Shape(
+                width=architecture.n_embd,
+                num_layers=architecture.n_layer,
+                num_heads=architecture.n_head,
+                vocabulary=architecture.vocab_size,
+                num_positions=architecture.n_positions,
+                batch=batch,
+                length=length,
+            )
+            is_low_rank = settings["kind"] == "low_rank"
+            adaptation = memory_model.Adaptation(
+                kind=settings["kind"],
+                rank=rank if is_low_rank else 0,
+                forward_rank=rank * settings["forward_rank"] if is_low_rank else 0,
+                extra_per_branch=rank * settings["extra_per_branch"],
+                kept_factors=settings["kept_factors"],
+                dropout=settings["dropout"],
+                states=0 if settings["optimizer"] == "sgd" else 2,
+                mask_bytes=1 if tokens.is_cuda else 4,
+            )
+            expected = memory_model.expected_memory(shape, adaptation)
+            grid.append(
+                {"batch": batch, "length": length, "measured": measured, "expected": expected}
+            )
+    return {"grid": grid}
+
+
+def _memory_loss(model: Any, tokens: Any) -> Callable[[], Any]:
+    from delta_lora.analysis import gradients
+
+    def loss() -> Any:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return gradients.cross_entropy(logits, logits, tokens)
+
+    return loss
+
+
+MEASURE: dict[str, Callable[[DictConfig, Mapping[str, Any]], dict[str, Any]]] = {
+    "rank": _rank,
+    "gradients": _gradients,
+    "equivalence": _equivalence,
+    "precision": _precision,
+    "memory": _memory,
+}
