@@ -285,9 +285,8 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
     else:
         lines.append(
             "Optimisers whose step does not change when a gradient is multiplied by a constant "
-            "cancel "
-            "the factor 1 + λ, which is all that tells the two apart; the epsilon of Adam limits "
-            "how well. SGD does not cancel it."
+            "cancel the factor 1 + λ, which is all that tells the two apart; the epsilon of Adam "
+            "limits how well. SGD does not cancel it."
         )
     last = columns[first, None, False, True]
     rescued = [label for label, by in grid.items() if last in by]
@@ -307,8 +306,8 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
     lines.append(
         f"Where another module trains, whose gradient does not carry the factor, the equality was "
         f"lost under {listing(broken_by[alone])} without clipping and under "
-        f"{listing(broken_by[both])} with clipping at {settings['clips'][0]:g}, which turns the "
-        "common direction."
+        f"{listing(broken_by[both])} with clipping at {settings['clips'][0]:g}"
+        + (", which turns the common direction." if broken_by[both] else ".")
     )
     if others:
         lines.append(
