@@ -176,8 +176,8 @@ def memory_section(records: Sequence[Record], settings: Content) -> Section | No
         ),
         not_shown=(
             "memory inside kernels, of the libraries and of a fragmented allocator; padding; "
-            "gradient checkpointing; the shares of a larger model, whose weights and optimiser state "
-            "grow with the square of the width."
+            "gradient checkpointing; the shares of a larger model, whose weights and optimiser "
+            "state grow with the square of the width."
         ),
         picture={
             "grids": {labels[name]: by_name[name] for name in labels if name in by_name},
