@@ -72,8 +72,8 @@ def rank_section(records: Sequence[Record], settings: Content) -> Section | None
     if free is not None and bounds:
         is_above = free[1] > max(bounds)
         meaning += (
-            f" The change of {free[0]} {'is' if is_above else 'is NOT'} above those bounds in every "
-            "projection; a singular value below the tolerance is not told from rounding."
+            f" The change of {free[0]} {'is' if is_above else 'is NOT'} above those bounds in "
+            "every projection; a singular value below the tolerance is not told from rounding."
         )
     return Section(
         key="rank",
