@@ -23,7 +23,10 @@ def rank_section(records: Sequence[Record], settings: Content) -> Section | None
     """Judge the rank of the change against its bound, row by row."""
     if not records:
         return None
-    rows, sentences, verdicts, curves = [], [], [], {}
+    rows, sentences, curves = [], [], {}
+    verdicts: list[bool] = []
+    bounds: list[int] = []
+    free: tuple[str, int] | None = None
     full_rank = 0
     for row in settings["rows"]:
         mine = [r for r in records if r["settings"]["row"] == row["name"]]
@@ -33,21 +36,24 @@ def rank_section(records: Sequence[Record], settings: Content) -> Section | None
         ranks = [p["rank"] for p in found]
         r, full = mine[0]["result"]["method_rank"], len(found[0]["singular_values"])
         full_rank = full
-        bound = full if row["bound"] is None else row["bound"] * r
-        holds = (min(ranks) == full) if row["bound"] is None else (max(ranks) <= bound)
         share = [_energy(p["singular_values"], r) for p in found]
-        wanted = (
-            "full"
-            if row["bound"] is None
-            else f"at most {'' if row['bound'] == 1 else row['bound']}r = {bound}"
+        if row["bound"] is None:
+            num_full = sum(rank == full for rank in ranks)
+            wanted, verdict = "full", f"in {num_full} of {len(ranks)}"
+            free = (row["label"], min(ranks))
+        else:
+            bound = row["bound"] * r
+            holds = max(ranks) <= bound
+            wanted = f"at most {'' if row['bound'] == 1 else row['bound']}r = {bound}"
+            verdict = "yes" if holds else "NO"
+            verdicts.append(holds)
+            bounds.append(bound)
+        separator = " " if row["bound"] is None else ": "
+        sentences.append(
+            f"{row['label']}: rank {span(ranks)} of {full} ({wanted}{separator}{verdict})"
         )
-        text = (
-            f"{row['label']}: rank {span(ranks)} of {full} ({wanted}: {'yes' if holds else 'NO'})"
-        )
-        sentences.append(text)
-        verdicts.append(holds)
         rows.append([
-            row["label"], span(ranks), wanted, "yes" if holds else "**no**",
+            row["label"], span(ranks), wanted, verdict,
             f"{100 * sum(share) / len(share):.1f} %", number(max(p["tolerance"] for p in found)),
             str(len(found)),
         ])  # fmt: skip
@@ -57,6 +63,18 @@ def rank_section(records: Sequence[Record], settings: Content) -> Section | None
         if all(verdicts)
         else "The measured ranks CONTRADICT the algebra"
     )
+    meaning = (
+        'The paper\'s "high-rank" is true of the number of entries that change, not of the rank of '
+        "the change."
+        if all(verdicts)
+        else "See the table."
+    )
+    if free is not None and bounds:
+        is_above = free[1] > max(bounds)
+        meaning += (
+            f" The change of {free[0]} {'is' if is_above else 'is NOT'} above those bounds in "
+            "every projection; a singular value below the tolerance is not told from rounding."
+        )
     return Section(
         key="rank",
         title="Is the update of Delta-LoRA of high rank?",
@@ -67,18 +85,15 @@ def rank_section(records: Sequence[Record], settings: Content) -> Section | None
         ),
         findings=[
             f"{conclusion}: {'; '.join(sentences)}.",
-            "The paper's \"high-rank\" is true of the number of entries that change, not of the "
-            "rank of the change." if all(verdicts) else "See the table.",
+            meaning,
         ],
         head=["Method", "Numerical rank", "Expected", "Holds", "Norm² in the first r", "Tolerance",
               "Projections"],
         rows=rows,
         measured_on=(
             f"the finished runs of {listing([r['label'] for r in settings['rows']])}, every W_Q "
-            f"and "
-            f"W_V ({full_rank} singular values each), every seed; singular values in float64 of "
-            f"the "
-            "difference of two float32 weights; one counts if it is above max(out, in) × float32 "
+            f"and W_V ({full_rank} singular values each), every seed; singular values in float64 "
+            "of the difference of two float32 weights; one counts if above max(out, in) × float32 "
             "epsilon × the largest singular value of W_0 (the rounding of the stored weights)."
         ),
         not_shown=(
@@ -285,9 +300,8 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
     else:
         lines.append(
             "Optimisers whose step does not change when a gradient is multiplied by a constant "
-            "cancel "
-            "the factor 1 + λ, which is all that tells the two apart; the epsilon of Adam limits "
-            "how well. SGD does not cancel it."
+            "cancel the factor 1 + λ, which is all that tells the two apart; the epsilon of Adam "
+            "limits how well. SGD does not cancel it."
         )
     last = columns[first, None, False, True]
     rescued = [label for label, by in grid.items() if last in by]
@@ -307,8 +321,8 @@ def equivalence_section(records: Sequence[Record], settings: Content) -> Section
     lines.append(
         f"Where another module trains, whose gradient does not carry the factor, the equality was "
         f"lost under {listing(broken_by[alone])} without clipping and under "
-        f"{listing(broken_by[both])} with clipping at {settings['clips'][0]:g}, which turns the "
-        "common direction."
+        f"{listing(broken_by[both])} with clipping at {settings['clips'][0]:g}"
+        + (", which turns the common direction." if broken_by[both] else ".")
     )
     if others:
         lines.append(

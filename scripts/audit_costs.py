@@ -126,6 +126,12 @@ def memory_section(records: Sequence[Record], settings: Content) -> Section | No
             if name in peaks and name != reference
         ]  # fmt: skip
         lines.append(f"Peak memory over that of {labels[reference]} at {at}: {', '.join(ratios)}.")
+        chosen = largest[reference]["measured"]
+        shares = [f"{c} {100 * chosen[c] / chosen['peak']:.1f} %" for c in chosen if c != "peak"]
+        lines.append(
+            f"Of the peak of {labels[reference]}, {', '.join(shares)}; the rest are the logits, "
+            "their gradient and whatever else lives for a moment."
+        )
     lines.append(
         f"The formula {'fits' if fits else 'does NOT fit'}: over {len(by_name)} methods and "
         f"{len(settings['batches']) * len(settings['lengths'])} sizes its largest relative error "
@@ -170,8 +176,8 @@ def memory_section(records: Sequence[Record], settings: Content) -> Section | No
         ),
         not_shown=(
             "memory inside kernels, of the libraries and of a fragmented allocator; padding; "
-            "gradient checkpointing. With a model this small the logits are most of the peak; in a "
-            "large one weights and optimiser state are."
+            "gradient checkpointing; the shares of a larger model, whose weights and optimiser "
+            "state grow with the square of the width."
         ),
         picture={
             "grids": {labels[name]: by_name[name] for name in labels if name in by_name},
