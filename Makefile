@@ -46,7 +46,7 @@ setup: $(READY)  ## make the environment .venv from requirements.lock
 	@echo "environment ready: $(RUN)"
 
 test: $(READY)  ## run all tests (ARGS go to pytest)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile $$ARGS
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
 
 coverage: $(READY)  ## the same, with the lines that no test runs; takes a third longer
 	@$(MAKE) --no-print-directory test ARGS="--cov=delta_lora --cov=tasks --cov=scripts --cov-report=term-missing:skip-covered $$ARGS"
