@@ -34,8 +34,8 @@ Details:
    slice of W: nothing of W's size is allocated.
 3. W has no gradient, no optimiser state and no weight decay.
 4. Written in place, W must be float32 (or float64). bfloat16 rounds the update away: with lambda 2
-   the audit measured a relative error of .92 at learning rate 2e-5 and .37 at 2e-4; the size depends
-   on how large W is against the update. Autocast over a float32 W is fine.
+   the audit measured a relative error of .92 at learning rate 2e-5 and .37 at 2e-4; the size
+   depends on how large W is against the update. Autocast over a float32 W is fine.
 5. No dropout in the branch: W may follow the product only because dL/dW = dL/d(BA), which dropout
    breaks. `allow_dropout` is for the ablation `delta_lora_dropout` (Table 5).
 6. The updates telescope: with A_k and B_k as they stood before the first update,
