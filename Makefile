@@ -48,7 +48,7 @@ setup: $(READY)  ## make the environment .venv from requirements.lock
 test: $(READY)  ## run all tests (ARGS go to pytest)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
 
-coverage: $(READY)  ## the same, with the lines that no test runs; takes a third longer
+coverage: $(READY)  ## the same, with the lines that no test runs; slower
 	@$(MAKE) --no-print-directory test ARGS="--cov=delta_lora --cov=tasks --cov=scripts --cov-report=term-missing:skip-covered $$ARGS"
 
 lint: $(READY)  ## ruff (lint and format) and mypy
