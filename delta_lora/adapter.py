@@ -40,8 +40,8 @@ from delta_lora.models import DTYPES, fingerprint, load_model
 from delta_lora.protocols import Method
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-#: settings that a method requires and the caller may leave out. Learning rate, lambda and K are those
-#: of the paper's E2E runs; rank and alpha are ours.
+#: settings that a method requires and the caller may leave out. Learning rate, lambda and K are
+#: those of the paper's E2E runs; rank and alpha are ours.
 DEFAULTS: Mapping[str, Any] = {
     "rank": 8,
     "alpha": 16,
