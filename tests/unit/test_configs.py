@@ -26,6 +26,15 @@ def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str)
         assert cfg.trainer.batch_size > 0
 
 
+def test_the_batch_of_xsum_is_cut_to_what_one_gpu_holds() -> None:
+    xsum = ["task=xsum", "recipe=xsum", "model=bart_large", "method=lora"]
+    assert cell.compose(xsum).trainer.micro_batch_size == 8
+    tiny = cell.compose([*xsum, "scale=tiny"])
+    assert tiny.trainer.micro_batch_size is None
+    assert "micro_batch_size" not in cell.signed_config(tiny)["recipe"]
+    assert cell.compose(["task=e2e", "recipe=e2e"]).trainer.micro_batch_size is None
+
+
 @pytest.mark.parametrize("scale", ["tiny", "small"])
 def test_a_scale_names_only_what_exists(scale: str) -> None:
     for group in ("task", "recipe", "model", "method"):
