@@ -8,6 +8,7 @@ about categories that its training file does not have.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,6 +130,14 @@ def draw(
     return corpus
 
 
+@functools.lru_cache(maxsize=len(LAYOUTS))
+def _drawn(
+    task: str, seed: int, sizes: tuple[tuple[str, int], ...] | None
+) -> dict[str, list[tuple[str, ...]]]:
+    """Draw once what a worker's runs share; a run of seconds would spend half a second on it."""
+    return draw(task, seed=seed, sizes=None if sizes is None else dict(sizes))
+
+
 def write(folder: Path, task: str, *, seed: int, sizes: Mapping[str, int] | None = None) -> None:
     """Write one task as tab-separated files with the columns of the hub's `glue` data set.
 
@@ -142,7 +151,7 @@ def write(folder: Path, task: str, *, seed: int, sizes: Mapping[str, int] | None
     Raises:
         ValueError: an unknown task or split, or a size below 1.
     """
-    corpus = draw(task, seed=seed, sizes=sizes)
+    corpus = _drawn(task, seed, None if sizes is None else tuple(sizes.items()))
     layout = LAYOUTS[task]
     (folder / task).mkdir(parents=True, exist_ok=True)
     for split, rows in corpus.items():
