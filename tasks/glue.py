@@ -258,8 +258,9 @@ class Glue(Task):
                 label = self._label(values, split, place)
                 texts = tuple(values[column] for column in self.columns)
                 rows.append(Row(f"{name}-{index:0{width}d}", texts, label, part))
-            is_complete = len(found) == self.num_rows.get(name)
-            if not is_complete and self.source == "files" and name in self.num_rows:
+            # None: of a test set with labels, GLUE gives no number of rows to compare with.
+            is_complete = len(found) == self.num_rows[name] if name in self.num_rows else None
+            if is_complete is False and self.source == "files":
                 logger.warning(
                     "GLUE %s: %s has %d rows, the complete one %d: its scores are no GLUE scores",
                     self.task, facts["name"], len(found), self.num_rows[name],
