@@ -48,14 +48,15 @@ NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpo
 #: keys that are signed only where they are set, with the value that means they are not.
 SIGNED_IF_SET = {
     "init_from": None,
+    "recipe.micro_batch_size": None,
     "task.max_rows": None,
     "train_fraction": None,
     "trainer.group_by_length": False,
     "trainer.optimizer": "adamw",
     "trainer.momentum": 0.0,
 }
-#: overrides of a task's data that a run hands to the run that it starts from.
-DATA_KEYS = ("task.source", "task.data_dir", "task.cache_dir")
+#: settings of a method without which the weights of a run mean something else.
+SHARED_WITH_START = ("rank", "alpha")
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def start(cfg: DictConfig) -> DictConfig | Path:
 
     ``init_from`` names a task (of the same name as its recipe) or is the folder of a finished run.
     The run on a task is the same command with another task and recipe: same model, method, scale
-    and seed, and every override that is not about task or recipe.
+    and seed, and every override of a single value, those of ``task.`` and ``recipe.`` included. So
+    a table whose runs all take ``recipe.rank=4`` starts from its own cell on that task.
 
     Raises:
         ConfigError: it is neither, or the run would start from itself.
@@ -171,8 +173,7 @@ def start(cfg: DictConfig) -> DictConfig | Path:
 def _kept(overrides: Iterable[str]) -> Iterator[str]:
     dropped = ("task", "recipe", "seed", "init_from", "score_references")
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key.split(".")[0] not in dropped or key in DATA_KEYS:
+        if override.partition("=")[0].lstrip("+~") not in dropped:
             yield override
 
 
@@ -385,7 +386,7 @@ def _prepare_start(cfg: DictConfig) -> Start | None:
     """Make the run that `cfg` starts from if it does not exist, and check that it fits.
 
     Raises:
-        ConfigError: it is a run of another method or model.
+        ConfigError: it is a run of another method or model, or of another rank or alpha.
     """
     if cfg.init_from is None:
         return None
@@ -403,6 +404,14 @@ def _prepare_start(cfg: DictConfig) -> Start | None:
             f"init_from: the run in {before} is {' on '.join(theirs)}, this one is "
             f"{' on '.join(mine)}; a run starts from a run of the same method and model"
         )
+    for key in SHARED_WITH_START:
+        here, there = cfg.method.get(key), record["config"]["method"].get(key)
+        if here != there:
+            raise ConfigError(
+                f"init_from: the run in {before} has {key}={there}, this one {here}: what it "
+                f"learned would be another function here; use method.{key}={there}, or init_from="
+                "TASK, which makes a start with the settings of this run"
+            )
     facts = {
         "task": record["task"]["name"],
         "signature": record["signature"],

@@ -122,6 +122,29 @@ def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Pat
         cell.run(other)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["recipe.variant=scripts", "recipe.rank=4", "recipe.num_epochs=2", "task.max_length=64"],
+)
+def test_a_start_has_the_settings_of_the_run(
+    small: Callable[..., list[str]], override: str
+) -> None:
+    started = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", override))
+    column = cell.compose(small("mnli", "method=lora", override))
+    assert cell.signature(cell.start(started)) == cell.signature(column)
+    assert cell.signature(column) != cell.signature(cell.compose(small("mnli", "method=lora")))
+
+
+@pytest.mark.parametrize("setting", ["rank", "alpha"])
+def test_a_start_of_another_scaling_is_refused(
+    small: Callable[..., list[str]], setting: str
+) -> None:
+    _, folder = run(small("mnli", "method=lora", MNLI_SIZES, "trainer.max_steps=1"))
+    other = small("rte", "method=lora", SIZES, f"init_from={folder}", f"method.{setting}=4")
+    with pytest.raises(cell.ConfigError, match=f"has {setting}=8, this one 4"):
+        cell.run(cell.compose(other))
+
+
 def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> None:
     record, _ = run(
         small("rte", "method=full", SIZES, "trainer.max_steps=12", "method.learning_rate=0.01")
