@@ -20,12 +20,13 @@ from scripts.table_spec import PAPER, paper_table_names, read_yaml
 Results = Mapping[str, Any]
 
 
-def write_page(folder: Path, scale: str | None = None) -> Path:
+def write_page(folder: Path, scale: str | None = None, *, has_audit: bool | None = None) -> Path:
     """Write ``folder/README.md`` from the tables and figures that stand in `folder`.
 
     Args:
         folder: ``results/<scale>``.
         scale: its scale; None takes the folder's name.
+        has_audit: whether to link the audit; None: where it stands in `folder`.
 
     Returns:
         The page.
@@ -39,6 +40,11 @@ def write_page(folder: Path, scale: str | None = None) -> Path:
     lines = [f"# Results at scale {scale or folder.name}", ""]
     lines += ["Generated from run records by `python scripts/tables.py`; never edited.", ""]
     lines += [f"Made by `{_command(found, scale or folder.name)}`.", ""]
+    if (folder / "audit.md").exists() if has_audit is None else has_audit:
+        lines += [
+            "Beside the paper's claims: [the audit](audit.md), what follows from the method.",
+            "",
+        ]
     verdicts = _verdicts(found)
     write_text(folder / "verdicts.md", "\n".join(verdicts) + "\n")
     lines += ["## Verdicts", "", *verdicts, ""]
@@ -89,5 +95,8 @@ def _verdicts(found: Mapping[str, Results]) -> list[str]:
         if claim_id in judged:
             where = f"{where} ({len(judged[claim_id][1]['parts'])} parts)"
             verdict, reason = (judged[claim_id][1][key] for key in ("verdict", "reason"))
-        rows.append([claim_id, raw["statement"].strip(), where, f"**{verdict}**", reason])
-    return md_table(["Claim", "The paper says", "Judged in", "Verdict", "Parts"], rows)
+        statement = raw["statement"].strip()
+        if "source" in raw:
+            statement += f" (Said by {raw['source']}.)"
+        rows.append([claim_id, statement, where, f"**{verdict}**", reason])
+    return md_table(["Claim", "Statement", "Judged in", "Verdict", "Parts"], rows)

@@ -27,6 +27,12 @@ CSV_HEAD = (
     "table", "scale", "method", "label", "trainable_parameters", "updatable_parameters", "column",
     "mean", "std", "n", "ci95_low", "ci95_high", "paper_value", "paper_status",
 )  # fmt: skip
+UNDECIDED = "undecided: neither, or fewer than two seeds. A claim holds only if all its parts do."
+CPU_MEMORY = (
+    "Peak memory on a CPU is that of the whole process (libraries, allocator, and what an earlier "
+    "run of the same worker left), so differences of a tenth say nothing about a method; the audit "
+    "measures memory by category."
+)
 LEGEND = "mean ± half of the 95 % interval (n runs; sample std), Student t over seeds"
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
@@ -62,7 +68,8 @@ def to_csv(results: Results) -> str:
     for row in results["rows"]:
         head = [results["table"], results["scale"], row["method"], row["label"]]
         head += [row["trainable_parameters"], row["updatable_parameters"]]
-        for name, cell in [*row["metrics"].items(), *row["resources"].items()]:
+        cells = {**row["metrics"], **row.get("side_metrics", {}), **row["resources"]}
+        for name, cell in cells.items():
             low, high = cell["ci95"] or (None, None)
             paper = row["paper"].get(name, {})
             values = [cell["mean"], cell["std"], cell["n"], low, high]
@@ -80,16 +87,19 @@ def to_markdown(results: Results) -> str:
     )
     statuses = _statuses(results)
     lines[-1] += "".join(f"; {_md(STATUS_NOTES[status])}" for status in statuses) + "."
+    if "cpu" in results["device_types"]:
+        lines += ["", CPU_MEMORY]
     if notes.texts:
         lines.append("")
         lines += [f"[{number}] {_md(text)}  " for text, number in notes.texts.items()]
+    if results["side_column_specs"]:
+        lines += ["", "## Other scores of the same runs", "", *_side_table(results)]
     if results["claims"]:
         lines += ["", "## Claims of the paper", "", *claims_table(results), ""]
         lines.append(
             "Reproduced: the 95 % interval of the paired difference (same seeds) lies wholly on "
             "the claim's side of zero (memory and time: the ratio is wholly within the limit); not "
-            "reproduced: wholly on the other side; undecided: neither, or fewer than two seeds. "
-            "A claim holds only if all its parts do."
+            f"reproduced: wholly on the other side; {UNDECIDED}"
         )
     if results["contrasts"]:
         lines += ["", "## Against the controls (not claims of the paper)", ""]
@@ -196,6 +206,12 @@ def _facts(results: Results) -> list[str]:
     if results["overrides"]:
         lines.append(f"Overrides of every run: {_list(results['overrides'])}")
     lines.append(f"Checkpoint rule: {_list(results['checkpoint_rules'])}")
+    if results["evaluations"] is not None:
+        least, most = results["evaluations"]
+        many = f"{most}" if least == most else f"{least} to {most}"
+        lines[-1] += f"; evaluations of a run: {many}"
+        if least == 1:
+            lines[-1] += " (where there is one, best and last are the same)"
     lines.append(f"Tuning budget: {results['tuning']}")
     lines.append(f"Code: {_list([_commit(item) for item in results['code']])}")
     if len(results["code"]) > 1:
@@ -312,6 +328,18 @@ def _main_table(results: Results, notes: _Notes) -> list[str]:
     return md_table(head, rows)
 
 
+def _side_table(results: Results) -> list[str]:
+    specs = results["side_column_specs"]
+    rows = [
+        [
+            row["label"] + (" (control)" if row["is_control"] else ""),
+            *(_number(row["side_metrics"][spec["name"]], spec["decimals"]) for spec in specs),
+        ]
+        for row in results["rows"]
+    ]
+    return md_table(["Method", *(spec["label"] for spec in specs)], rows)
+
+
 def claims_table(results: Results) -> list[str]:
     """Return the claims with their parts and verdicts as a Markdown table."""
     decimals = {spec["name"]: spec["decimals"] for spec in results.get("column_specs", [])}
@@ -348,14 +376,17 @@ def _comparison_cells(item: Mapping[str, Any], decimals: Mapping[str, int]) -> l
     """Return difference, interval and n; one digit more than the table, so that signs show."""
     if item["difference"] is None:
         return ["–", "–", "0"]
+    shift = 0.0
     if item["measure"] == "relative difference":
         pattern, factor = "{:+.1f} %", 100.0
+    elif item["measure"] == "share of blocks, minus one half":
+        pattern, factor, shift = "{:.0f} %", 100.0, 50.0
     else:
         pattern, factor = f"{{:+.{decimals[item['column']] + 1}f}}", 1.0
-    difference = pattern.format(item["difference"] * factor)
+    difference = pattern.format(item["difference"] * factor + shift)
     if item["ci95"] is None:
         return [difference, "–", str(item["n"])]
-    low, high = (pattern.format(end * factor) for end in item["ci95"])
+    low, high = (pattern.format(end * factor + shift) for end in item["ci95"])
     return [difference, f"[{low}, {high}]", str(item["n"])]
 
 

@@ -125,6 +125,7 @@ def build_results(
         "table": spec.name,
         "columns": [column.name for column in spec.columns],
         "column_specs": [_column_spec(column) for column in spec.columns],
+        "side_column_specs": [_column_spec(column) for column in spec.side_columns],
         **facts,
         "references": _references(spec, done),
         "rows": [
@@ -162,7 +163,9 @@ def facts_of(
         "models": sorted({record["model"]["name"] for record in records}),
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
         "code": code_of(records),
+        "evaluations": _evaluations(records),
         "devices": sorted({device_of(record) for record in records}),
+        "device_types": sorted({_device_type(record) for record in records}),
     }
 
 
@@ -241,11 +244,12 @@ def _check_comparable(scale: str, done: Sequence[Entry]) -> None:
 
 def _scores(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[int, float]]:
     """Return column -> seed -> value in printed units."""
-    values: dict[str, dict[int, float]] = {column.name: {} for column in spec.columns}
+    columns = (*spec.columns, *spec.side_columns)
+    values: dict[str, dict[int, float]] = {column.name: {} for column in columns}
     for entry in done:
         if entry.cell.row != row or entry.record is None:
             continue
-        for column in spec.columns:
+        for column in columns:
             value = entry.record["metrics"].get(column.metric)
             if column.run == entry.cell.run and value is not None:
                 values[column.name][entry.cell.seed] = float(value) * column.scale
@@ -307,6 +311,7 @@ def _row(
             }
             for column in spec.columns
         },
+        "side_metrics": {c.name: _summary(scores[c.name]) for c in spec.side_columns},
         "paper": paper.get("metrics", {}),
         "paper_parameters": {key: paper[key] for key in ("trainable", "updatable") if key in paper},
         "resources": {key: _summary(values) for key, values in resources.items()},
@@ -416,6 +421,21 @@ def code_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     )
     ordered = sorted(counts.items(), key=lambda item: (str(item[0][0]), str(item[0][1])))
     return [{"commit": c, "dirty": dirty, "runs": count} for (c, dirty), count in ordered]
+
+
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Return how often, least and most, a run that trained was scored to choose its best epoch."""
+    counts = {
+        len(record["training"]["validation"])
+        for record in records
+        if record["training"]["checkpoint_rule"] == "best" and record["training"]["steps"] > 0
+    }
+    return [min(counts), max(counts)] if counts else None
+
+
+def _device_type(record: Mapping[str, Any]) -> str:
+    device = record["provenance"]["device"]
+    return str(device.get("type", "unknown")) if isinstance(device, Mapping) else "unknown"
 
 
 def device_of(record: Mapping[str, Any]) -> str:

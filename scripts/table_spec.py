@@ -96,6 +96,7 @@ class Claim:
 class TableSpec:
     """A table or figure: what runs, what is shown, what is judged.
 
+    `side_columns` are further scores of the same runs, shown below the table and never judged.
     `is_optional` marks what is no part of the paper and of no command but its own.
     """
 
@@ -110,6 +111,7 @@ class TableSpec:
     claims: tuple[Claim, ...]
     contrasts: tuple[Part, ...]
     paper: Mapping[str, Any]
+    side_columns: tuple[Column, ...] = ()
     is_optional: bool = False
 
     def row(self, name: str) -> Row:
@@ -171,14 +173,16 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
     keys: tuple[str, ...] = ("number", "title", "tuning", "runs", "rows")
     if kind == "table":
         keys += ("paper", "columns")
-    optional = ("kind", "claims", "contrasts", "optional")
+    optional = ("kind", "claims", "contrasts", "optional", "side_columns")
     _check_keys(raw, "the table", required=keys, optional=optional)
     _check_names([raw.get("optional", False)], (True, False), "optional")
     runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
     columns = _build_columns(raw["columns"], tuple(runs)) if kind == "table" else ()
+    side_columns = _build_columns(raw.get("side_columns", []), tuple(runs))
     rows = tuple(_build_row(item) for item in raw["rows"])
     series = tuple(c.name for c in columns) if kind == "table" else SERIES
-    for what, names in (("row", [r.name for r in rows]), ("column", list(series))):
+    all_columns = [*series, *(c.name for c in side_columns)]
+    for what, names in (("row", [r.name for r in rows]), ("column", all_columns)):
         if not names:
             raise ValueError(f"a table needs at least one {what}")
         if len(set(names)) < len(names):
@@ -203,6 +207,7 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
             for item in raw.get("contrasts", [])
         ),
         paper=paper,
+        side_columns=side_columns,
         is_optional=raw.get("optional", False),
     )
     strangers = sorted(paper["rows"].keys() - {row.name for row in rows})

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None, cell: CellModule = real_cell) -
                     print("\n".join(f"wrote {path}" for path in paths))
             if options.check:
                 if not options.tables:
-                    write_page(written, scale)
+                    write_page(written, scale, has_audit=(folder / "audit.md").exists())
                 problems = differences(written, folder)
                 print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
                 return 1 if problems else 0

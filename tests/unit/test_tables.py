@@ -348,6 +348,39 @@ def test_mean_column_averages_seed_by_seed(spec: TableSpec) -> None:
         assert metrics["average"]["values"][seed] == pytest.approx(expected)
 
 
+def test_side_columns_are_shown_below_the_table_and_not_judged(spec: TableSpec) -> None:
+    column = table_spec.Column("last", "BLEU, last epoch", "e2e", "last_epoch/bleu", 100.0, 2, True)
+    wide = dataclasses.replace(spec, side_columns=(column,))
+    for cell in cells_of(wide):
+        record = fake_cell.record(cell.config)
+        record["metrics"]["last_epoch/bleu"] = record["metrics"]["bleu"] - 0.1
+        record["training"] = {
+            "steps": 10, "epochs": 2, "checkpoint_rule": "best", "validation": [{}] * cell.seed,
+        }  # fmt: skip
+        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+    results = build(wide)
+    lora = row(results, "lora")
+    shift = lora["side_metrics"]["last"]["mean"] - lora["metrics"]["bleu"]["mean"]
+    assert shift == pytest.approx(-10.0)
+    judged = {part["column"] for item in results["claims"] for part in item["parts"]}
+    assert "last" not in judged | {item["column"] for item in results["contrasts"]}
+    text = to_markdown(results)
+    table, _, below = text.partition("## Other scores of the same runs")
+    assert "BLEU, last epoch" not in table
+    assert "BLEU, last epoch" in below.partition("## Claims")[0]
+    assert "best; evaluations of a run: 1 to 3 (where there is one, best and last are" in table
+    assert any(",last," in line for line in to_csv(results).splitlines())
+
+
+def test_memory_of_a_cpu_is_explained(spec: TableSpec) -> None:
+    finish(cells_of(spec))
+    assert "that of the whole process" in to_markdown(build(spec))
+    finish(cells_of(spec), provenance={
+        "git": {"commit": "1" * 40, "dirty": False}, "device": {"name": "a GPU", "type": "cuda"},
+    })  # fmt: skip
+    assert "that of the whole process" not in to_markdown(build(spec))
+
+
 def test_a_table_of_two_tasks_reads_each_column_from_its_own_run(spec: TableSpec) -> None:
     runs = {"one": spec.runs["e2e"], "two": (*spec.runs["e2e"], "side=two")}
     columns = (
