@@ -8,6 +8,7 @@ in the same order. The places come from `world`; every sentence is worded here a
 from __future__ import annotations
 
 import csv
+import functools
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -195,6 +196,12 @@ def draw(*, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, list
     return corpus
 
 
+@functools.lru_cache(maxsize=4)
+def _drawn(seed: int, sizes: tuple[tuple[str, int], ...] | None) -> dict[str, list[tuple[MR, str]]]:
+    """Draw once for both formats, and once for all runs of a worker."""
+    return draw(seed=seed, sizes=None if sizes is None else dict(sizes))
+
+
 def splits(
     *, seed: int, sizes: Mapping[str, int] | None = None, protocol: str = "lora"
 ) -> dict[str, list[tuple[str, str]]]:
@@ -214,7 +221,7 @@ def splits(
     """
     if protocol not in ("lora", "challenge"):
         raise ValueError(f"protocol={protocol!r}; allowed: 'lora' (tokenised), 'challenge' (raw)")
-    corpus = draw(seed=seed, sizes=sizes)
+    corpus = _drawn(seed, None if sizes is None else tuple(sizes.items()))
     if protocol == "lora":
         return {
             split: [(context(mr), tokenise(text)) for mr, text in rows]
