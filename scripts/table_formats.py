@@ -30,8 +30,8 @@ CSV_HEAD = (
 UNDECIDED = "undecided: neither, or fewer than two seeds. A claim holds only if all its parts do."
 CPU_MEMORY = (
     "Peak memory on a CPU is that of the whole process (libraries, allocator, and what an earlier "
-    "run of the same worker left), so differences of a tenth say nothing about a method; the audit "
-    "measures memory by category."
+    "run of the same worker left), so it says little about a method; the audit measures memory by "
+    "category."
 )
 LEGEND = "mean ± half of the 95 % interval (n runs; sample std), Student t over seeds"
 _TEX = {
