@@ -27,12 +27,16 @@ from collections.abc import Sequence
 _Column = tuple[int, int, int]
 
 
-def ter(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
+def ter(
+    hypothesis: Sequence[str], reference: Sequence[str], *, at_least: float = float("inf")
+) -> float:
     """Return the translation edit rate of one pair of texts.
 
     Args:
         hypothesis: words of the output; none is legal.
         reference: words of the reference.
+        at_least: the search for shifts ends where the rate cannot become lower than this; what is
+            returned then is no less than the rate.
 
     Returns:
         At least 0; 0 for equal texts, and above 1 where more words are wrong than there should be.
@@ -44,11 +48,10 @@ def ter(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
         raise ValueError("the reference has no words; its translation edit rate is undefined")
     words = list(hypothesis)
     distance = _EditDistance(reference)
-    common = (Counter(words) & Counter(reference)).total()
-    smallest = max(len(words), len(reference)) - common
+    smallest = _unmatched(words, reference)
     columns = distance.columns(words, distance.start, 0)
     num_shifts = 0
-    while columns[-1][2] > smallest:
+    while columns[-1][2] > smallest and (num_shifts + smallest) / len(reference) < at_least:
         best = columns[-1][2], words
         for shifted, num_kept in _shifts(words, reference):
             value = distance.extend(shifted, columns[num_kept], num_kept)
@@ -60,6 +63,33 @@ def ter(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
         columns = distance.columns(words, distance.start, 0)
         num_shifts += 1
     return (num_shifts + columns[-1][2]) / len(reference)
+
+
+def lowest_ter(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the smallest translation edit rate of one text over several references.
+
+    The same as ``min(ter(hypothesis, reference) for reference in references)``; references that
+    need more edits whatever is shifted come last, and their search ends early.
+
+    Args:
+        hypothesis: words of the output; none is legal.
+        references: words of one or more references.
+
+    Raises:
+        ValueError: there is no reference, or one has no words.
+    """
+    if not len(references):
+        raise ValueError("no reference; the translation edit rate needs at least one")
+    lowest = float("inf")
+    for reference in sorted(references, key=lambda r: _unmatched(hypothesis, r) / max(len(r), 1)):
+        lowest = min(lowest, ter(hypothesis, reference, at_least=lowest))
+    return lowest
+
+
+def _unmatched(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
+    """Return the edits that remain whatever is shifted."""
+    common = (Counter(hypothesis) & Counter(reference)).total()
+    return max(len(hypothesis), len(reference)) - common
 
 
 def _shifts(words: list[str], reference: Sequence[str]) -> list[tuple[list[str], int]]:

@@ -46,7 +46,7 @@ from delta_lora.protocols import Scores
 from tasks.metrics.e2e import check_texts, read_predictions, read_references
 from tasks.metrics.java import MetricUnavailableError
 from tasks.metrics.meteor import meteor_subsets, shared_process
-from tasks.metrics.ter import ter
+from tasks.metrics.ter import lowest_ter
 
 #: names of the scores, in table order, by protocol.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -263,7 +263,7 @@ def _meteor_2017(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float
 def _ter_lora(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
     texts, references = _lora_words(outputs, groups)
     rates = [
-        min(ter(text.split(), option.split()) for option in options)
+        lowest_ter(text.split(), [option.split() for option in options])
         for text, options in zip(texts, references, strict=True)
     ]
     return [sum(rates[index] for index in subset) / len(subset) for subset in subsets]

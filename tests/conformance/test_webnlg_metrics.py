@@ -88,7 +88,7 @@ def test_meteor_equals_the_official_one(system, protocol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["melbourne"])  # the others take up to half a minute each
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_ter_equals_the_official_one(system):
     found = _score(system, "lora", "ter")
     assert found == pytest.approx(_official(system, "lora", "ter"), rel=0, abs=1e-6)

@@ -14,7 +14,7 @@ from sacrebleu.metrics import BLEU
 
 from tasks.metrics import webnlg
 from tasks.metrics.meteor import MeteorProcess, shared_process
-from tasks.metrics.ter import ter
+from tasks.metrics.ter import lowest_ter, ter
 
 MODULE = Path(__file__).resolve().parents[2] / "tasks" / "metrics" / "webnlg_nlg"
 OUTPUTS = ["Aarhus Airport is in Denmark.", "alan bean, an astronaut, was born in 1932", ""]
@@ -164,6 +164,23 @@ def test_known_rates(hypothesis, reference, rate):
 def test_ter_needs_a_reference():
     with pytest.raises(ValueError, match="the reference has no words"):
         ter(["a"], [])
+
+
+def test_the_lowest_ter_is_that_of_the_nearest_reference():
+    rng = random.Random(1)
+    pairs = list(random_pairs(400))
+    for hypothesis, own in pairs:
+        references = [own] + [rng.choice(pairs)[1] for _ in range(rng.randint(0, 4))]
+        rng.shuffle(references)
+        expected = min(slow_ter(hypothesis, reference) for reference in references)
+        assert lowest_ter(hypothesis, references) == expected
+
+
+def test_the_lowest_ter_needs_references_with_words():
+    with pytest.raises(ValueError, match="no reference"):
+        lowest_ter(["a"], [])
+    with pytest.raises(ValueError, match="the reference has no words"):
+        lowest_ter(["a"], [["a"], []])
 
 
 def test_ter_of_long_texts_takes_no_minutes():
