@@ -124,7 +124,7 @@ def to_latex(results: Results) -> str:
         if row["is_control"] and not any(line == r"\midrule" for line in body):
             body.append(r"\midrule")
         body.append(_tex_line(_our_cells(results, row, notes)))
-        paper = _paper_cells(results, row)
+        paper = _paper_cells(results, row, notes)
         if paper is not None:
             body.append(_tex_line(paper))
     facts = [LEGEND + ".", *(f"{line}." for line in _facts(results))]
@@ -212,6 +212,9 @@ def _facts(results: Results) -> list[str]:
         lines[-1] += f"; evaluations of a run: {many}"
         if least == 1:
             lines[-1] += " (where there is one, best and last are the same)"
+    if results["scored_ranks"]:
+        ranks = _list(results["scored_ranks"])
+        lines.append(f"DyLoRA trains every rank at once; scored at rank {ranks}")
     lines.append(f"Tuning budget: {results['tuning']}")
     lines.append(f"Code: {_list([_commit(item) for item in results['code']])}")
     if len(results["code"]) > 1:
@@ -246,11 +249,11 @@ def _our_cells(results: Results, row: Mapping[str, Any], notes: _Notes) -> list[
     return cells
 
 
-def _paper_cells(results: Results, row: Mapping[str, Any]) -> list[str] | None:
+def _paper_cells(results: Results, row: Mapping[str, Any], notes: _Notes) -> list[str] | None:
     """Return the paper's row, or None where it has none."""
     if not row["paper"] and not row["paper_parameters"]:
         return None
-    cells = ["↳ paper"]
+    cells = ["↳ paper" + notes.mark([row["paper_note"]] if row["paper_note"] else [])]
     for key in ("trainable", "updatable"):
         value = row["paper_parameters"].get(key)
         cells.append("" if value is None else _with_status(value["printed"], value["status"]))
@@ -322,7 +325,7 @@ def _main_table(results: Results, notes: _Notes) -> list[str]:
     rows = []
     for row in results["rows"]:
         rows.append(_our_cells(results, row, notes))
-        paper = _paper_cells(results, row)
+        paper = _paper_cells(results, row, notes)
         if paper is not None:
             rows.append(paper)
     return md_table(head, rows)

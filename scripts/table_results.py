@@ -164,6 +164,7 @@ def facts_of(
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
         "code": code_of(records),
         "evaluations": _evaluations(records),
+        "scored_ranks": _scored_ranks(records),
         "devices": sorted({device_of(record) for record in records}),
         "device_types": sorted({_device_type(record) for record in records}),
     }
@@ -313,6 +314,7 @@ def _row(
         },
         "side_metrics": {c.name: _summary(scores[c.name]) for c in spec.side_columns},
         "paper": paper.get("metrics", {}),
+        "paper_note": paper.get("note"),
         "paper_parameters": {key: paper[key] for key in ("trainable", "updatable") if key in paper},
         "resources": {key: _summary(values) for key, values in resources.items()},
         "runs": [record["signature"] for record in records],
@@ -384,16 +386,37 @@ def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
     """Return what a reader must know of a run's task and start, from its first record."""
     for entry in done:
         if entry.cell.run == run and entry.record is not None:
-            keys = ("name", "version", "protocol", "source", "revision", "scored_split")
-            facts = {key: entry.record["task"].get(key) for key in keys}
-            files = entry.record["task"].get("files", [])
-            incomplete = [f["name"] for f in files if f.get("complete") is False]
-            if facts["source"] == "files" and incomplete:
-                facts["incomplete"] = ", ".join(incomplete)
+            task = entry.record["task"]
+            keys = ("name", "version", "protocol", "nist", "aggregate", "source", "revision")
+            facts = {key: task.get(key) for key in (*keys, "scored_split")}
+            for key in ("rows", "max_rows"):
+                facts[key] = " + ".join(f"{n:,} {s}" for s, n in task.get(key, {}).items()) or None
+            if facts["source"] == "files":
+                facts |= _doubtful_files(task.get("files", []))
             before = entry.record["init_from"]
             facts["starts_from"] = None if before is None else before["task"]
             return facts
     return {}
+
+
+def _doubtful_files(files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the names of files that are cut, and of those that are not the official ones."""
+    incomplete = [
+        file["name"]
+        for file in files
+        if file.get("complete") is False or file.get("official_rows", file["rows"]) != file["rows"]
+    ]
+    # Where a task counts rows instead, no checksum of the official files exists.
+    counted = {"complete", "official_rows"}
+    other = [f["name"] for f in files if f.get("official") is False and not counted & f.keys()]
+    found = {"incomplete": incomplete, "not_official": other}
+    return {key: " + ".join(names) for key, names in found.items() if names}
+
+
+def _scored_ranks(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the ranks at which methods that train many ranks at once (DyLoRA) were scored."""
+    methods = [record["config"].get("method", {}) for record in records]
+    return sorted({m["eval_rank"] or m["rank"] for m in methods if "eval_rank" in m})
 
 
 def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, dict[str, float]]:

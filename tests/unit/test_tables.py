@@ -522,6 +522,42 @@ def test_recalled_numbers_stand_in_parentheses_in_rows_of_their_own(spec: TableS
     assert "+1.24 [t]" in text
 
 
+def test_a_note_on_the_papers_row_is_a_footnote(spec: TableSpec) -> None:
+    finish(cells_of(spec))
+    results = build(spec)
+    text = to_markdown(results)
+    assert "follows from them in no unit" in row(results, "full")["paper_note"]
+    assert "| ↳ paper [1] " in text
+    assert "\n[1] the architecture has 354,823,168 parameters" in text
+    assert "[1] the architecture has 354,823,168 parameters" in to_latex(results)
+    assert row(results, "lora")["paper_note"] is None
+
+
+def test_the_head_says_what_was_read_and_how_it_was_scored(spec: TableSpec) -> None:
+    files = [
+        {"name": "train.jsonl", "rows": 1000, "official": False, "official_rows": 204_045},
+        {"name": "test.jsonl", "rows": 100, "official": False, "official_rows": 100},
+        {"name": "dev.tsv", "rows": 10, "official": False, "complete": False},
+        {"name": "train.txt", "rows": 5, "official": False},
+        {"name": "test.txt", "rows": 5, "official": True},
+    ]
+    task = {
+        "name": "xsum", "version": 1, "source": "files", "aggregate": "mean", "files": files,
+        "rows": {"train": 1000, "test": 100}, "max_rows": {"test": 100},
+    }  # fmt: skip
+    config = {
+        "choices": {"scale": "tiny", "task": "e2e"},
+        "method": {"rank": 8, "eval_rank": None},
+    }
+    finish(cells_of(spec), task=task, config=config)
+    text = to_markdown(build(spec))
+    assert (
+        "- Task e2e: name xsum, version 1, aggregate mean, source files, rows 1,000 train + 100 "
+        "test, max rows 100 test, incomplete train.jsonl + dev.tsv, not official train.txt\n"
+    ) in text
+    assert "- DyLoRA trains every rank at once; scored at rank 8\n" in text
+
+
 # ---------------------------------------------------------------------- formats
 
 
