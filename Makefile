@@ -72,7 +72,7 @@ audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
 sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
-	@scale=$$($(RUN) scripts/scale.py "$$SCALE") && echo "scale: $$scale" && \
+	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && echo "scale: $$scale" && \
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$(STARTS) $$ARGS
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,20 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from delta_lora.checkpoint import write_json
-from scripts import cell as real_cell
-from scripts import measurements
-from scripts.audit_page import build, to_markdown
-from scripts.audit_pictures import draw
-from scripts.audit_plan import Plan, load_settings, make_plan
-from scripts.plan import CellModule, Durations, parse_overrides, parse_seeds
-from scripts.reproduce import (
-    expected_time,
-    prepare_models,
-    run_cells,
-    worker_environments,
-)
-from scripts.scale import CHOICES, resolve_scale
-from scripts.table_results import (
+from scripts.auditing import measurements
+from scripts.auditing.page import build, to_markdown
+from scripts.auditing.pictures import draw
+from scripts.auditing.plan import Plan, load_settings, make_plan
+from scripts.reporting.results import (
     RESULTS,
     accept,
     collect,
@@ -45,18 +35,33 @@ from scripts.table_results import (
     read_accepted,
     write_text,
 )
+from scripts.runs import cell as real_cell
+from scripts.runs.batch import (
+    Progress,
+    check_before_work,
+    expected_time,
+    prepare_models,
+    run_cells,
+    stop_in_order,
+    worker_environments,
+)
+from scripts.runs.plan import CellModule, Durations, parse_overrides, parse_seeds
+from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.workers import Job, Pool
 from scripts.tables import differences
-from scripts.workers import Job, Pool
 
 # ---------------------------------------------------------------------- running
 
 
-def run_missing(plan: Plan, workers: str, cell: CellModule, module: str, measuring: str) -> bool:
+def run_missing(
+    plan: Plan, workers: str, results: Path, cell: CellModule, module: str, measuring: str
+) -> bool:
     """Run what is missing and show progress; return whether everything is done.
 
     Args:
         plan: from `make_plan`.
         workers: as for `scripts.reproduce`.
+        results: where the page will be written.
         cell: plans and runs cells.
         module: its name, for the worker processes.
         measuring: name of the module that measures.
@@ -76,8 +81,7 @@ def run_missing(plan: Plan, workers: str, cell: CellModule, module: str, measuri
     logs = outputs / "logs"
     failures: dict[str, str] = {}
     if todo:
-        for item in {item.row: item for item in todo}.values():
-            cell.check(item.config)
+        check_before_work(todo, results, cell)
         durations = Durations()
         durations.read([outputs], cell)
         print(expected_time(todo, len(environments), durations, cell), flush=True)
@@ -91,16 +95,15 @@ def run_missing(plan: Plan, workers: str, cell: CellModule, module: str, measuri
         by_key = {m.signature: m for m in open_measurements}
         jobs = [Job("run", (measurements.as_job(m),), name) for name, m in by_key.items()]
         name = "audit-measurements"
-        with Pool(measuring, environments=environments, logs=logs, name=name) as pool:
-            count = 0
+        with (
+            Pool(measuring, environments=environments, logs=logs, name=name) as pool,
+            Progress(len(jobs)) as progress,
+        ):
             for outcome in pool.run(jobs):
                 if outcome is None:
+                    progress.tick([by_key[job.key].label for job, _ in pool.running])
                     continue
-                count += 1
-                how = "done" if outcome.error is None else f"FAILED: {outcome.error}"
-                label = by_key[outcome.job.key].label
-                seconds = f"{outcome.seconds:.1f} s"
-                print(f"[{count}/{len(jobs)}] {label}: {how} ({seconds})", flush=True)
+                progress.step(by_key[outcome.job.key].label, outcome)
                 if outcome.error is not None:
                     failures[outcome.job.key] = outcome.error
     for name, reason in failures.items():
@@ -114,7 +117,7 @@ def run_missing(plan: Plan, workers: str, cell: CellModule, module: str, measuri
 def read_records(
     plan: Plan, cell: CellModule, accepted: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return what `scripts.audit_page.build` reads: plan, runs and measurements.
+    """Return what `scripts.auditing.page.build` reads: plan, runs and measurements.
 
     Args:
         plan: from `make_plan`.
@@ -184,8 +187,8 @@ def keep(plan: Plan, cell: CellModule, folder: Path) -> None:
 
 def main(
     arguments: Sequence[str] | None = None,
-    module: str = "scripts.cell",
-    measuring: str = "scripts.measurements",
+    module: str = "scripts.runs.cell",
+    measuring: str = "scripts.auditing.measurements",
 ) -> int:
     """Run the command; return the exit code.
 
@@ -195,17 +198,15 @@ def main(
         measuring: module that measures.
     """
     options = _parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _audit(options, real_cell, module, measuring)
+        with stop_in_order():
+            return _audit(options, real_cell, module, measuring)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from here", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,17 +251,13 @@ def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring
         content = build(read_records(plan, cell, read_accepted(kept)))
         is_done = True
     else:
-        is_done = run_missing(plan, options.workers, cell, module, measuring)
+        is_done = run_missing(plan, options.workers, folder, cell, module, measuring)
         content = build(read_records(plan, cell))
     for path in write(content, folder):
         print(f"wrote {path}")
     for line in content["found"]:
         print(f"- {line}")
     return 0 if is_done and not content["missing"] else 1
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.run_folder import RECORD, load_record
-from scripts.table_results import RESULTS
+from scripts.reporting.results import RESULTS
+from scripts.runs.folder import RECORD, load_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
 #: of how many tokens the comparison of outputs is made.

@@ -19,13 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import cell as real_cell
-from scripts.figures import build_figure, figure_to_markdown, write_figure
-from scripts.page import write_page
-from scripts.plan import CellModule, list_cells, parse_overrides, parse_seeds
-from scripts.scale import CHOICES, resolve_scale
-from scripts.table_formats import to_markdown
-from scripts.table_results import (
+from scripts.reporting.figures import build_figure, figure_to_markdown, write_figure
+from scripts.reporting.formats import to_markdown
+from scripts.reporting.page import write_page
+from scripts.reporting.plan import list_cells
+from scripts.reporting.results import (
     RESULTS,
     Entry,
     accept,
@@ -35,7 +33,10 @@ from scripts.table_results import (
     read_accepted,
     write_results,
 )
-from scripts.table_spec import TableSpec, load_table, table_names
+from scripts.reporting.spec import TableSpec, load_table, table_names
+from scripts.runs import cell as real_cell
+from scripts.runs.plan import CellModule, parse_overrides, parse_seeds
+from scripts.runs.scale import CHOICES, resolve_scale
 
 #: written by a library whose bytes may differ between machines; their data are compared.
 PICTURES = (".png", ".svg")

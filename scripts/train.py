@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
-from scripts import cell
+from scripts.runs import cell
 
 logger = logging.getLogger("train")
 

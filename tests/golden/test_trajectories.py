@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer, seed_everything
-from scripts import cell
-from scripts.composition import options
+from scripts.runs import cell
+from scripts.runs.composition import options
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate
 
 CURVES = Path(__file__).with_name("trajectories.json")

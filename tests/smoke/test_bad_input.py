@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scripts import cell
 from scripts import train as command_line
+from scripts.runs import cell
 
 
 @pytest.mark.parametrize(

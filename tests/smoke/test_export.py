@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 
 import delta_lora
-from scripts import cell, export
+from scripts import export
+from scripts.runs import cell
 
 
 def test_a_run_loads_and_exports(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from delta_lora.methods.peft import Peft
-from scripts import cell
+from scripts.runs import cell
 from tests.smoke.test_runs import contents
 from tests.smoke.test_starts import SIZES, small, tokenizer  # noqa: F401  fixtures
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from scripts import cell
-from scripts.composition import options
+from scripts.runs import cell
+from scripts.runs.composition import options
 from tests.smoke.conftest import command, environment
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts import cell
+from scripts.runs import cell
 from tasks.embedded.bpe import train_tokenizer
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"

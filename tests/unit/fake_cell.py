@@ -1,4 +1,4 @@
-"""A stand-in for `scripts.cell` whose runs take no time and can be told to go wrong.
+"""A stand-in for `scripts.runs.cell` whose runs take no time and can be told to go wrong.
 
 Overrides of the form ``fake.<behaviour>=<row>:<seed>`` make one cell fail, get killed, wait or be
 locked. Its folder of runs is the environment variable FAKE_CELL_OUTPUTS.
@@ -106,7 +106,10 @@ def record(config, **changes):
         "reference_metrics": {},
         "cosine_similarity": similarity(config["method"], seed),
         "training": {"steps": 10, "epochs": 1, "checkpoint_rule": "last"},
-        "config": {"choices": config["choices"]},
+        "config": {
+            "choices": config["choices"],
+            "method": {"rank": 4, **({"eval_rank": None} if config["method"] == "dylora" else {})},
+        },
         "provenance": {
             "git": {"commit": "0123456789abcdef", "dirty": False},
             "device": {"name": "test CPU", "type": "cpu"},

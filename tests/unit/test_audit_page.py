@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from scripts import audit, audit_plan, measurements
-from scripts.audit_algebra import equivalence_section, gradient_section, rank_section
-from scripts.audit_costs import memory_section, precision_section
-from scripts.audit_page import build, to_markdown
-from scripts.audit_plan import equivalence_cases, load_settings, make_plan
-from scripts.audit_scores import dropout_section, low_resource_section
-from scripts.measurements import Measurement
-from scripts.table_results import RESULTS
+from scripts import audit
+from scripts.auditing import measurements
+from scripts.auditing import plan as audit_plan
+from scripts.auditing.algebra import equivalence_section, gradient_section, rank_section
+from scripts.auditing.costs import memory_section, precision_section
+from scripts.auditing.measurements import Measurement
+from scripts.auditing.page import build, to_markdown
+from scripts.auditing.plan import equivalence_cases, load_settings, make_plan
+from scripts.auditing.scores import dropout_section, low_resource_section
+from scripts.reporting.results import RESULTS
 from tests.unit import fake_cell
 
 SETTINGS = load_settings("tiny")

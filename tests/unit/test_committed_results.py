@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from scripts import tables
-from scripts.page import write_page
-from scripts.table_results import RESULTS
-from scripts.table_spec import load_table, table_names
+from scripts.reporting.page import write_page
+from scripts.reporting.results import RESULTS
+from scripts.reporting.spec import load_table, table_names
 
 TINY = RESULTS / "tiny"
 #: an optional table is committed or not; the others must be.

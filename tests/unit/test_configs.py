@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import cell
-from scripts.composition import CONFIGS
-from scripts.scale import SCALES
-from scripts.table_spec import load_table, table_names
+from scripts.reporting.spec import load_table, table_names
+from scripts.runs import cell
+from scripts.runs.composition import CONFIGS
+from scripts.runs.scale import SCALES
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from scripts import tables as command
-from scripts.figures import build_figure, figure_to_csv, figure_to_markdown
-from scripts.page import write_page
-from scripts.plan import Cell, list_cells
-from scripts.table_results import collect
-from scripts.table_spec import TableSpec, load_table
+from scripts.reporting.figures import build_figure, figure_to_csv, figure_to_markdown
+from scripts.reporting.page import write_page
+from scripts.reporting.plan import list_cells
+from scripts.reporting.results import collect
+from scripts.reporting.spec import TableSpec, load_table
+from scripts.runs.plan import Cell
 from tests.unit import fake_cell
 
 SEEDS = [1, 2, 3]

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from hydra.utils import instantiate
 
-from scripts import cell
+from scripts.runs import cell
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
 

@@ -58,6 +58,24 @@ def test_methods_know_neither_each_other_nor_the_trainer(path: Path) -> None:
     assert not [m for m in imports(path) if within(m, *forbidden)]
 
 
+COMMANDS = tuple(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("runs", ("scripts.reporting", "scripts.auditing")),
+        ("reporting", ("scripts.auditing",)),
+        ("auditing", ()),
+    ],
+)
+def test_runs_know_no_table_tables_no_audit_and_none_a_command(
+    package: str, others: tuple[str, ...]
+) -> None:
+    for path in sources(f"scripts/{package}"):
+        assert not [m for m in imports(path) if within(m, *others, *COMMANDS)], path
+
+
 @pytest.mark.parametrize(
     "path",
     [*sources("delta_lora"), *sources("tasks"), *sources("scripts")],

@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 from torch import nn
 
 from delta_lora.projections import head_parameters, token_embedding_parameters
-from scripts.composition import compose
-from scripts.execution import random_model
-from scripts.table_spec import PAPER, read_yaml
+from scripts.reporting.spec import PAPER, read_yaml
+from scripts.runs.composition import compose
+from scripts.runs.execution import random_model
 
 METHODS = (
     "full", "full_frozen_embeddings", "full_query_value", "lora", "dylora", "adalora", "delta_lora",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scripts import cell
+from scripts.runs import cell
 from tasks.objectives.base import IGNORED, Token, make_blocks
 from tasks.pretraining import Pretraining
 

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts import plan, reproduce, scale
-from scripts.reproduce import worker_environments
-from scripts.table_spec import ROOT, load_table
-from scripts.workers import Job, Outcome, Pool
+from scripts import reproduce
+from scripts.reporting.plan import list_cells
+from scripts.reporting.spec import ROOT, load_table
+from scripts.runs import batch, plan, scale
+from scripts.runs.batch import worker_environments
+from scripts.runs.workers import Job, Outcome, Pool
 from tests.unit import fake_cell
 
 MODULE = "tests.unit.fake_cell"
@@ -87,7 +89,7 @@ def test_plan_runs_nothing_and_estimates_from_earlier_runs(
     assert "expected time: unknown" in capsys.readouterr().out
     assert not outputs.exists()
 
-    cells = plan.list_cells(
+    cells = list_cells(
         load_table("table1"), scale="tiny", seeds=[1, 2, 3], extra=[], cell=fake_cell
     )
     for cell in cells[:12]:  # all rows of seed 1, one of seed 2
@@ -234,7 +236,7 @@ def test_stopping_the_command_stops_its_workers(
 
 def test_planning_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from scripts import reproduce, cell, tables; "
+        "import sys; from scripts import reproduce, tables; from scripts.runs import cell; "
         "heavy = {'torch', 'transformers', 'datasets', 'evaluate'} & set(sys.modules); "
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
@@ -248,10 +250,10 @@ def test_planning_imports_no_heavy_package() -> None:
 
 
 def test_the_real_cells_of_table1_compose_and_keep_their_signature_when_reseeded() -> None:
-    from scripts import cell
+    from scripts.runs import cell
 
     spec = load_table("table1")
-    cells = plan.list_cells(spec, scale="tiny", seeds=[1, 2], extra=[], cell=cell)
+    cells = list_cells(spec, scale="tiny", seeds=[1, 2], extra=[], cell=cell)
     assert len({c.signature for c in cells}) == 24
     again = cell.compose(list(cells[-1].overrides))
     assert cell.run_dir(again) == cells[-1].folder
@@ -282,16 +284,16 @@ def test_a_pool_needs_a_worker(tmp_path: Path) -> None:
 
 
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "_count_cores", lambda: 8)
-    monkeypatch.setattr(reproduce, "_free_memory", lambda: 5 * 2**30)
-    monkeypatch.setattr(reproduce, "count_cuda_devices", lambda: 0)
+    monkeypatch.setattr(batch, "_count_cores", lambda: 8)
+    monkeypatch.setattr(batch, "_free_memory", lambda: 5 * 2**30)
+    monkeypatch.setattr(batch, "count_cuda_devices", lambda: 0)
     assert len(worker_environments("auto", "tiny", 33)) == 2  # what the memory allows
-    monkeypatch.setattr(reproduce, "_free_memory", lambda: 2**40)
+    monkeypatch.setattr(batch, "_free_memory", lambda: 2**40)
     assert len(worker_environments("auto", "tiny", 33)) == 8
     assert len(worker_environments("auto", "tiny", 3)) == 3
     assert worker_environments("5", "tiny", 33)[4]["OMP_NUM_THREADS"] == "1"
     assert worker_environments("auto", "small", 33) == [{}]
-    monkeypatch.setattr(reproduce, "count_cuda_devices", lambda: 2)
+    monkeypatch.setattr(batch, "count_cuda_devices", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments("auto", "paper", 33)] == [
         "4",
@@ -306,12 +308,10 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "30")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = reproduce._Progress(2)
-    cell = plan.Cell("lora", "e2e", 1, (), None, tmp_path)
-    job = Job("run", ((),), "x")
-    progress.tick([(job, 1.0)], {"x": cell}, "3 s")
-    progress.step(cell, Outcome(job, "RuntimeError: no", 2.0), "unknown")
-    progress.close()
+    label = plan.Cell("lora", "e2e", 1, (), None, tmp_path).label
+    with batch.Progress(2) as progress:
+        progress.tick([label], "3 s")
+        progress.step(label, Outcome(Job("run", ((),), "x"), "RuntimeError: no", 2.0), "unknown")
     out, err = capsys.readouterr()
     assert out.strip() == "[1/2] lora on e2e, seed 1: FAILED: RuntimeError: no (2.0 s)"
     assert "left 3 s: lora on e2e, seed 1" in err
@@ -319,8 +319,8 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
 
 
 def test_memory_and_cores_are_read_from_this_machine() -> None:
-    assert reproduce._count_cores() >= 1
-    assert reproduce._free_memory() > 2**20
+    assert batch._count_cores() >= 1
+    assert batch._free_memory() > 2**20
 
 
 @pytest.mark.parametrize(

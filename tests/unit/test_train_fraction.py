@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import cell
-from scripts.execution import draw_rows
+from scripts.runs import cell
+from scripts.runs.execution import draw_rows
 
 ROWS = list(range(200))
 

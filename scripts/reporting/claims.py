@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from delta_lora import stats
-from scripts.table_spec import Claim, Part, TableSpec
+from scripts.reporting.spec import Claim, Part, TableSpec
 
 #: row -> column (or resource) -> seed -> value, in the units that the table prints.
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.composition import ConfigError
+from scripts.runs.composition import ConfigError
 
 RECORD, RESOURCES = "record.json", "resources.json"
 ADAPTER = "adapter/adapter_model.safetensors"

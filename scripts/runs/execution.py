@@ -1,6 +1,6 @@
 """Run one cell from its configuration to its record: build, fit, predict, score, write.
 
-What a cell is, whether it is done and what it starts from is decided in `scripts.cell`.
+What a cell is, whether it is done and what it starts from is decided in `scripts.runs.cell`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import provenance
-from scripts.composition import ROOT, ConfigError
-from scripts.run_folder import (
+from scripts.runs.composition import ROOT, ConfigError
+from scripts.runs.folder import (
     ADAPTER,
     RECORD,
     RESOURCES,
@@ -43,7 +43,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `scripts.cell` has decided about a run.
+    """What `scripts.runs.cell` has decided about a run.
 
     Attributes:
         folder: its run folder; the last part is its signature.
@@ -95,7 +95,7 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     """Run a cell, or continue it, and write its record.
 
     Args:
-        cfg: from `scripts.composition.compose`.
+        cfg: from `scripts.runs.composition.compose`.
         plan: what is known about it.
         task: from `load_task`.
         is_main: whether this is the main process of a distributed run, or the only one.

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.table_formats import md_table
-from scripts.table_results import write_text
-from scripts.table_spec import PAPER, paper_table_names, read_yaml
+from scripts.reporting.formats import md_table
+from scripts.reporting.results import write_text
+from scripts.reporting.spec import PAPER, paper_table_names, read_yaml
 
 Results = Mapping[str, Any]
 

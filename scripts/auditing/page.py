@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from scripts.audit_algebra import equivalence_section, gradient_section, rank_section
-from scripts.audit_costs import memory_section, precision_section
-from scripts.audit_scores import dropout_section, low_resource_section
-from scripts.audit_words import Content, Record, Section
-from scripts.table_formats import md_table
-from scripts.table_results import code_of, device_of
+from scripts.auditing.algebra import equivalence_section, gradient_section, rank_section
+from scripts.auditing.costs import memory_section, precision_section
+from scripts.auditing.scores import dropout_section, low_resource_section
+from scripts.auditing.words import Content, Record, Section
+from scripts.reporting.formats import md_table
+from scripts.reporting.results import code_of, device_of
 
 
 def build(records: Content) -> dict[str, Any]:

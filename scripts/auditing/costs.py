@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.audit_words import Content, Record, Section, listing, number
+from scripts.auditing.words import Content, Record, Section, listing, number
 
 FORM_LABELS = {
     "in_place": "in place, W float32",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.figures import STYLES
+from scripts.reporting.figures import STYLES
 
 #: more than `STYLES` has, colour-blind safe (Okabe and Ito).
 COLOURS = (*(colour for colour, _ in STYLES), "#56B4E9", "#E69F00", "#CC79A7", "#F0E442")
@@ -23,7 +23,7 @@ def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw one picture a section to ``folder/audit_<key>.{svg,png}``; return the files.
 
     Args:
-        content: from `scripts.audit_page.build`.
+        content: from `scripts.auditing.page.build`.
         folder: exists.
     """
     import matplotlib as mpl

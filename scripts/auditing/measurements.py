@@ -18,9 +18,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from delta_lora import provenance
-from scripts import cell
-from scripts.composition import ROOT
-from scripts.execution import base_model, build_tokenizer, load_task
+from scripts.runs import cell
+from scripts.runs.composition import ROOT
+from scripts.runs.execution import base_model, build_tokenizer, load_task
 
 RECORD_SCHEMA = 1
 #: raised whenever a measurement can give other values from the same settings.
@@ -240,7 +240,7 @@ def _trained(cfg: DictConfig, base: _Base, **changes: Any) -> tuple[Any, Any]:
     from hydra.utils import instantiate
 
     from delta_lora import checkpoint
-    from scripts.run_folder import read_adapter
+    from scripts.runs.folder import read_adapter
 
     method, model = instantiate(cfg.method, **changes), base.build()
     method.inject(

@@ -10,11 +10,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts import cell as real_cell
-from scripts import measurements
-from scripts.composition import CONFIGS
-from scripts.measurements import Measurement
-from scripts.plan import Cell, CellModule, list_cells
+from scripts.auditing import measurements
+from scripts.auditing.measurements import Measurement
+from scripts.reporting.plan import list_cells
+from scripts.runs import cell as real_cell
+from scripts.runs.composition import CONFIGS
+from scripts.runs.plan import Cell, CellModule
 
 
 @dataclass(frozen=True)

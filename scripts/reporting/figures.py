@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stats
-from scripts.table_formats import UNDECIDED, claims_table, head_lines, md_table
-from scripts.table_results import Entry, facts_of, write_text
-from scripts.table_spec import SERIES, Part, TableSpec
+from scripts.reporting.formats import UNDECIDED, claims_table, head_lines, md_table
+from scripts.reporting.results import Entry, facts_of, write_text
+from scripts.reporting.spec import SERIES, Part, TableSpec
 
 #: role -> block -> seed -> cosine similarity.
 Curves = dict[str, list[dict[int, float]]]

@@ -1,4 +1,4 @@
-"""Which scale a command runs at: `python scripts/scale.py auto` prints tiny or paper.
+"""Which scale a command runs at: `python scripts/runs/scale.py auto` prints tiny or paper.
 
 `auto` is paper where a CUDA device and a PyTorch built for CUDA are seen, else tiny. PyTorch itself
 is not imported for that, so that planning stays fast.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.audit_words import Content, Record, Section, listing, number, span
+from scripts.auditing.words import Content, Record, Section, listing, number, span
 
 LOSS_LABELS = {
     "cross_entropy": "cross-entropy",

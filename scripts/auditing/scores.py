@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from delta_lora import stats
-from scripts.audit_words import Content, Section, direction, interval, listing
+from scripts.auditing.words import Content, Section, direction, interval, listing
 
 #: what the interval of a difference says, by `direction`.
 CHANGES = {

@@ -1,4 +1,4 @@
-"""What a table still needs: its cells, their state, and how long the rest will take.
+"""Runs that a table or the audit asks for: a cell, its state, and how long it will take.
 
 A cell is one row on one run with one seed. Cells of several tables that have the same signature are
 the same run and run once. Nothing here imports torch, so a plan takes seconds.
@@ -6,16 +6,13 @@ the same run and run once. Nothing here imports torch, so a plan takes seconds.
 
 from __future__ import annotations
 
-import copy
 import math
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-from scripts.table_spec import TableSpec
 
 #: keys that a table sets itself, with what to use instead.
 RESERVED = {
@@ -38,7 +35,7 @@ class CellStatus(Protocol):
 
 
 class CellModule(Protocol):
-    """What planning needs of `scripts.cell`; tests give their own."""
+    """What planning needs of `scripts.runs.cell`; tests give their own."""
 
     def compose(self, overrides: Sequence[str]) -> Any:
         """Return the configuration of one run."""
@@ -125,40 +122,6 @@ def parse_overrides(text: str) -> list[str]:
     return overrides
 
 
-def list_cells(
-    spec: TableSpec, *, scale: str, seeds: Sequence[int], extra: Sequence[str], cell: CellModule
-) -> list[Cell]:
-    """Return the cells of a table, all rows of the first seed first.
-
-    Args:
-        spec: the table.
-        scale: tiny, small or paper.
-        seeds: seeds of every row.
-        extra: overrides of every run, applied last.
-        cell: `scripts.cell`.
-
-    Raises:
-        ValueError: an override does not compose; the row is named.
-    """
-    cells = []
-    composed: dict[tuple[str, str], Any] = {}
-    for seed in seeds:
-        for run, base in spec.runs.items():
-            for row in spec.rows:
-                overrides = (*base, *row.overrides, f"scale={scale}", f"seed={seed}", *extra)
-                try:
-                    if (run, row.name) not in composed:
-                        composed[run, row.name] = cell.compose(list(overrides))
-                    # Composing takes a quarter of a second; another seed is only another value.
-                    config = copy.deepcopy(composed[run, row.name])
-                    config["seed"] = seed
-                    folder = cell.run_dir(config)
-                except ValueError as error:
-                    raise ValueError(f"{spec.name}, row {row.name}: {error}") from error
-                cells.append(Cell(row.name, run, seed, overrides, config, folder))
-    return cells
-
-
 class Durations:
     """Expected seconds of a run, from the runs that are finished.
 
@@ -212,31 +175,3 @@ def format_seconds(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellStatus]) -> list[str]:
-    """Return the plan of a table as lines: totals, then every row that is not done.
-
-    Args:
-        spec: the table.
-        cells: from `list_cells`.
-        states: state by signature.
-    """
-    counts = Counter(states[cell.signature].state for cell in cells)
-    order = ("done", "partial", "stale", "failed", "missing")
-    totals = ", ".join(f"{counts[state]} {state}" for state in order)
-    lines = [f"{spec.name}: {len(cells)} runs: {totals}"]
-    for row in spec.rows:
-        mine = [cell for cell in cells if cell.row == row.name]
-        open_cells = [cell for cell in mine if states[cell.signature].state != "done"]
-        if not open_cells:
-            continue
-        if all(states[cell.signature].state == "missing" for cell in mine):
-            lines.append(f"  {row.name}: {len(mine)} missing")
-            continue
-        lines.append(f"  {row.name}: {len(mine) - len(open_cells)} of {len(mine)} done")
-        for cell in open_cells:
-            status = states[cell.signature]
-            reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
-            lines.append(f"    {cell.run}, seed {cell.seed}: {status.state}{reason}")
-    return lines

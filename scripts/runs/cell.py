@@ -26,8 +26,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import provenance
-from scripts.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
-from scripts.execution import (
+from scripts.runs.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
+from scripts.runs.execution import (
     Plan,
     Start,
     as_config_error,
@@ -36,7 +36,7 @@ from scripts.execution import (
     random_model,
     write_failure,
 )
-from scripts.run_folder import RECORD, LockedError, clear, load_record, lock
+from scripts.runs.folder import RECORD, LockedError, clear, load_record, lock
 
 __all__ = [
     "ConfigError", "LockedError", "check", "check_choices", "compose", "group", "load_record",

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stats
-from scripts.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
-from scripts.plan import Cell, CellModule
-from scripts.table_formats import FORMATS
-from scripts.table_spec import ROOT, Column, TableSpec
+from scripts.reporting.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
+from scripts.reporting.formats import FORMATS
+from scripts.reporting.spec import ROOT, Column, TableSpec
+from scripts.runs.plan import Cell, CellModule
 
 RESULTS = ROOT / "results"
 
@@ -66,7 +66,7 @@ def collect(
 
     Args:
         cells: from `list_cells`.
-        cell: `scripts.cell`.
+        cell: `scripts.runs.cell`.
         accepted: records to take where a cell has no run folder.
         failures: signature to reason, for cells that failed without writing a record.
     """

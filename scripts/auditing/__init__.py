@@ -1,0 +1,1 @@
+"""The audit: what it runs and measures, and its page."""

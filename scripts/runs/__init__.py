@@ -1,0 +1,1 @@
+"""Runs: what one is, its configuration, its folder, and many of them in worker processes."""
