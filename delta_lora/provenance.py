@@ -94,12 +94,18 @@ def device() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """Return what the processor is; kinds of one name can round differently."""
+    import torch
+
+    facts: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or "unknown"
+    details = [f"{key.split()[-1]} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join([*details, torch.backends.cpu.get_cpu_capability()])})"
 
 
 def _git(root: Path, *arguments: str) -> str:
