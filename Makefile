@@ -56,6 +56,8 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
 plan: $(READY)  ## what the tables still need and how long it will take
 	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
@@ -65,8 +67,11 @@ tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 reproduce-all: $(READY)  ## all tables and figures of the paper, and one page with all of them: results/SCALE/README.md
 	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
+# The second rule takes names that are no table; the script says which there are.
 $(REPRODUCE): reproduce-%: $(READY)
-	@$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	$(REPRODUCE_ONE)
+reproduce-%: $(READY)
+	$(REPRODUCE_ONE)
 
 audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"

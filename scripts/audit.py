@@ -80,8 +80,8 @@ def run_missing(
     outputs = plan.cells[0].folder.parent
     logs = outputs / "logs"
     failures: dict[str, str] = {}
+    check_before_work(todo, results, cell)
     if todo:
-        check_before_work(todo, results, cell)
         durations = Durations()
         durations.read([outputs], cell)
         print(expected_time(todo, len(environments), durations, cell), flush=True)

@@ -291,6 +291,7 @@ def test_a_measurement_waits_for_its_run(tmp_path: Path, monkeypatch: pytest.Mon
         (["--args", "seed=3"], "seed is set by"),
         (["--args", "recipe.rnak=2"], "rnak"),
         (["--workers", "none", "--seeds", "1"], "workers"),
+        (["--seeds", "1", "--results", __file__], "cannot write to the results folder"),
     ],
 )
 def test_bad_input_is_named(

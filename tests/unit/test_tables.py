@@ -90,6 +90,15 @@ def test_optional_tables_are_in_no_command_but_their_own() -> None:
     assert "scripts/reproduce.py extended --scale" in own
 
 
+def test_a_table_that_does_not_exist_is_named_by_make_too() -> None:
+    done = subprocess.run(
+        ["make", "reproduce-table9", f"PYTHON={sys.executable}"],
+        cwd=TABLES.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "unknown table 'table9'; did you mean" in done.stderr
+
+
 def test_every_method_of_peft_is_a_row_of_an_extended_table() -> None:
     folder = TABLES.parent / "method" / "peft"
     rows = [row.overrides[0] for row in load_table("extended").rows]
