@@ -18,13 +18,11 @@ import contextlib
 import logging
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -33,67 +31,24 @@ from torch import Tensor, nn
 
 from delta_lora import checkpoint, memory
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.draws import seed_everything, step_indices
+from delta_lora.optimization import (
+    OPTIMIZERS,
+    SCHEDULES,
+    make_optimizer,
+    schedule_factor,
+    split_by_decay,
+)
 from delta_lora.protocols import Batch, Method, Task
 from delta_lora.runlog import Progress, RunLog
 from delta_lora.session import Session, stop_signals
 
 logger = logging.getLogger(__name__)
 
-SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHECKPOINT_RULES = ("last", "best")
-OPTIMIZERS = ("adamw", "sgd", "rmsprop", "adafactor")
 #: consecutive overflowing steps after which fp16 training is given up.
 MAX_SKIPPED_STEPS = 25
-
-
-def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from a tuple of integers."""
-    seed = int(np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def schedule_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the factor on the learning rate at `step` (0-based): linear warm-up, then decay.
-
-    The first update of a warm-up has rate 0, as in the microsoft/LoRA recipe and in transformers.
-    """
-    if step < warmup_steps:
-        return step / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-def step_indices(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Return the examples of the global batch of optimiser step `step`.
-
-    Every epoch is one permutation of the data; the last batch of an epoch is filled up with random
-    repeats of the epoch's examples, so that all batches have `batch_size` examples.
-    """
-    steps_per_epoch = math.ceil(num_examples / batch_size)
-    epoch, position = divmod(step, steps_per_epoch)
-    order = _epoch_order(num_examples, batch_size, seed, epoch)
-    return order[position * batch_size : (position + 1) * batch_size]
-
-
-_ORDERS: dict[tuple[int, int, int, int], list[int]] = {}
-
-
-def _epoch_order(num_examples: int, batch_size: int, seed: int, epoch: int) -> list[int]:
-    key = (num_examples, batch_size, seed, epoch)
-    if key not in _ORDERS:
-        draw = np.random.default_rng([seed & 0xFFFFFFFF, epoch])
-        missing = -num_examples % batch_size
-        order = [*draw.permutation(num_examples), *draw.integers(num_examples, size=missing)]
-        _ORDERS.clear()
-        _ORDERS[key] = [int(index) for index in order]
-    return _ORDERS[key]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -303,47 +258,26 @@ class Trainer:
         Raises:
             ValueError: nothing trains, or two optimisers are asked for.
         """
-        groups = []
-        for group in method.param_groups(model):
-            decayed = [(n, p) for n, p in group["params"] if not self._is_exempt(n)]
-            exempt = [(n, p) for n, p in group["params"] if self._is_exempt(n)]
-            for params, weight_decay in ((decayed, self.weight_decay), (exempt, 0.0)):
-                if params:
-                    rate = group["lr"]
-                    groups.append(
-                        {
-                            "params": params,
-                            "lr": rate,
-                            "initial_lr": rate,
-                            "weight_decay": weight_decay,
-                        }
-                    )
+        groups = split_by_decay(method.param_groups(model), self.weight_decay, self.no_decay)
         if not groups:
             raise ValueError("the method trains no parameter; check its settings")
         own = method.make_optimizer(groups)
-        if own is not None:
-            if self.optimizer_name != "adamw":
-                raise ValueError(
-                    f"trainer.optimizer={self.optimizer_name}, but this method brings its own "
-                    f"({type(own).__name__}); leave trainer.optimizer as it is, or take another "
-                    "method"
-                )
-            return own
-        if self.optimizer_name == "sgd":
-            return torch.optim.SGD(groups, momentum=self.momentum)
-        if self.optimizer_name == "rmsprop":
-            return torch.optim.RMSprop(groups, momentum=self.momentum)
-        if self.optimizer_name == "adafactor":
-            return _adafactor(groups)
-        # One kernel for the whole update. Not with a loss scaler: a fused optimiser skips an
-        # overflowing step inside the kernel, where nobody could tell that it was skipped.
-        is_fused = self.precision != "fp16"
-        return torch.optim.AdamW(
-            groups, betas=self.adam_betas, eps=self.adam_epsilon, fused=is_fused
-        )
-
-    def _is_exempt(self, name: str) -> bool:
-        return any(part in name for part in self.no_decay)
+        if own is None:
+            return make_optimizer(
+                self.optimizer_name,
+                groups,
+                betas=self.adam_betas,
+                epsilon=self.adam_epsilon,
+                momentum=self.momentum,
+                has_loss_scaler=self.precision == "fp16",
+            )
+        if self.optimizer_name != "adamw":
+            raise ValueError(
+                f"trainer.optimizer={self.optimizer_name}, but this method brings its own "
+                f"({type(own).__name__}); leave trainer.optimizer as it is, or take another "
+                "method"
+            )
+        return own
 
     # ------------------------------------------------------------------ the loop
 
@@ -698,20 +632,6 @@ class Trainer:
             num_targets += batch.num_targets
         targets = _sum_over_processes(accelerator, num_targets)
         return _sum_over_processes(accelerator, loss_sum) / max(1, targets)
-
-
-def _adafactor(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return torch's Adafactor over `groups`.
-
-    Raises:
-        ValueError: torch is older than 2.5.
-    """
-    if not hasattr(torch.optim, "Adafactor"):
-        raise ValueError(
-            f"trainer.optimizer=adafactor needs torch 2.5 or later, this is {torch.__version__}; "
-            "use adamw, sgd or rmsprop"
-        )
-    return torch.optim.Adafactor(groups)
 
 
 def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:

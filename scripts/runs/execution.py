@@ -296,8 +296,8 @@ def base_model(
     cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
 ) -> Any:
     """Return the model before any method: loaded, or with random weights."""
+    from delta_lora.draws import seed_everything
     from delta_lora.models import load_model
-    from delta_lora.trainer import seed_everything
 
     seed_everything(cfg.seed)
     if cfg.model.init == "random":

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
+from delta_lora.draws import step_indices
 from delta_lora.integrations import DeltaLoraCallback, peft_layers, trainer_callback
 from delta_lora.integrations.peft_layers import LoraTarget
 from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.peft_folder import stack_factors, write_peft_folder
 from delta_lora.protocols import Batch, Task
-from delta_lora.trainer import Trainer, step_indices
+from delta_lora.trainer import Trainer
 from tests.contract.models import gpt2
 
 F64 = torch.float64

@@ -22,8 +22,9 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from delta_lora.draws import seed_everything
 from delta_lora.protocols import Batch, Task
-from delta_lora.trainer import Trainer, seed_everything
+from delta_lora.trainer import Trainer
 from scripts.runs import cell
 from scripts.runs.composition import options
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from delta_lora import checkpoint
+from delta_lora.draws import step_indices
 from delta_lora.methods.full_sgd import FullSgd
+from delta_lora.optimization import schedule_factor
 from delta_lora.trainer import (
     FitResult,
     NonFiniteLossError,
     Trainer,
-    schedule_factor,
-    step_indices,
 )
 from tests.toy import ToyMethod, ToyTask, toy_model
 
