@@ -53,12 +53,17 @@ def small(outputs: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def train() -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own."""
+def train(tmp_path: Path) -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
+    """Run the command line in a process and a working folder of its own."""
 
     def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(arguments), env=environment(), capture_output=True, text=True, timeout=300
+            command(arguments),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
 
     return run
