@@ -15,7 +15,7 @@ from typing import Any
 
 from delta_lora import stats
 from scripts.reporting.formats import UNDECIDED, claims_table, head_lines, md_table
-from scripts.reporting.results import Entry, facts_of, write_text
+from scripts.reporting.results import Entry, absent, facts_of, write_text
 from scripts.reporting.spec import SERIES, Part, TableSpec
 
 #: role -> block -> seed -> cosine similarity.
@@ -46,17 +46,7 @@ def build_figure(
                     role: [_summary(values) for values in curves[row.name][role]] for role in SERIES
                 },
                 "runs": [entry.record["signature"] for entry in mine if entry.record is not None],
-                "absent": [
-                    {
-                        "run": entry.cell.run,
-                        "seed": entry.cell.seed,
-                        "signature": entry.cell.signature,
-                        "state": entry.state,
-                        "reason": entry.reason,
-                    }
-                    for entry in mine
-                    if entry.record is None
-                ],
+                "absent": absent(mine),
             }
         )
     return {

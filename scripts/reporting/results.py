@@ -318,18 +318,23 @@ def _row(
         "paper_parameters": {key: paper[key] for key in ("trainable", "updatable") if key in paper},
         "resources": {key: _summary(values) for key, values in resources.items()},
         "runs": [record["signature"] for record in records],
-        "absent": [
-            {
-                "run": entry.cell.run,
-                "seed": entry.cell.seed,
-                "signature": entry.cell.signature,
-                "state": entry.state,
-                "reason": entry.reason,
-            }
-            for entry in mine
-            if entry.record is None
-        ],
+        "absent": absent(mine),
     }
+
+
+def absent(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return which runs of `entries` have no record, and why."""
+    return [
+        {
+            "run": entry.cell.run,
+            "seed": entry.cell.seed,
+            "signature": entry.cell.signature,
+            "state": entry.state,
+            "reason": entry.reason,
+        }
+        for entry in entries
+        if entry.record is None
+    ]
 
 
 def _summary(values: Mapping[int, float]) -> dict[str, Any]:
