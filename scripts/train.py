@@ -64,7 +64,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
     Raises:
         cell.ConfigError: unknown group member or key, or a value that cannot be read.
     """
-    overrides = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra."))]
+    overrides = [
+        a for a in arguments
+        if ("=" in a or a.startswith("~")) and not a.startswith(("-", "hydra."))
+    ]  # fmt: skip
     cell.check_choices(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)

@@ -23,11 +23,18 @@ from scripts.runs import cell
         ("trainer.max_steps=[1", r"cannot read the override"),
         ("seed=-1", r"seed=-1 must be an integer of 0 or more"),
         ("seed=abc", r"seed='abc' must be an integer"),
+        ("~seeed", r"seeed"),
     ],
 )
 def test_mistyped_overrides(override: str, message: str) -> None:
     with pytest.raises(cell.ConfigError, match=message):
         command_line.check_arguments(["scale=tiny", override])
+
+
+def test_keys_can_be_taken_away() -> None:
+    base = ["scale=tiny", "task=glue/mrpc", "recipe=glue/mrpc", "model=roberta_base", "method=peft"]
+    taken = ["~method.peft.r", "~method.peft.lora_alpha", "~method.peft.lora_dropout"]
+    command_line.check_arguments([*base, *taken, "method.peft.peft_type=HRA", "+method.peft.r=8"])
 
 
 @pytest.mark.parametrize(
