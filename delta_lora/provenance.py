@@ -31,7 +31,9 @@ def signature(config: Mapping[str, Any], length: int = 12) -> str:
 
 
 def sha256_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """Return one sha256 over the names and contents of the files directly in `folder`.
+    """Return one sha256 over the names and contents of the files in `folder`.
+
+    Folders directly below it are read too (a data set may have one per task), hidden ones not.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -39,9 +41,10 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist")
     digest = hashlib.sha256()
-    for path in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    folders = [folder, *(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")]
+    for path in sorted({file for pattern in patterns for f in folders for file in f.glob(pattern)}):
         if path.is_file():
-            digest.update(path.name.encode() + b"\0")
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
             with path.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
