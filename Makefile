@@ -1,4 +1,4 @@
-# Every target sets up what it needs; a second call does nothing again. `make help` lists them.
+# Every target sets up what it needs; a second call repeats nothing. `make help` lists them.
 
 SCALE ?= auto
 SEEDS ?= 1,2,3
@@ -7,9 +7,9 @@ ARGS ?=
 # Processes of `make test`; one thread each.
 TEST_WORKERS ?= 2
 PYTHON3 ?= python3
-# Grid of `make sweep`.
+# Grid of `make sweep`; without STARTS one that fits the length of the runs.
 RATIOS ?= 0.5,1,2,4
-STARTS ?= 0,100,500
+STARTS ?=
 
 ALL_TABLES := $(patsubst configs/table/%.yaml,%,$(sort $(wildcard configs/table/*.yaml)))
 # Not of the paper: made by their own target only.
@@ -78,8 +78,9 @@ audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 
 sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && echo "scale: $$scale" && \
+	starts=$(STARTS) && if [ "$$scale" = tiny ]; then : "$${starts:=0,4,50}"; else : "$${starts:=0,100,500}"; fi && \
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
-	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$(STARTS) $$ARGS
+	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
 
 report: $(READY)  ## put the generated verdicts and tables into README
 	@$(RUN) scripts/report.py
@@ -107,7 +108,8 @@ SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= 
 	@touch $@
 
 # What an environment given by PYTHON= must have.
-NEEDED := accelerate datasets evaluate hydra nltk numpy pycocoevalcap sacrebleu scipy torch tqdm transformers
+NEEDED := accelerate datasets evaluate hydra matplotlib nltk numpy pooch pycocoevalcap rouge_score sacrebleu \
+  safetensors scipy sklearn torch tqdm transformers wandb
 
 check-python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: PYTHON=$(PYTHON) is not found" >&2; exit 1; }

@@ -1,7 +1,7 @@
 """Export a trained adapter: as a plain LoRA that PEFT loads, or as a merged model.
 
-Delta-LoRA's whole change of a layer is ``(1 + lambda) s B A - lambda s B_k A_k`` (paper.md's
-algebra of Algorithm 1), so it *is* a LoRA of rank 2r on the untouched base, with
+Delta-LoRA's whole change of a layer is ``(1 + lambda) s B A - lambda s B_k A_k`` (the updates
+of Algorithm 1 telescope), so it *is* a LoRA of rank 2r on the untouched base, with
 ``A = [A; A_k]`` and ``B = [(1 + lambda) s B, -lambda s B_k]``. The other low-rank methods are LoRAs
 of their own rank (AdaLoRA of the ranks it kept, DyLoRA of any rank up to r).
 

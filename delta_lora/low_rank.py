@@ -92,7 +92,7 @@ class LowRankLinear(nn.Module):
 
     The base product stays one product. The A's of all branches are stacked into one product, which
     reads the input once; each branch then adds into its own slice. Dropout, shared by the branches,
-    acts on their input only, as in microsoft/LoRA's `MergedLinear` (baselines.md 1.4).
+    acts on their input only, as in microsoft/LoRA's `MergedLinear`.
 
     Args:
         base_layer: an `nn.Linear` or `Conv1D`; its parameters are left as they are.

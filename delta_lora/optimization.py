@@ -72,30 +72,13 @@ def make_optimizer(
         epsilon: of ``adamw``; the others keep torch's.
         momentum: of ``sgd`` and ``rmsprop``.
         has_loss_scaler: whether steps whose gradients overflow are skipped (fp16).
-
-    Raises:
-        ValueError: ``adafactor`` with a torch older than 2.5.
     """
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=momentum)
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=momentum)
     if name == "adafactor":
-        return _adafactor(groups)
+        return torch.optim.Adafactor(groups)
     # One kernel for the whole update. Not with a loss scaler: a fused optimiser skips an
     # overflowing step inside the kernel, where nobody could tell that it was skipped.
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=not has_loss_scaler)
-
-
-def _adafactor(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return torch's Adafactor over `groups`.
-
-    Raises:
-        ValueError: torch is older than 2.5.
-    """
-    if not hasattr(torch.optim, "Adafactor"):
-        raise ValueError(
-            f"trainer.optimizer=adafactor needs torch 2.5 or later, this is {torch.__version__}; "
-            "use adamw, sgd or rmsprop"
-        )
-    return torch.optim.Adafactor(groups)

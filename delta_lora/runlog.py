@@ -146,7 +146,7 @@ class WandbMirror:
         directory: where offline files go.
         signature: id of the run.
         group: signature without the seed.
-        tags: table, task, method, scale.
+        tags: task, method, scale.
         run_config: resolved configuration.
 
     Raises:

@@ -61,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--method", default="delta_lora", help="any of delta_lora/methods")
+    parser.add_argument(
+        "--method", default="delta_lora", help="any of delta_lora/methods but peft, full_sgd"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("outputs/own_loop"))
     args = parser.parse_args()

@@ -9,7 +9,8 @@ Two forms with equal gradients and equal results:
 * ``in_place`` writes W as printed. W must be float32 or float64.
 * ``closed_form`` leaves W alone. The updates telescope, so the change of W is
   ``update_ratio * scaling * (B @ A - B_k @ A_k)`` with A_k and B_k as they stood before the first
-  update; a forward hook on each LoRA layer adds it. It works on any base (bfloat16, 4 bits).
+  update; a forward hook on each LoRA layer adds it. It never reads W, so
+  the base may be narrow or quantised (tested: bfloat16, int8).
 
 Details:
 1. Steps are applied optimiser steps, counted from 0, and the inequality is strict: the first update
@@ -506,5 +507,5 @@ def _check_not_sharded(args: TrainingArguments) -> None:
                 f"training runs under {name}, which is not supported in either form: it shards A "
                 "and B or updates them before on_pre_optimizer_step, so A and B from before the "
                 "step are not at hand; train on one device or with DDP (torchrun); where the model "
-                'is too large for that, form="closed_form" takes a 4-bit base'
+                'is too large for that, form="closed_form" takes a quantised base'
             )

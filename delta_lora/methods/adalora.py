@@ -1,7 +1,7 @@
 """AdaLoRA: an adapter in SVD form whose total rank is cut down during training.
 
 Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512,
-equations 3 to 12 and Algorithm 1; details as in its released code (baselines.md 3).
+equations 3 to 12 and Algorithm 1; details as in its released code.
 
 As printed: ``W = W_0 + P Lambda Q``; ``R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2`` (equation 4; the
 code takes the norm, not its square); sensitivity ``I(w) = |w dL/dw|`` smoothed by beta1,

@@ -9,7 +9,7 @@ row and column.
 In our symbols: ``h = W x + (alpha / b) * lora_B[:, :b] @ lora_A[:b] @ dropout(x)``.
 
 The released code (huawei-noah/Efficient-NLP) multiplies both truncated factors by sqrt(r / b) and
-the branch by alpha / r, which is the same scale, and always uses the frozen rule (baselines.md 4).
+the branch by alpha / r, which is the same scale, and always uses the frozen rule.
 
 Deviations:
 * The released `MergedLinear` (GPT-2) has no DyLoRA version; ours treats query and value of a fused

@@ -1,6 +1,6 @@
 """Full fine-tuning: every weight trains.
 
-The first row of the paper's tables (Zi et al., arXiv 2309.02411, Tables 1, 3 and 4).
+The first row of the paper's tables (Zi et al., arXiv 2309.02411, Tables 1 to 4).
 
 Update: ``theta <- AdamW(theta, dL/dtheta)`` for every parameter.
 

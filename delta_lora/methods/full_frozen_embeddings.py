@@ -1,6 +1,6 @@
 """Fine-tuning with frozen embeddings, the dagger rows of the paper's tables.
 
-Zi et al., arXiv 2309.02411, Tables 1, 3 and 4: "Fine-tuning" with a dagger, embeddings frozen. The
+Zi et al., arXiv 2309.02411, Tables 1 to 4: "Fine-tuning" with a dagger, embeddings frozen. The
 printed sizes tell which: 354.92M - 305.84M (GPT2-Medium), 387.5M - 338.4M (BART-Large) and
 118.87M - 82M (RoBERTa-base) are the word tables alone, in units of 2^20; positions train.
 

@@ -1,6 +1,6 @@
 """Fine-tuning of W_Q and W_V only, the double dagger rows of the paper's tables.
 
-Zi et al., arXiv 2309.02411, Tables 1, 3 and 4. The paper describes the row once as W_Q, W_V and
+Zi et al., arXiv 2309.02411, Tables 1 to 4. The paper describes the row once as W_Q, W_V and
 once as "query and key"; the count (48 x 2^20 for GPT2-Medium) fits both, and W_Q and W_V are what
 the other methods adapt.
 

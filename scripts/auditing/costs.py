@@ -18,14 +18,14 @@ MIB = 2**20
 
 
 def precision_section(records: Sequence[Record], settings: Content) -> Section | None:
-    """Judge which forms keep the update of W, and compare with what the library states."""
+    """Judge which forms keep the update of W, and compare with what was expected."""
     if not records:
         return None
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for record in records:
         rate = f"{record['settings']['learning_rate']:g}"
         curves.setdefault(rate, {})[record["settings"]["form"]] = record["result"]["errors"]
-    stated = {f"{float(rate):g}": value for rate, value in settings["learning_rates"].items()}
+    expected = {f"{float(rate):g}": value for rate, value in settings["learning_rates"].items()}
     rates = sorted(curves, key=float)
     rows, rounded, fine, lost, compared = [], [], [], [], []
     for rate in rates:
@@ -37,11 +37,11 @@ def precision_section(records: Sequence[Record], settings: Content) -> Section |
             is_lost = last > settings["lost_above"]
             if form == "in_place_rounded":
                 rounded.append(f"{number(last)} at learning rate {rate}")
-                difference = abs(last - stated[rate])
+                difference = abs(last - expected[rate])
                 verdict = (
                     "agrees with" if difference <= settings["agrees_within"] else "differs from"
                 )
-                compared.append(f"{number(last)} at {rate} {verdict} {stated[rate]:g}")
+                compared.append(f"{number(last)} at {rate} {verdict} {expected[rate]:g}")
             else:
                 (lost if is_lost else fine).append((form, last))
             rows.append([
@@ -69,7 +69,7 @@ def precision_section(records: Sequence[Record], settings: Content) -> Section |
         ),
         findings=[
             f"A W that is stored in bfloat16 {how}: relative error {listing(rounded)}; {kept}.",
-            f"Of the values that the library states for the rounded form, {listing(compared)}; the "
+            f"Of the values expected beforehand for the rounded form, {listing(compared)}; the "
             "size depends on how large the weights are against the updates "
             f"(here a root mean square of {number(records[0]['result']['weight_rms'])}).",
         ],
