@@ -52,7 +52,10 @@ DEFAULTS: Mapping[str, Any] = {
     "update": "frozen",
 }
 #: names under which classification models keep a head that is new.
-USUAL_HEADS = ("classifier", "score", "classification_head", "qa_outputs")
+USUAL_HEADS = (
+    "classifier", "score", "classification_head", "qa_outputs", "pre_classifier", "pooler",
+    "sequence_summary",
+)  # fmt: skip
 #: more steps than any training has, for methods that only plan by them.
 UNKNOWN_STEPS = 10**9
 _ATTRIBUTE = "_delta_lora_adapter"
@@ -77,6 +80,7 @@ class Adapter:
 
     Attributes:
         step: number of optimiser steps that `after_step` has counted.
+        is_loaded: whether it comes from `load`, which restores what was learned, not the training.
     """
 
     def __init__(self, model: nn.Module, method: Method, description: dict[str, Any]) -> None:
@@ -84,6 +88,7 @@ class Adapter:
         self.method = method
         self.description = description
         self.step = 0
+        self.is_loaded = False
         self._micro_step = 0
         model.register_forward_pre_hook(self._before_forward)
 
@@ -104,7 +109,17 @@ class Adapter:
         return self.method.extra_loss()
 
     def before_step(self) -> None:
-        """Call when the gradients are complete, right before ``optimizer.step()``."""
+        """Call when the gradients are complete, right before ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: the model comes from `load`, which keeps no state of the training.
+        """
+        if self.is_loaded:
+            raise RuntimeError(
+                "this model was loaded for use: its method does not know where the training stood; "
+                "to go on, attach the method to the base and give Adapter.load_state_dict what "
+                "Adapter.state_dict returned"
+            )
         self.method.before_step(self.step)
 
     def after_step(self) -> None:
@@ -205,11 +220,15 @@ def attach(
     if total_steps is None and instance.needs_total_steps:
         raise ValueError(f"method {method!r} plans by the length of the training; set total_steps")
     present = [name for name in USUAL_HEADS if isinstance(getattr(model, name, None), nn.Module)]
-    if present and not head:
+    if frozen := [name for name in present if name not in head]:
         logger.warning(
-            "%s stays frozen; if it is new, let it train with head=[%r]", present[0], present[0]
-        )
+            "%s stays frozen; what is new of it must train: head=%s",
+            ", ".join(frozen), [*head, *frozen],
+        )  # fmt: skip
     base = describe_base(model, projections=projections, head=head)
+    target = f"{kind.__module__}.{kind.__qualname__}"
+    method_config = {"_target_": target, **settings}
+    _as_json({"method": method_config, "seed": seed, "base": base})  # not only after the training
     instance.inject(
         model,
         projections=projections,
@@ -217,8 +236,6 @@ def attach(
         total_steps=UNKNOWN_STEPS if total_steps is None else total_steps,
         seed=seed,
     )
-    target = f"{kind.__module__}.{kind.__qualname__}"
-    method_config = {"_target_": target, **settings}
     _remember(model, instance, {"method": method_config, "seed": seed, "base": base})
     return model
 
@@ -307,7 +324,10 @@ def put(
     with torch.no_grad():
         checkpoint.restore_weights(model, load_file(folder / TENSORS))
     method.load_facts(description["facts"])
-    return _remember(model, method, description)
+    used = {**description["method"], **(settings or {})}
+    adapter = _remember(model, method, {**description, "method": used})
+    adapter.step, adapter.is_loaded = int(description.get("step", 0)), True
+    return adapter
 
 
 def method_class(name: str) -> type[Method]:
@@ -396,17 +416,40 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     Returns:
         The sha256 of the file of tensors.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
-    checkpoint.write_tensors(folder / TENSORS, tensors)
     base = dict(description["base"])
-    if base["source"] is not None and Path(base["source"]).is_dir():
+    if base["source"] is not None and (Path(base["source"]) / "config.json").is_file():
         # Relative, so that a folder of runs can be moved as a whole.
-        base["source"] = os.path.relpath(base["source"], folder)
+        base["source"] = os.path.relpath(Path(base["source"]).resolve(), folder.resolve())
         if not base["source"].startswith("."):
             base["source"] = f"./{base['source']}"
-    checkpoint.write_json(folder / CONFIG, {**description, "base": base})
+    content = _as_json({**description, "base": base})
+    folder.mkdir(parents=True, exist_ok=True)
+    # Until the new tensors are whole, the old adapter stays.
+    temporary = folder / f".{TENSORS}.{os.getpid()}"
+    checkpoint.write_tensors(temporary, tensors)
+    (folder / CONFIG).unlink(missing_ok=True)
+    temporary.replace(folder / TENSORS)
+    checkpoint.write_json(folder / CONFIG, content)
     return checkpoint.sha256_file(folder / TENSORS)
+
+
+def _as_json(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description as it is read back.
+
+    Raises:
+        TypeError: a value is none of JSON.
+    """
+    for part, values in description.items():
+        for key, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                name = f"{part}.{key}" if key else part
+                raise TypeError(
+                    f"{name}={value!r} ({type(value).__name__}) cannot be saved as JSON; give "
+                    "plain numbers, texts, lists and dictionaries"
+                ) from error
+    return dict(description)
 
 
 def describe_base(
@@ -511,7 +554,7 @@ def load_base(
             "build it yourself and give it with base=model"
         )
     if isinstance(source, str) and source.startswith("."):
-        source = folder / source
+        source = folder.resolve() / source
     return load_model(
         base["family"],
         source=None if source is None else str(source),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,9 +131,8 @@ def export_peft(
             for name, factors in layers.items()
         },
         others={
-            f"{_PREFIX}{name}": parameter
-            for name, parameter in trained.named_parameters()
-            if name.startswith(tuple(f"{module}." for module in heads) or ("\0",))
+            f"{_PREFIX}{name}": tensor
+            for name, tensor in _saved_whole(trained, description["base"]["family"], heads).items()
         },
     )
     return PeftExport(
@@ -164,12 +163,17 @@ def export_merged(
 
     Raises:
         TypeError: the model is none of transformers and has no `save_pretrained`.
-        ValueError: the weights are narrower than the change and cannot hold it.
+        ValueError: the weights are narrower than the change and cannot hold it, or the method
+            (prompt tuning, for one) has none that could be merged.
     """
     source = adapter.find_folder(path)
-    model = adapter.load(
-        source, base=copy.deepcopy(base) if isinstance(base, nn.Module) else base, settings=settings
-    )
+    if isinstance(base, nn.Module):
+        model = copy.deepcopy(base)
+    else:
+        model = adapter.load_base(adapter.read_description(source), source, source=base)
+    names = model.state_dict().keys()
+    adapter.put(model, source, settings=settings)
+    model.eval()
     save = getattr(model, "save_pretrained", None)
     if save is None:
         raise TypeError(
@@ -181,6 +185,11 @@ def export_merged(
             raise ValueError(
                 "the weights of the base are narrower than float32 and would round the learned "
                 "change away; export the PEFT adapter instead"
+            )
+        if differing := sorted(merged.state_dict().keys() ^ names):
+            raise ValueError(
+                f"this method cannot be merged into the weights: {differing[0]} is not in both the "
+                "base and the trained model; delta_lora.load(path) gives the trained model"
             )
         save(str(folder), safe_serialization=True)
     return Path(folder)
@@ -204,7 +213,7 @@ def changes(
     base = description["base"]
     found = find_projections(plain, base["projections"], exclude=base["head"])
     with adapter.adapter_of(trained).merged() as merged:
-        _refuse_other_changes(merged, plain, {p.layer for p in found}, base["head"])
+        _refuse_other_changes(merged, plain, found, base["head"])
         after = {
             p.name: _weight(merged.get_submodule(p.layer), p)
             for p in found
@@ -317,15 +326,49 @@ def _stack(parts: list[_Part], rank: int | None) -> Factors:
 
 
 def _refuse_other_changes(
-    merged: nn.Module, plain: nn.Module, layers: set[str], head: list[str]
+    merged: nn.Module, plain: nn.Module, found: Sequence[Projection], head: Sequence[str]
 ) -> None:
-    allowed = tuple(f"{name}." for name in (*layers, *head))
-    own = dict(merged.named_parameters())
-    for name, before in plain.named_parameters():
-        if name.startswith(allowed) or name not in own:
+    """Raise where training changed more than the slices `found` and the head."""
+    in_head = tuple(f"{name}." for name in head) or ("\0",)
+    before = dict(plain.named_parameters())
+    for name, parameter in merged.named_parameters():
+        owner = merged.get_submodule(name.rpartition(".")[0])
+        is_wrapped = isinstance(owner, LowRankBranch) or ".base_layer." in name
+        if name.startswith(in_head) or is_wrapped:
             continue
-        if not torch.equal(own[name].cpu(), before.cpu()):
+        if name not in before:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{name} was trained and is no part of the base, so no LoRA on the adapted "
+                    "layers can hold it; delta_lora.load(path) gives the trained model"
+                )
+            continue
+        now = parameter.detach().cpu().clone()
+        old = before[name].detach().cpu()
+        for p in found:
+            if name == f"{p.layer}.weight":
+                weight_slice(now, p).copy_(weight_slice(old, p))
+        if not torch.equal(now, old):
+            what = (
+                "outside the adapted slices"
+                if any(name == f"{p.layer}.weight" for p in found)
+                else "too"
+            )
             raise ValueError(
-                f"{name} changed too, which no LoRA on the adapted layers can hold; "
+                f"{name} changed {what}, which no LoRA on the adapted layers can hold; "
                 "export the merged model"
             )
+
+
+def _saved_whole(model: nn.Module, family: str | None, head: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of every module that PEFT saves and loads as a whole.
+
+    For a classifier PEFT adds the usual names of heads to `modules_to_save`, and it takes every
+    module whose name ends with one of them.
+    """
+    ends = (*head, *(("classifier", "score") if family == "sequence_classification" else ()))
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if ends and name.endswith(ends):
+            found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return found

@@ -189,7 +189,8 @@ def inject_branches(
 
     Raises:
         RuntimeError: the model was injected before.
-        ValueError: nothing matches, the rank is larger than a layer, or W has the wrong type.
+        ValueError: nothing matches, the rank is larger than a layer, W has the wrong type, is
+            shared with another layer, or is read by torch without a call of the layer.
     """
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
@@ -213,6 +214,7 @@ def inject_branches(
                 "load the model in float32 (mixed precision by autocast is fine), or use "
                 "form=closed_form, which never writes it"
             )
+    _refuse_layers_read_elsewhere(model, found)
     head_trains = head_parameters(model, head)
     model.requires_grad_(False)
     for parameter in head_trains.values():
@@ -228,6 +230,33 @@ def inject_branches(
         wrapped = LowRankLinear(base_layer, list(own.values()), dropout=dropout)
         replace_module(model, layer_name, wrapped)
     return branches
+
+
+def _refuse_layers_read_elsewhere(model: nn.Module, found: Sequence[Projection]) -> None:
+    """Raise where a branch would be passed by, or its change would reach another layer too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():  # a module of several names counts once
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    for layer in dict.fromkeys(p.layer for p in found):
+        parent_name, _, leaf = layer.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        is_read = isinstance(parent, nn.MultiheadAttention) or (
+            isinstance(parent, nn.TransformerEncoderLayer) and leaf in ("linear1", "linear2")
+        )
+        if is_read:
+            raise ValueError(
+                f"{layer} cannot be adapted: torch's {type(parent).__name__} reads its weight "
+                "without calling the layer, so that a branch on it would have no effect; choose "
+                "other projections"
+            )
+        names = owners[id(model.get_submodule(layer).weight)]
+        if len(names) > 1:
+            raise ValueError(
+                f"{layer} cannot be adapted: its weight is shared ({', '.join(names)}), and a "
+                "change of it would change the other layer too; choose other projections, or untie "
+                "the weights"
+            )
 
 
 @contextmanager

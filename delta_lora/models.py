@@ -81,8 +81,8 @@ def load_model(
             from random weights.
 
     Raises:
-        ValueError: unknown family or dtype, neither of source and architecture, or weights that
-            lack a parameter outside `new_modules`.
+        ValueError: unknown family, dtype or configuration value, neither of source and
+            architecture, or weights that lack a parameter outside `new_modules`.
         FileNotFoundError: the folder does not exist or holds no model.
         OSError: the hub cannot be reached, or knows no such model.
     """
@@ -112,7 +112,9 @@ def load_model(
         _set_dropout(config, dropout)
         return auto_class.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
     _check_folder(source, ("config.json",))
-    config = AutoConfig.from_pretrained(str(source), revision=revision, **overrides)
+    # No keyword of the caller reaches the loader: one of them would run code from the folder.
+    config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    _override(config, overrides)
     _set_dropout(config, dropout)
     with _quiet_loading():
         model, report = auto_class.from_pretrained(
@@ -122,6 +124,7 @@ def load_model(
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     _check_loaded(source, report, new_modules)
@@ -187,6 +190,17 @@ def _warn_of_untrained_pooler(
                 "train it with the head: task.head=[%s]",
                 source, pooler, head,
             )  # fmt: skip
+
+
+def _override(config: Any, values: Mapping[str, Any]) -> None:
+    """Set values of a model's configuration, which must have them."""
+    for key, value in values.items():
+        if not hasattr(config, key):
+            raise ValueError(
+                f"model.config_overrides has {key!r}, but a {type(config).__name__} has no such "
+                "value; correct it or leave it out"
+            )
+        setattr(config, key, value)
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:

@@ -232,6 +232,7 @@ class AdaLora(Method):
                 f"after_step({step}) but {self._num_steps} steps were applied so far; call it once "
                 "per applied optimiser step, counted from 0"
             )
+        self._follow_device()
         if step < self._total_steps - self._t_final:
             self._update_importance()
         budget = self.budget(step)
@@ -260,10 +261,14 @@ class AdaLora(Method):
         remaining = 1 - (step - self._t_init) / (end_of_cut - self._t_init)
         return int(target + (start - target) * remaining**3)
 
+    def _follow_device(self) -> None:
+        """Keep the averages where the factors are: a model may move after `inject`."""
+        factors = self._factors()
+        for average in (self._sensitivity, self._uncertainty):
+            average.update({n: average[n].to(p.device) for n, p in factors.items()})
+
     def _update_importance(self) -> None:
         factors = self._factors()
-        for average in (self._sensitivity, self._uncertainty):  # a model may move after inject
-            average.update({n: average[n].to(p.device) for n, p in factors.items()})
         values: list[Tensor] = list(factors.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in values]
         sensitivity = [self._sensitivity[name] for name in factors]

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
 import delta_lora
 from delta_lora.adapter import adapter_of, attach, build_method, load, method_class
@@ -151,6 +153,55 @@ def test_the_state_of_another_method_is_refused():
         adapter_of(attached(**DELTA)).load_state_dict(state)
 
 
+def test_settings_given_to_load_are_kept_by_save(tmp_path):
+    _, folder, _ = trained(CASES["gpt2"], tmp_path, "dylora", rank=3, alpha=3)
+    adapter_of(load(folder, settings={"eval_rank": 1})).save(tmp_path / "again")
+    assert adapter_of(load(tmp_path / "again")).method.describe()["eval_rank"] == 1
+
+
+def test_a_failed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    _, folder, expected = trained(CASES["gpt2"], tmp_path, **DELTA)
+    adapter = adapter_of(load(folder))
+
+    def fail(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("delta_lora.checkpoint.write_tensors", fail)
+        with pytest.raises(OSError, match="No space"):
+            adapter.save(folder)
+    model = load(folder)
+    torch.testing.assert_close(logits(model, inputs(model, 99)), expected)
+
+
+def test_a_base_is_found_through_links_and_a_hub_id_is_no_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep" / "down", target_is_directory=True)
+    (tmp_path / "disk" / "deep" / "down").mkdir(parents=True)
+    model = CASES["gpt2"].model()
+    model.save_pretrained(tmp_path / "base")
+    model = attached(model=type(model).from_pretrained(tmp_path / "base"), **DELTA)
+    adapter_of(model).save(tmp_path / "link" / "run")
+    assert load(tmp_path / "link" / "run") is not None
+
+    adapter = adapter_of(attached(**DELTA))
+    adapter.description["base"]["source"] = str(tmp_path / "gpt2")  # as a hub id would read
+    adapter.save(tmp_path / "gpt2" / "run")
+    written = json.loads((tmp_path / "gpt2" / "run" / "adapter_config.json").read_text())
+    assert written["base"]["source"] == str(tmp_path / "gpt2")
+
+
+def test_adalora_s_averages_follow_the_model_when_they_no_longer_change():
+    model = attached(method="adalora", total_steps=10, **ADALORA)
+    method = adapter_of(model).method
+    model.to("meta")
+    method._num_steps = 9  # as in a run that continues in its last phase
+    method.after_step(9)
+    averages = [*method._sensitivity.values(), *method._uncertainty.values()]
+    assert {average.device.type for average in averages} == {"meta"}
+
+
 def test_another_base_is_refused(tmp_path):
     _, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
     with pytest.raises(ValueError, match="base model is not the one"):
@@ -216,6 +267,41 @@ class TestBadInput:
         with caplog.at_level(logging.WARNING, logger="delta_lora"):
             attach(CASES["roberta"].model(), **DELTA)
         assert "classifier stays frozen" in caplog.text
+
+    def test_a_setting_that_cannot_be_saved_is_refused_before_the_training(self):
+        with pytest.raises(TypeError, match=r"method\.rank=.*int64.* cannot be saved as JSON"):
+            attached(**{**DELTA, "rank": np.int64(2)})
+
+    def test_training_goes_on_from_a_state_not_from_a_loaded_adapter(self, tmp_path):
+        _, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
+        model = load(folder)
+        assert adapter_of(model).step == 6
+        with pytest.raises(RuntimeError, match=r"loaded for use.*load_state_dict"):
+            train(model, 1)
+
+    def test_a_weight_that_two_layers_share(self):
+        model = CASES["gpt2"].model()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        with pytest.raises(ValueError, match=r"lm_head cannot be adapted: its weight is shared"):
+            attach(model, "lora", projections=["lm_head"], rank=2)
+
+    def test_layers_whose_weights_torch_reads_itself(self):
+        block = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+        for name in ("linear1", "out_proj"):
+            with pytest.raises(ValueError, match="would have no effect"):
+                attach(block, "lora", projections=[name], rank=2)
+
+    def test_a_description_runs_no_code_of_the_base(self, tmp_path):
+        base, folder, _ = trained(CASES["gpt2"], tmp_path, **DELTA)
+        config = json.loads((base / "config.json").read_text())
+        (base / "evil.py").write_text("raise SystemExit('this ran')")
+        config["auto_map"] = {"AutoConfig": "evil.Config"}
+        (base / "config.json").write_text(json.dumps(config))
+        description = json.loads((folder / "adapter_config.json").read_text())
+        description["base"]["config_overrides"] = {"trust_remote_code": True}
+        (folder / "adapter_config.json").write_text(json.dumps(description))
+        with pytest.raises(ValueError, match="config_overrides has 'trust_remote_code'"):
+            load(folder)
 
     def test_layers_that_do_not_exist(self):
         with pytest.raises(ValueError, match=r"'qurey' matched no linear layer"):

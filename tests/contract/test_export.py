@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -25,11 +26,12 @@ AUTO = {
 }
 
 
-def trained(case, folder, method="delta_lora", num_steps=6, **settings):
+def trained(case, folder, method="delta_lora", num_steps=6, name=None, **settings):
     """Save a base, train on it, save the adapter; return (base folder, adapter folder, logits)."""
+    auto = AUTO[name or case_name(case)]
     model = case.model()
     model.save_pretrained(folder / "base")
-    model = AUTO[case_name(case)].from_pretrained(folder / "base")
+    model = auto.from_pretrained(folder / "base")
     delta_lora.attach(
         model, method, projections=case.projections, head=case.head, total_steps=num_steps,
         **{"learning_rate": 2e-2, **settings},
@@ -208,6 +210,37 @@ def test_the_head_goes_along(tmp_path):
     wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
     ours = delta_lora.load(folder).classifier.weight
     assert torch.equal(wrapped.base_model.model.classifier.modules_to_save["default"].weight, ours)
+
+
+def test_a_frozen_head_goes_along_too(tmp_path):
+    """PEFT looks for the usual heads of a classifier whether they trained or not."""
+    case = CASES["roberta"]
+    base, folder, expected = trained(replace(case, head=()), tmp_path, name="roberta", **DELTA)
+    export.export_peft(folder, tmp_path / "peft")
+    found = through_peft(case, base, tmp_path / "peft")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_prompts_are_refused(rank, tmp_path):
+    settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 1}
+    _, folder, _ = trained(CASES["roberta"], tmp_path, "peft", peft=settings)
+    with pytest.raises(ValueError, match="cannot be merged into the weights"):
+        export.export_merged(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValueError, match=r"no part of the base|no product of low rank"):
+        export.export_peft(folder, tmp_path / "peft", rank=rank)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "lora_only"}])
+def test_what_peft_changed_beside_the_slices_is_not_dropped(settings, tmp_path):
+    """In GPT-2 PEFT adapts the key too; our projections are query and value."""
+    settings = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": False, **settings,
+    }  # fmt: skip
+    _, folder, _ = trained(CASES["gpt2"], tmp_path, "peft", peft=settings)
+    with pytest.raises(ValueError, match="which no LoRA on the adapted layers can hold"):
+        export.export_peft(folder, tmp_path / "peft", rank=4)
 
 
 def test_a_bfloat16_base_exports_as_peft_and_not_merged(tmp_path):
