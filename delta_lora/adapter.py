@@ -419,7 +419,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     base = dict(description["base"])
     if base["source"] is not None and (Path(base["source"]) / "config.json").is_file():
         # Relative, so that a folder of runs can be moved as a whole.
-        base["source"] = os.path.relpath(Path(base["source"]).resolve(), folder.resolve())
+        base["source"] = os.path.relpath(base["source"], folder)
         if not base["source"].startswith("."):
             base["source"] = f"./{base['source']}"
     content = _as_json({**description, "base": base})
@@ -532,6 +532,28 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def base_source(
+    description: Mapping[str, Any], folder: Path, given: str | Path | None = None
+) -> tuple[str | None, str | None]:
+    """Return where the base model is (folder, hub id or None), and its commit on the hub.
+
+    Args:
+        description: from `read_description`; it names a local base relative to `folder`.
+        folder: where it stands.
+        given: what a caller names instead: as it is, without the commit of another repository.
+    """
+    base = description["base"]
+    if given is not None:
+        same = str(given) == base["source"]
+        return str(given), base["revision"] if same else None
+    source = base["source"]
+    if source is not None and source.startswith("."):
+        # As it was written, by names; through links a folder's ".." is another one.
+        by_name = os.path.normpath(os.path.join(os.path.abspath(folder), source))
+        source = by_name if Path(by_name).is_dir() else str(folder / source)
+    return source, base["revision"]
+
+
 def load_base(
     description: Mapping[str, Any], folder: Path, *, source: str | Path | None = None
 ) -> nn.Module:
@@ -547,18 +569,16 @@ def load_base(
         ValueError: the description does not say how to build it.
     """
     base = description["base"]
-    source = base["source"] if source is None else source
+    source, revision = base_source(description, folder, source)
     if base["family"] is None or (source is None and base["architecture"] is None):
         raise ValueError(
             f"{folder} does not say how its base model is built; "
             "build it yourself and give it with base=model"
         )
-    if isinstance(source, str) and source.startswith("."):
-        source = folder.resolve() / source
     return load_model(
         base["family"],
-        source=None if source is None else str(source),
-        revision=base["revision"],
+        source=source,
+        revision=revision,
         architecture=base["architecture"],
         dtype=base["dtype"],
         config_overrides=base["config_overrides"],

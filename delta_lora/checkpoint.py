@@ -114,6 +114,13 @@ def save(
     return final
 
 
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a continued run will write again."""
+    for path in _folders(folder):
+        if int(path.name.removeprefix(_PREFIX)) > step:
+            shutil.rmtree(path)
+
+
 def latest(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint whose checksums hold, or None where there is no checkpoint.
 

@@ -203,8 +203,9 @@ class WandbMirror:
         summary |= {f"parameters/{k}": v for k, v in record.get("parameters", {}).items()}
         self._run.summary.update(summary)
         if predictions.exists():
-            lines = predictions.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
+            # A text may hold characters at which `splitlines` would cut.
+            lines = predictions.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
             if rows:
                 columns = list(rows[0])
                 data = [[str(row.get(column)) for column in columns] for row in rows]

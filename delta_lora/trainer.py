@@ -387,6 +387,8 @@ class Trainer:
                 optimizer, stored.tensors.get("optimizer", {}), stored.state["optimizer"]
             )
             method.load_state_dict(stored.tensors.get("method", {}))
+            if is_main:
+                checkpoint.drop_after(best_folder, step)
             logger.info("continuing at step %d of %d", step, total)
 
         wrapped = torch.compile(bare_model, dynamic=True) if self.compile else bare_model
@@ -507,7 +509,7 @@ class Trainer:
                                 step,
                                 tensors={"weights": method.updated_tensors(bare_model)},
                                 state=values,
-                                keep=1,
+                                keep=2,  # a kill before the next checkpoint needs the one before
                             )
                     model.train()
                 # Only at log steps, so that no half-filled mean has to be stored.
@@ -529,6 +531,11 @@ class Trainer:
                     f"no evaluation gave a value of {task.selection_metric or 'a finite loss'}, so "
                     "there is no best step; use trainer.checkpoint_rule=last, or a smaller "
                     "learning rate"
+                )
+            if best.step != result.chosen_step:
+                raise RuntimeError(
+                    f"{best_folder} holds step {best.step}, but step {result.chosen_step} is the "
+                    f"best; remove {folder} and run again"
                 )
             checkpoint.restore_weights(bare_model, best.tensors["weights"])
         else:

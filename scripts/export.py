@@ -66,6 +66,7 @@ def export(
     description = adapter.read_description(source)
     record = load_record(source.parent) if (source.parent / RECORD).is_file() else None
     lines, problems = [], []
+    written: list[Path] = []
     try:
         done = export.export_peft(run, output / "peft", base=base, rank=rank, settings=settings)
     except ValueError as error:
@@ -82,6 +83,7 @@ def export(
         )
         if difference is not None:
             facts += f"; outputs differ by at most {difference:.1e}"
+        written.append(done.folder)
         lines.append(f"{done.folder}: PEFT LoRA, {_megabytes(done.folder)}; {facts}")
         _write_card(done.folder, description, record, facts)
     if is_merged_wanted:
@@ -90,11 +92,12 @@ def export(
         except (TypeError, ValueError) as error:
             problems.append(f"no merged model: {error}")
         else:
+            written.append(folder)
             lines.append(f"{folder}: merged model, {_megabytes(folder)}")
             _write_card(folder, description, record, "the change is merged into the weights")
     if not lines:
         raise ValueError("; ".join(problems))
-    _copy_tokenizer(description, source, base, [path for path in output.iterdir() if path.is_dir()])
+    _copy_tokenizer(description, source, base, written)
     return lines + problems
 
 
@@ -135,14 +138,14 @@ def _copy_tokenizer(
     description: Mapping[str, Any], source: Path, base: str | None, folders: Sequence[Path]
 ) -> None:
     """Put the tokenizer of the base beside the weights, where the base has one."""
+    from delta_lora import adapter
     from delta_lora.models import load_tokenizer
 
-    origin = description["base"]["source"] if base is None else base
+    origin, revision = adapter.base_source(description, source, base)
     if origin is None:
         return
-    origin = source / origin if origin.startswith(".") else origin
     try:
-        tokenizer = load_tokenizer(origin, description["base"]["revision"])
+        tokenizer = load_tokenizer(origin, revision)
     except OSError as error:
         logger.warning("no tokenizer beside the export: %s", error)
         return

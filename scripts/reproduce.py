@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.page import write_page
 from scripts.reporting.plan import describe, list_cells
-from scripts.reporting.results import RESULTS, collect
+from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.runs.batch import (
     check_before_work,
@@ -140,17 +140,31 @@ def _finish(
 ) -> int:
     """Write and print the tables; return the exit code."""
     is_complete = True
+    every: list[Entry] = []
     for spec in specs:
         entries = collect(plans[spec.name], cell, failures=failures)
         text, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
         print(f"\n{text}")
         for path in paths:
             print(f"wrote {path}")
+        every += entries
         absent = [entry for entry in entries if entry.record is None]
         for entry in absent:
             print(f"{entry.cell.label}: {entry.state}: {entry.reason}", file=sys.stderr)
         is_complete = is_complete and not absent
     print(f"wrote {write_page(results_folder / scale)}")
+    unscored = [
+        entry.cell.folder / "record.json"
+        for entry in every
+        if entry.record is not None and entry.record["missing_metrics"]
+    ]
+    if unscored:
+        print(
+            f"{len(unscored)} runs lack a score (the footnotes say why). Where that is mended, "
+            "remove their records and give the command again, which only scores them: rm "
+            + " ".join(map(str, dict.fromkeys(unscored))),
+            file=sys.stderr,
+        )
     if not is_complete:
         print("not all runs finished; the same command tries the others again", file=sys.stderr)
         return 1

@@ -37,7 +37,7 @@ def main(_: DictConfig) -> None:
         folder = cell.run_dir(cfg)
         if cell.status(cfg).state == "done":
             logger.info("already done: %s (delete the folder to run it again)", folder)
-        record = cell.run(cfg)
+        record = cell.run(cfg, wait=False)
     except (cell.ConfigError, cell.LockedError) as error:
         _stop(str(error))
     except KeyboardInterrupt as stop:

@@ -148,13 +148,12 @@ class HubDataset:
             RuntimeError: the hub cannot be reached.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         if re.fullmatch("[0-9a-f]{40}", self.revision):
             return f"{self.repository}@{self.revision}"
         try:
             commit = HfApi().dataset_info(self.repository, revision=self.revision).sha
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # what the hub's network library raises depends on its version
             raise RuntimeError(self._advice(error)) from error
         return f"{self.repository}@{commit}"
 
@@ -185,7 +184,7 @@ class HubDataset:
                 revision=self.revision,
                 cache_dir=None if cache_dir is None else str(Path(cache_dir).expanduser()),
             )
-        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # see `resolve`
             raise RuntimeError(self._advice(error)) from error
         if missing := [column for column in columns if column not in table.column_names]:
             raise ValueError(
@@ -269,7 +268,7 @@ def read_document(path: Path) -> Document:
     if not data.strip():
         raise ValueError(f"{path} is empty ({len(data)} bytes)")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(

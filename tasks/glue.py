@@ -310,7 +310,7 @@ class Glue(Task):
 
     def _label(self, values: Mapping[str, Any], split: str, place: str) -> float | None:
         text = str(values.get("label", HIDDEN)).strip()
-        if text == HIDDEN and split == "test":
+        if split == "test" and (not text or text in (HIDDEN, f"{HIDDEN}.0")):
             return None
         if self.labels is not None:
             names = {name: number for number, name in enumerate(self.labels)}

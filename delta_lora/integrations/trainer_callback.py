@@ -6,7 +6,8 @@ arXiv 2309.02411, Algorithm 1: after the optimiser step t, if t > K,
 
 Two forms with equal gradients and equal results:
 
-* ``in_place`` writes W as printed. W must be float32 or float64.
+* ``in_place`` writes W as printed. W must be float32 or float64. `disable_adapter()` then no longer
+  gives the base: where a loss needs it (DPO's reference, a KL term), take ``closed_form``.
 * ``closed_form`` leaves W alone. The updates telescope, so the change of W is
   ``update_ratio * scaling * (B @ A - B_k @ A_k)`` with A_k and B_k as they stood before the first
   update; a forward hook on each LoRA layer adds it. It never reads W, so

@@ -39,6 +39,7 @@ class Measurement:
             model and data count.
         needs_run: whether it reads what that run has learned.
         start: signature of that run, or of its pre-trained model.
+        extra: overrides given on top of the audit's, which may change any of it.
         outputs: folder of all run folders.
     """
 
@@ -49,6 +50,7 @@ class Measurement:
     needs_run: bool
     start: str
     outputs: Path
+    extra: tuple[str, ...] = ()
 
     @property
     def signature(self) -> str:
@@ -58,6 +60,7 @@ class Measurement:
             "version": VERSIONS[self.part],
             "settings": self.settings,
             "start": self.start,
+            **({"extra": list(self.extra)} if self.extra else {}),
         }
         return f"{self.part}-{provenance.signature(signed)}"
 
@@ -77,7 +80,13 @@ class Measurement:
 
 
 def plan(
-    part: str, label: str, settings: Mapping[str, Any], overrides: Sequence[str], *, needs_run: bool
+    part: str,
+    label: str,
+    settings: Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    needs_run: bool,
+    extra: Sequence[str] = (),
 ) -> Measurement:
     """Return a measurement on the run, or on the model of the run, that `overrides` compose.
 
@@ -95,6 +104,7 @@ def plan(
         needs_run=needs_run,
         start=start,
         outputs=outputs,
+        extra=tuple(extra),
     )
 
 
@@ -126,6 +136,7 @@ def compose(overrides: Sequence[str]) -> Measurement:
     (text,) = overrides
     values = json.loads(text)
     values["overrides"], values["outputs"] = tuple(values["overrides"]), Path(values["outputs"])
+    values["extra"] = tuple(values["extra"])
     return Measurement(**values)
 
 

@@ -114,7 +114,10 @@ def list_measurements(
         *, needs_run: bool = False,
     ) -> None:  # fmt: skip
         whole = (*settings["run"], *overrides, f"scale={scale}", f"seed={seed}", *extra)
-        found.append(measurements.plan(part, label, values, whole, needs_run=needs_run))
+        changing = [override for override in extra if not override.startswith("paths.")]
+        found.append(
+            measurements.plan(part, label, values, whole, needs_run=needs_run, extra=changing)
+        )
 
     for seed in seeds:
         for row in settings["rank"]["rows"]:

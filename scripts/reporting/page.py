@@ -39,7 +39,7 @@ def write_page(folder: Path, scale: str | None = None, *, has_audit: bool | None
             found[name] = json.loads(path.read_text(encoding="utf-8"))
     lines = [f"# Results at scale {scale or folder.name}", ""]
     lines += ["Generated from run records by `python scripts/tables.py`; never edited.", ""]
-    lines += [f"Made by `{_command(found, scale or folder.name)}`.", ""]
+    lines += [f"Made by {_command(found, scale or folder.name)}.", ""]
     if (folder / "audit.md").exists() if has_audit is None else has_audit:
         lines += [
             "Beside the paper's claims: [the audit](audit.md), what follows from the method.",
@@ -71,15 +71,17 @@ def _suffixes(folder: Path, name: str) -> list[str]:
 
 
 def _command(found: Mapping[str, Results], scale: str) -> str:
-    """Return the command that makes the page's tables (with one set of seeds)."""
+    """Return the command that makes the page's tables, where one does."""
     seeds = {tuple(results["seeds"]) for results in found.values()}
     extra = {tuple(results["overrides"]) for results in found.values()}
+    if len(seeds) > 1 or len(extra) > 1:
+        return "**several commands**: seeds or overrides differ, see the head of each table"
     command = f"make reproduce-all SCALE={scale}"
-    if len(seeds) == 1:
+    if seeds:
         command += f" SEEDS={','.join(map(str, next(iter(seeds))))}"
-    if len(extra) == 1 and (overrides := next(iter(extra))):
+    if extra and (overrides := next(iter(extra))):
         command += f' ARGS="{" ".join(overrides)}"'
-    return command
+    return f"`{command}`"
 
 
 def _verdicts(found: Mapping[str, Results]) -> list[str]:
@@ -93,8 +95,11 @@ def _verdicts(found: Mapping[str, Results]) -> list[str]:
         where = f"figure {raw['figure']}" if "figure" in raw else f"table {raw['table']}"
         verdict, reason = "not judged", f"{where} was not made at this scale"
         if claim_id in judged:
-            where = f"{where} ({len(judged[claim_id][1]['parts'])} parts)"
-            verdict, reason = (judged[claim_id][1][key] for key in ("verdict", "reason"))
+            name, claim = judged[claim_id]
+            where = f"{where} ({len(claim['parts'])} parts)"
+            if found[name]["overrides"]:
+                where += f" with {' '.join(found[name]['overrides'])}"
+            verdict, reason = (claim[key] for key in ("verdict", "reason"))
         statement = raw["statement"].strip()
         if "source" in raw:
             statement += f" (Said by {raw['source']}.)"

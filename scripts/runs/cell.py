@@ -299,12 +299,12 @@ def _ensure(cfg: DictConfig, message: str) -> None:
     if status(cfg).state == "done":
         return
     logger.info(message)
-    run(cfg, wait=True)
+    run(cfg)
     while not _is_main() and status(cfg).state != "done":
         time.sleep(0.2)  # the main process is still writing
 
 
-def run(cfg: DictConfig, *, wait: bool = False) -> dict[str, Any]:
+def run(cfg: DictConfig, *, wait: bool = True) -> dict[str, Any]:
     """Run one cell, or continue it, or return its record if it is done.
 
     Args:

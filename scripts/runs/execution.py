@@ -92,12 +92,38 @@ def load_task(cfg: DictConfig) -> Any:
 
 
 def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[str, Any]:
+    """Run a cell, or continue it, and write its record; arguments and errors as `_execute`.
+
+    The mirrors are closed however it ends: the next run of this process has its own.
+    """
+    mirrors: list[Any] = []
+    try:
+        return _execute(cfg, plan, task, mirrors, is_main=is_main)
+    finally:
+        for mirror in mirrors:
+            with _only_warned("closing the mirror"):
+                mirror.close()
+
+
+@contextlib.contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    """Turn an error into a warning: a dashboard must not cost a run its record."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
+
+
+def _execute(
+    cfg: DictConfig, plan: Plan, task: Any, mirrors: list[Any], *, is_main: bool
+) -> dict[str, Any]:
     """Run a cell, or continue it, and write its record.
 
     Args:
         cfg: from `scripts.runs.composition.compose`.
         plan: what is known about it.
         task: from `load_task`.
+        mirrors: gets the loggers beside ``metrics.jsonl``.
         is_main: whether this is the main process of a distributed run, or the only one.
 
     Returns:
@@ -140,7 +166,8 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     _log_start(cfg, plan, parameters, len(train), trainer.batch_size, total_steps)
     if is_main:
         OmegaConf.save(cfg, plan.folder / "config.yaml", resolve=True)
-    mirrors = _mirrors(cfg, plan) if is_main else []
+    if is_main:
+        mirrors += _mirrors(cfg, plan)
     identity = {
         "base_weights_sha256": weights_sha256,
         "data": task.provenance(),
@@ -251,8 +278,8 @@ def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[st
     checkpoint.write_json(plan.folder / RESOURCES, resources)
     checkpoint.write_json(plan.folder / RECORD, record)
     for mirror in mirrors:
-        mirror.log_record(record, plan.folder / "predictions.jsonl")
-        mirror.close()
+        with _only_warned("mirroring the record"):
+            mirror.log_record(record, plan.folder / "predictions.jsonl")
     return load_record(plan.folder)
 
 

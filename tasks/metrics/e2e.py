@@ -144,7 +144,13 @@ def _one_line(text: str, name: str) -> str:
 
 def read_predictions(path: Path) -> list[str]:
     """Return the outputs of an official file: one a line, empty lines are empty outputs."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line.strip() for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file; only a line feed ends one, a byte order mark is no text."""
+    lines = path.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_references(path: Path) -> list[list[str]]:
@@ -156,7 +162,7 @@ def read_references(path: Path) -> list[list[str]]:
         ValueError: there are two empty lines in a row.
     """
     groups: list[list[str]] = [[]]
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         text = line.strip()
         if text:
             groups[-1].append(text)

@@ -23,7 +23,9 @@ def test_a_run_loads_and_exports(
     folder = cell.run_dir(cfg)
     model = delta_lora.load(folder)
     assert isinstance(model, tf.GPT2LMHeadModel)
+    (tmp_path / "of_somebody_else").mkdir()
     assert export.main([str(folder), "--output", str(tmp_path)]) == 0
+    assert not list((tmp_path / "of_somebody_else").iterdir())
     said = capsys.readouterr().out
     assert "rank 16 in 3 layers" in said  # 2 r of query and of value in one fused layer
     assert "outputs differ by at most" in said

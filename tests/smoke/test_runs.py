@@ -115,7 +115,40 @@ def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., lis
         cell.lock(cell.run_dir(cfg), wait=False),
         pytest.raises(cell.LockedError, match=r"process \d+ is already working in"),
     ):
-        cell.run(cfg)
+        cell.run(cfg, wait=False)
+
+
+def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
+    small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    from scripts.runs import execution
+    from tasks.e2e import E2E
+
+    closed = []
+
+    class Broken:
+        def log(self, step: int, values: Any) -> None: ...
+
+        def log_record(self, record: Any, predictions: Path) -> None:
+            raise RuntimeError("no connection")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(execution, "_mirrors", lambda cfg, plan: [Broken()])
+    cfg = cell.compose(small("method=lora", "seed=79"))
+    with monkeypatch.context() as patch:
+        patch.setattr(E2E, "score", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            cell.run(cfg)
+    num_closed = len(closed)  # the run's own, and where it came first the pre-training's
+    assert num_closed > 0
+    assert cell.run(cfg)["status"] == "completed"
+    assert len(closed) == num_closed + 1
+    assert "mirroring the record failed: RuntimeError: no connection" in caplog.text
 
 
 def test_a_failing_run_leaves_its_reason_and_can_be_run_again(

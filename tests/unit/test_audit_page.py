@@ -237,6 +237,9 @@ def test_runs_are_shared_with_the_tables() -> None:
     assert len(names & committed) >= 5  # LoRA, Delta-LoRA, both controls, fine-tuning
     assert len(names) < len(plan.cells)
     assert len({m.signature for m in plan.measurements}) == len(plan.measurements)
+    other = make_plan("tiny", [1], ["recipe.weight_decay=0.1"], few)
+    kept = {m.signature for m in plan.measurements} & {m.signature for m in other.measurements}
+    assert not kept
 
 
 def some(tmp_path: Path, **settings: Any) -> Measurement:
@@ -248,6 +251,9 @@ def test_a_measurement_is_named_by_what_it_depends_on(tmp_path: Path) -> None:
     assert first.signature != some(tmp_path, rank=8).signature
     assert first.signature == dataclasses.replace(first, label="x").signature
     assert first.signature != dataclasses.replace(first, start="abd").signature
+    changed = dataclasses.replace(first, extra=("recipe.weight_decay=0.1",))
+    assert first.signature != changed.signature
+    assert measurements.compose(measurements.as_job(changed)) == changed
     (text,) = measurements.as_job(first)
     assert measurements.compose([text]) == first
 

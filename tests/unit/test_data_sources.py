@@ -309,9 +309,21 @@ def test_a_hub_dataset_is_read_from_parquet_and_hashed(
         source.fetch("test", ["z"])
 
 
+class NetworkError(Exception):
+    """As the hub's network library has it: neither an OSError nor one of the hub's errors."""
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_bytes(b"\xef\xbb\xbfname : A||a\n")
+    document = read_document(path)
+    assert document.text == "name : A||a\n"
+    assert document.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> object:
-        raise ConnectionError("no route")
+        raise NetworkError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HubDataset("owner/data", "refs/convert/parquet")

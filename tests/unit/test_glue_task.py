@@ -153,6 +153,14 @@ def test_hidden_test_labels_give_predictions_only(
     assert "no labels" in scores.missing["matthews"]
 
 
+@pytest.mark.parametrize("hidden", ["-1", "-1.0", ""])
+def test_hidden_labels_are_written_in_several_ways(tmp_path: Path, hidden: str) -> None:
+    write(tmp_path, "stsb")
+    (tmp_path / "test.tsv").write_text(text("stsb", [f"A.\tB.\t{hidden}\t0"]))
+    task = from_files("stsb", tmp_path, scored_split="test")
+    assert [row.label for row in task.inputs("test")] == [None]
+
+
 @pytest.mark.parametrize(
     ("task", "name", "content", "message"),
     [

@@ -128,6 +128,9 @@ def test_reference_files(tmp_path):
     assert e2e.read_references(path) == [["a", "b"], ["c"]]
     path.write_text("a\nb\n", encoding="utf-8")
     assert e2e.read_references(path) == [["a"], ["b"]]
+    path.write_text("\ufeffa\u2028b\r\nc\n", encoding="utf-8", newline="")
+    assert e2e.read_references(path) == [["a\u2028b"], ["c"]]
+    assert e2e.read_predictions(path) == ["a\u2028b", "c"]
     path.write_text("a\n\n\nb\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 3"):
         e2e.read_references(path)
