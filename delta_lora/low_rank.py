@@ -250,7 +250,7 @@ def _refuse_layers_read_elsewhere(model: nn.Module, found: Sequence[Projection])
                 "without calling the layer, so that a branch on it would have no effect; choose "
                 "other projections"
             )
-        names = owners[id(model.get_submodule(layer).weight)]
+        names = owners.get(id(model.get_submodule(layer).weight), [])  # none: a quantised buffer
         if len(names) > 1:
             raise ValueError(
                 f"{layer} cannot be adapted: its weight is shared ({', '.join(names)}), and a "
