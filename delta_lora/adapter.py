@@ -426,7 +426,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     # Until the new tensors are whole, the old adapter stays.
     temporary = folder / f".{TENSORS}.{os.getpid()}"
-    checkpoint.write_tensors(temporary, tensors)
+    try:
+        checkpoint.write_tensors(temporary, tensors)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would fill the disk further
+        raise
     (folder / CONFIG).unlink(missing_ok=True)
     temporary.replace(folder / TENSORS)
     checkpoint.write_json(folder / CONFIG, content)

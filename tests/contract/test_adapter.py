@@ -171,6 +171,7 @@ def test_a_failed_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
         patch.setattr("delta_lora.checkpoint.write_tensors", fail)
         with pytest.raises(OSError, match="No space"):
             adapter.save(folder)
+    assert not list(folder.glob(".*")), "no half of a file stays"
     model = load(folder)
     torch.testing.assert_close(logits(model, inputs(model, 99)), expected)
 
