@@ -9,12 +9,14 @@ draw from (seed, step, micro-batch, process), and the data position is the step 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +99,19 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{_PREFIX}{step:08d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for unfinished in folder.glob(f"{_TEMPORARY}*"):  # of a process that was killed
+        shutil.rmtree(unfinished)
     temporary.mkdir()
-    for part, content in tensors.items():
-        write_tensors(temporary / f"{part}.safetensors", content)
-    write_json(temporary / "state.json", {"step": step, **state})
-    checksums = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / MANIFEST, checksums)
-    _sync_folder(temporary)
+    try:
+        for part, content in tensors.items():
+            write_tensors(temporary / f"{part}.safetensors", content)
+        write_json(temporary / "state.json", {"step": step, **state})
+        checksums = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, checksums)
+        _sync_folder(temporary)
+    except BaseException:  # half a checkpoint would only fill the disk further
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
         shutil.rmtree(final)
     temporary.replace(final)
@@ -112,6 +119,79 @@ def save(
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+class Writer:
+    """Writes checkpoints in a background thread, one at a time and in order.
+
+    `save` takes a copy of everything and returns; on CUDA the copies go to pinned memory behind
+    the kernels that are already queued, so that neither the device nor the loop waits for the
+    disk. The host memory of one checkpoint is kept for the next. Use it in a ``with`` block: leaving
+    it waits for the last write.
+
+    Raises:
+        OSError: at the next call after a write that failed, for example of a full disk; the
+            checkpoints before it stand.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[Path] | None = None
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._buffers.clear()
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        keep: int = 2,
+    ) -> None:
+        """Begin to write a checkpoint; arguments as `save` of this module."""
+        self.wait()
+        copies = {part: self._copy(part, content) for part, content in tensors.items()}
+        is_on_cuda = any(t.is_cuda for content in tensors.values() for t in content.values())
+        copied = torch.cuda.Event() if is_on_cuda else None
+        if copied is not None:
+            copied.record()
+        frozen = copy.deepcopy(dict(state))
+
+        def write() -> Path:
+            if copied is not None:
+                copied.synchronize()
+            return save(folder, step, tensors=copies, state=frozen, keep=keep)
+
+        self._running = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Wait for the running write; raises what stopped it."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _copy(self, part: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in content.items():
+            source = tensor.detach()
+            target = self._buffers.get((part, name))
+            if target is None or target.shape != source.shape or target.dtype != source.dtype:
+                target = torch.empty(
+                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
+                )  # contiguous, whatever the layout of the source
+                self._buffers[part, name] = target
+            copies[name] = target.copy_(source, non_blocking=True)
+        return copies
 
 
 def drop_after(folder: Path, step: int) -> None:

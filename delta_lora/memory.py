@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ def reset_peak(device: torch.device) -> None:
             marks.write_text("5")
         except OSError:
             return
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that is queued on it; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release() -> None:
+    """Free what an earlier run of this process left: its cycles, and the device memory behind."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -53,8 +53,20 @@ class Batch:
     example_ids: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch with its tensors on `device`."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        """Return the same batch with its tensors on `device`.
+
+        To a CUDA device they go by way of pinned memory, so that the host does not wait for the
+        steps that are queued there.
+        """
+        if torch.device(device).type == "cuda":
+            moved = {
+                name: (tensor if tensor.is_cuda else tensor.pin_memory()).to(
+                    device, non_blocking=True
+                )
+                for name, tensor in self.tensors.items()
+            }
+        else:
+            moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return Batch(moved, self.num_targets, self.num_tokens, self.example_ids)
 
 
@@ -215,7 +227,12 @@ class Task(ABC):
         return ()
 
     def predict(
-        self, model: nn.Module, tokenizer: Any, split: str, done: Iterable[dict[str, Any]] = ()
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        split: str,
+        done: Iterable[dict[str, Any]] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield chunks of predictions, JSON objects with at least ``id`` and ``prediction``.
 
@@ -225,6 +242,8 @@ class Task(ABC):
             split: ``test`` or ``validation``.
             done: predictions that an interrupted run already wrote; they are skipped without
                 changing the composition of the remaining chunks, so the result is the same.
+            share: index of this process and number of processes. Of all chunks, finished ones
+                included, those come whose number modulo the number of processes is the index.
         """
         return iter(())
 

@@ -20,15 +20,32 @@ class Session:
     """Time, tokens and memory of this session, added to what earlier sessions used.
 
     Args:
-        device: whose memory is measured.
+        device: whose memory is measured, and which is waited for where times are read.
         earlier: `resources` of the sessions before; empty for a new run.
     """
 
     def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
         self._device, self._earlier = device, dict(earlier)
         self._start = time.monotonic()
+        self._apart_s = 0.0
         self.num_tokens = 0
         memory.reset_peak(device)
+
+    @contextlib.contextmanager
+    def apart(self, *, wait: bool) -> Iterator[None]:
+        """Leave the time inside out of ``step_time_s``: evaluation, checkpoints.
+
+        Args:
+            wait: let the device finish the steps before the clock stops; False where the block
+                only queues work.
+        """
+        if wait:
+            memory.synchronize(self._device)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._apart_s += time.monotonic() - began
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._start
@@ -46,12 +63,19 @@ class Session:
         }
 
     def resources(self) -> dict[str, float]:
-        """Return seconds, tokens, tokens per second, peak memory in bytes, number of sessions."""
-        time_s = self._earlier.get("train_time_s", 0.0) + self._elapsed_s()
+        """Return seconds, tokens, tokens per second, peak memory in bytes, number of sessions.
+
+        ``train_time_s`` is all of `delta_lora.trainer.Trainer.fit`, ``step_time_s`` the optimiser
+        steps alone: neither evaluation nor checkpoints.
+        """
+        elapsed_s = self._elapsed_s()
+        time_s = self._earlier.get("train_time_s", 0.0) + elapsed_s
+        step_time_s = self._earlier.get("step_time_s", 0.0) + elapsed_s - self._apart_s
         tokens = self._earlier.get("train_tokens", 0) + self.num_tokens
         peak = max(self._earlier.get("peak_memory_bytes", 0), memory.peak_bytes(self._device))
         return {
             "train_time_s": time_s,
+            "step_time_s": step_time_s,
             "train_tokens": tokens,
             "tokens_per_s": tokens / max(time_s, 1e-9),
             "peak_memory_bytes": peak,
@@ -60,9 +84,25 @@ class Session:
 
 
 class Stop:
-    """Whether a signal asked the loop to stop."""
+    """Whether a signal asked the loop to stop, and whether it may be interrupted at once."""
 
     requested = False
+    _is_interruptible = False
+
+    @contextlib.contextmanager
+    def at_once(self, enabled: bool = True) -> Iterator[None]:
+        """Let a signal interrupt the block by `KeyboardInterrupt`: for long work between steps.
+
+        Args:
+            enabled: False leaves signals as they are outside of the block.
+        """
+        self._is_interruptible = enabled
+        try:
+            if enabled and self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_interruptible = False
 
 
 @contextlib.contextmanager
@@ -71,7 +111,8 @@ def stop_signals() -> Iterator[Stop]:
     stop = Stop()
 
     def request(signum: int, frame: Any) -> None:
-        if stop.requested:
+        if stop.requested or stop._is_interruptible:
+            stop.requested = True
             raise KeyboardInterrupt
         stop.requested = True
         logger.warning(
