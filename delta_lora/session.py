@@ -26,7 +26,7 @@ class Session:
 
     def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
         self._device, self._earlier = device, dict(earlier)
-        self._start = time.monotonic()
+        self._start = self._mark = time.monotonic()
         self._apart_s = 0.0
         self.num_tokens = 0
         memory.reset_peak(device)
@@ -46,6 +46,14 @@ class Session:
             yield
         finally:
             self._apart_s += time.monotonic() - began
+
+    def mark(self) -> None:
+        """Begin to count `since_mark_s`: a checkpoint was written."""
+        self._mark = time.monotonic()
+
+    def since_mark_s(self) -> float:
+        """Return the seconds since `mark`, or since the start."""
+        return time.monotonic() - self._mark
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._start

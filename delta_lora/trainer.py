@@ -1,83 +1,38 @@
-"""The training loop: one for every method and every task, on `accelerate`.
+"""The trainer: the values of a recipe, checked once, and the loop that follows them.
 
-Read `Trainer.fit` top to bottom. What makes it repeatable:
-
-* Everything random is a function of (seed, epoch) or (seed, step, micro-batch, process), never of
-  history. A run that was killed therefore continues to the bit-identical result from weights,
-  optimiser state and method state alone.
-* The loss of an optimiser step is the sum over all its targets, on all processes and
-  micro-batches, divided by their number. So 1 x 8, 8 x 1 (accumulation) and 2 processes x 4 are
-  the same step.
-* A step that the fp16 loss scaler skips is repeated with the smaller scale, so the number of
-  applied steps, the data position and the schedule always agree.
+The loop itself is `delta_lora.loop`; the engine is `accelerate` (device, precision, processes).
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-
-from delta_lora import checkpoint, memory
-from delta_lora.checks import check_bool, check_choice, check_integer, check_real
-from delta_lora.draws import seed_everything, step_indices
-from delta_lora.optimization import (
-    OPTIMIZERS,
-    SCHEDULES,
-    make_optimizer,
-    schedule_factor,
-    split_by_decay,
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
 )
-from delta_lora.protocols import Batch, Method, Task
-from delta_lora.runlog import Progress, RunLog
-from delta_lora.session import Session, stop_signals
+from torch import nn
 
-logger = logging.getLogger(__name__)
+from delta_lora import processes
+from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.loop import FitResult, Loop
+from delta_lora.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, split_by_decay
+from delta_lora.protocols import Method, Task
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+MATMUL_PRECISIONS = {"fp32": "highest", "tf32": "high"}
 CHECKPOINT_RULES = ("last", "best")
-#: consecutive overflowing steps after which fp16 training is given up.
-MAX_SKIPPED_STEPS = 25
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became infinite or NaN."""
-
-
-@dataclass
-class FitResult:
-    """What a run did; only what a repetition gives again to the bit, but for `resources`.
-
-    Attributes:
-        num_steps: applied optimiser steps.
-        num_epochs: passes over the data.
-        final_train_loss: mean loss per target since the last log line.
-        validation: one entry per evaluation (step, epoch, loss, the task's metrics).
-        checkpoint_rule: ``last`` or ``best``.
-        chosen_step: the step whose weights the model holds now.
-        skipped_steps: fp16 steps that overflowed and were repeated.
-        resources: seconds, peak memory in bytes, tokens per second, number of sessions.
-    """
-
-    num_steps: int = 0
-    num_epochs: float = 0.0
-    final_train_loss: float = float("nan")
-    validation: list[dict[str, float]] = field(default_factory=list)
-    checkpoint_rule: str = "last"
-    chosen_step: int = 0
-    skipped_steps: int = 0
-    resources: dict[str, float] = field(default_factory=dict)
+DEVICES = ("auto", "cpu", "cuda")
+#: what `fit` runs on; models that are sharded over devices need a loop that knows about it.
+_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class Trainer:
@@ -113,11 +68,16 @@ class Trainer:
         evaluate_every_epochs: evaluations happen at these ends of epochs and at the last step;
             None: never.
         log_every_steps: distance of log lines.
-        checkpoint_every_steps: distance of checkpoints; each waits for the next log step.
-        device: ``auto`` (CUDA where there is one) or ``cpu``.
+        checkpoint_every_s: seconds between checkpoints; each waits for the next log step, and is
+            written while training goes on.
+        checkpoint_every_steps: a further checkpoint every so many steps; None: by time alone.
+        device: ``auto`` (CUDA where torch can use one, else the CPU), ``cpu`` or ``cuda``.
+        matmul_precision: of float32 matrix products on CUDA: ``fp32``, or ``tf32``, which rounds
+            their inputs to 10 bits behind the point and is several times faster.
         num_threads: CPU threads for torch; None leaves torch's choice. Sums depend on it in the
             last bits, so it is part of a run's identity.
-        deterministic: ask torch for deterministic kernels (slower on CUDA).
+        deterministic: take kernels that give the same bits every time: slower, and needed for
+            that on CUDA only.
 
     Raises:
         ValueError: a value outside its range.
@@ -150,8 +110,10 @@ class Trainer:
         checkpoint_rule: str = "last",
         evaluate_every_epochs: int | None = 1,
         log_every_steps: int = 10,
-        checkpoint_every_steps: int = 500,
+        checkpoint_every_s: float = 600.0,
+        checkpoint_every_steps: int | None = None,
         device: str = "auto",
+        matmul_precision: str = "fp32",
         num_threads: int | None = None,
         deterministic: bool = False,
     ) -> None:
@@ -188,7 +150,9 @@ class Trainer:
         check_choice("trainer.schedule", schedule, SCHEDULES)
         check_choice("trainer.precision", precision, PRECISIONS)
         check_choice("trainer.checkpoint_rule", checkpoint_rule, CHECKPOINT_RULES)
-        check_choice("trainer.device", device, ("auto", "cpu"))
+        check_choice("trainer.device", device, DEVICES)
+        check_choice("trainer.matmul_precision", matmul_precision, MATMUL_PRECISIONS)
+        check_real("trainer.checkpoint_every_s", checkpoint_every_s, above=0)
         if warmup_steps is not None and warmup_ratio is not None:
             raise ValueError(
                 f"both warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio} are given; "
@@ -196,7 +160,13 @@ class Trainer:
             )
         if checkpoint_rule == "best" and evaluate_every_epochs is None:
             raise ValueError("checkpoint_rule=best needs evaluations; set evaluate_every_epochs")
-        if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        has_cuda = device != "cpu" and torch.cuda.is_available()
+        if device == "cuda" and not has_cuda:
+            raise ValueError(
+                "trainer.device=cuda, but torch can use no CUDA device (torch.cuda.is_available() "
+                "is False); use trainer.device=cpu, or a torch and a driver that fit each other"
+            )
+        if precision == "fp16" and not has_cuda:
             raise ValueError(
                 "precision=fp16 needs a CUDA device; on a CPU use precision=bf16 or fp32"
             )
@@ -223,10 +193,12 @@ class Trainer:
         self.checkpoint_rule = checkpoint_rule
         self.evaluate_every_epochs = evaluate_every_epochs
         self.log_every_steps = log_every_steps
+        self.checkpoint_every_s = checkpoint_every_s
         self.checkpoint_every_steps = checkpoint_every_steps
         self.device = device
+        self.matmul_precision = matmul_precision
         self.num_threads = num_threads
-        self.deterministic = deterministic
+        self.deterministic = check_bool("trainer.deterministic", deterministic)
 
     # ------------------------------------------------------------------ plan
 
@@ -247,9 +219,15 @@ class Trainer:
         return self.warmup_steps or 0
 
     def prepare_backend(self) -> None:
-        """Set threads and determinism of torch, before a model is built."""
+        """Set threads, precision and determinism of torch, before a model is built."""
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
+        torch.set_float32_matmul_precision(MATMUL_PRECISIONS[self.matmul_precision])
+        # cuDNN's attention plans anew for every shape, and batches without padding have a new one
+        # nearly every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if self.deterministic:  # cuBLAS reads it when it is first used
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
 
     def optimizer(self, model: nn.Module, method: Method) -> torch.optim.Optimizer:
@@ -322,368 +300,49 @@ class Trainer:
         """
         if not len(train):
             raise ValueError("the training split has no examples")
-        # Several processes without CUDA: accelerate takes gloo only if told to use the CPU.
-        is_cpu_launch = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-        accelerator = Accelerator(
-            cpu=self.device == "cpu" or is_cpu_launch,
-            mixed_precision="no" if self.precision == "fp32" else self.precision,
-        )
+        self.prepare_backend()
+        had_state = bool(PartialState._shared_state)
+        accelerator = self._accelerator()
         try:
-            return self._fit(
-                accelerator, model, method, task, train, validation, seed, folder, mirrors,
-                identity or {}, score,
-            )  # fmt: skip
+            return Loop(
+                self, accelerator, model, method=method, task=task, train=train,
+                validation=validation, seed=seed, folder=folder, mirrors=mirrors,
+                identity=identity or {}, score=score,
+            ).run()  # fmt: skip
         finally:
             accelerator.free_memory()
-            AcceleratorState._reset_state()
+            # The next fit may be on another device; the processes of a launch stay together.
+            AcceleratorState._reset_state(
+                reset_partial_state=not had_state and processes.share()[1] == 1
+            )
 
-    def _fit(
-        self,
-        accelerator: Accelerator,
-        bare_model: nn.Module,
-        method: Method,
-        task: Task,
-        train: Sequence[Any],
-        validation: Sequence[Any],
-        seed: int,
-        folder: Path,
-        mirrors: Sequence[Any],
-        identity: dict[str, Any],
-        score: Callable[[nn.Module], dict[str, float]] | None,
-    ) -> FitResult:
-        world, rank = accelerator.num_processes, accelerator.process_index
-        is_main = accelerator.is_main_process
-        if self.batch_size % world:
+    def _accelerator(self) -> Accelerator:
+        """Return the engine. What other tools leave in the environment changes no gradient.
+
+        Raises:
+            ValueError: the process is on another device, or the launch shards the model.
+        """
+        wants_cpu = self.device == "cpu" or not torch.cuda.is_available()
+        accelerator = Accelerator(
+            cpu=wants_cpu,  # also for several processes without CUDA: they need gloo
+            mixed_precision="no" if self.precision == "fp32" else self.precision,
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # Every process sets its buffers itself. Handing them round would make a forward pass
+            # wait for processes that have none to run.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        accelerator.sync_gradients = True
+        if wants_cpu != (accelerator.device.type == "cpu"):
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be split over {world} processes; "
-                "use a multiple of the number of processes"
+                f"trainer.device={self.device}, but this process computes on {accelerator.device} "
+                "already (accelerate keeps one device a process); start a new process, or ask for "
+                "that device"
             )
-        total = self.total_steps(len(train))
-        warmup = self.total_warmup_steps(total)
-        steps_per_epoch = self.steps_per_epoch(len(train))
-        if 0 < total <= warmup:
-            logger.warning(
-                "warm-up of %d steps is not shorter than the run of %d steps: "
-                "the learning rate never reaches its value",
-                warmup, total,
-            )  # fmt: skip
-
-        if self.gradient_checkpointing:
-            bare_model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            bare_model.config.use_cache = False  # type: ignore[union-attr]
-        bare_model.to(accelerator.device)
-        optimizer = self.optimizer(bare_model, method)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        result, step, log_position = FitResult(checkpoint_rule=self.checkpoint_rule), 0, 0
-        best_folder = folder / "best"
-
-        stored = checkpoint.latest(folder / "checkpoints")
-        if stored is not None:
-            _check_identity(stored, identity, folder)
-            step, log_position = stored.step, stored.state["log_position"]
-            result = FitResult(**stored.state["result"])
-            checkpoint.restore_weights(bare_model, stored.tensors.get("weights", {}))
-            checkpoint.restore_optimizer(
-                optimizer, stored.tensors.get("optimizer", {}), stored.state["optimizer"]
+        if accelerator.distributed_type not in _ENGINES:
+            raise ValueError(
+                f"accelerate is set up for {accelerator.distributed_type.value}, but the trainer "
+                "keeps the whole model on every device; use accelerate launch --multi_gpu, or "
+                "delta_lora.attach (method.form=closed_form) in a loop that shards"
             )
-            method.load_state_dict(stored.tensors.get("method", {}))
-            if is_main:
-                checkpoint.drop_after(best_folder, step)
-            logger.info("continuing at step %d of %d", step, total)
-
-        wrapped = torch.compile(bare_model, dynamic=True) if self.compile else bare_model
-        model, prepared = accelerator.prepare(wrapped, optimizer)
-        if stored is not None and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(stored.state["loss_scaler"])
-        folder.mkdir(parents=True, exist_ok=True)
-        log = (
-            RunLog(folder / "metrics.jsonl", position=log_position, mirrors=mirrors)
-            if is_main
-            else None
-        )
-        progress = Progress(total, initial=step, description="train", unit="step", enabled=is_main)
-        session = Session(accelerator.device, result.resources)
-        loss_sum = torch.zeros((), device=accelerator.device)
-        num_targets_logged = 0
-        is_due = False
-        pending: tuple[int, Tensor, list[str]] | None = None
-        model.train()
-
-        def save() -> None:
-            result.resources = session.resources()
-            if not is_main:
-                return
-            assert log is not None
-            state_tensors, state_plain = checkpoint.optimizer_tensors(optimizer)
-            checkpoint.save(
-                folder / "checkpoints",
-                step,
-                tensors={
-                    "weights": method.updated_tensors(bare_model),
-                    "optimizer": state_tensors,
-                    "method": method.state_dict(),
-                },
-                state={
-                    "identity": identity,
-                    "optimizer": state_plain,
-                    "log_position": log.position(),
-                    "result": vars(result),
-                    "loss_scaler": accelerator.scaler and accelerator.scaler.state_dict(),
-                },
-            )
-
-        with stop_signals() as stop, contextlib.closing(progress):
-            while step < total:
-                indices = step_indices(len(train), self.batch_size, seed, step)
-                share = len(indices) // world
-                own = indices[rank * share : (rank + 1) * share]
-                if self.group_by_length:
-                    own = sorted(own, key=lambda i: task.length(train[i]))
-                batches = [task.collate([train[i] for i in part]) for part in self._split(own)]
-                num_targets = _sum_over_processes(
-                    accelerator, sum(batch.num_targets for batch in batches)
-                )
-                if num_targets == 0:
-                    raise ValueError(
-                        f"step {step} has no target at all (examples "
-                        f"{batches[0].example_ids[:8]}); check truncation and the data"
-                    )
-                factor = schedule_factor(self.schedule, step, warmup, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * factor
-                is_log_step = (step + 1) % self.log_every_steps == 0 or step + 1 == total
-
-                step_loss, norm = self._optimizer_step(
-                    accelerator, model, prepared, trained, method, task, batches,
-                    num_targets=num_targets, key=(seed, step), result=result, want_norm=is_log_step,
-                )  # fmt: skip
-                method.after_step(step)
-                prepared.zero_grad()
-
-                _raise_if_not_finite(pending)
-                pending = (step, step_loss, [i for b in batches for i in b.example_ids])
-                loss_sum += step_loss
-                num_targets_logged += num_targets
-                session.num_tokens += sum(batch.num_tokens for batch in batches) * world
-                step += 1
-                result.num_steps, result.num_epochs = step, step / steps_per_epoch
-                note = ""
-                if is_log_step:
-                    _raise_if_not_finite(pending)
-                    total_loss = _sum_over_processes(accelerator, loss_sum)
-                    result.final_train_loss = total_loss / num_targets_logged
-                    loss_sum.zero_()
-                    num_targets_logged = 0
-                    values = {
-                        "epoch": result.num_epochs,
-                        "train/loss": result.final_train_loss,
-                        "train/learning_rate": optimizer.param_groups[0]["lr"],
-                        "train/grad_norm": norm,
-                    }
-                    if log is not None:
-                        log.log(step, values, session.measured())
-                    note = (
-                        f"loss {result.final_train_loss:.4f}, {session.tokens_per_s():.0f} "
-                        f"tokens/s, {memory.peak_bytes(accelerator.device) / 2**30:.2f} GiB"
-                    )
-                progress.update(1, note)
-
-                if self._evaluates_at(step, steps_per_epoch, total) and len(validation):
-                    _raise_if_not_finite(pending)
-                    values = {"loss": self._evaluate(accelerator, model, task, validation)}
-                    if score is not None:
-                        bare_model.eval()
-                        values.update(score(bare_model))
-                    result.validation.append({"step": step, "epoch": result.num_epochs, **values})
-                    if log is not None:
-                        named = {f"validation/{name}": value for name, value in values.items()}
-                        log.log(step, {"epoch": result.num_epochs, **named})
-                    if (
-                        self.checkpoint_rule == "best"
-                        and best_entry(result.validation, task) == (result.validation[-1])
-                    ):
-                        result.chosen_step = step
-                        if is_main:
-                            checkpoint.save(
-                                best_folder,
-                                step,
-                                tensors={"weights": method.updated_tensors(bare_model)},
-                                state=values,
-                                keep=2,  # a kill before the next checkpoint needs the one before
-                            )
-                    model.train()
-                # Only at log steps, so that no half-filled mean has to be stored.
-                is_due = is_due or step % self.checkpoint_every_steps == 0
-                if is_log_step:
-                    is_stopping = _sum_over_processes(accelerator, int(stop.requested)) > 0
-                    if is_due or is_stopping or step == total:
-                        save()
-                        is_due = False
-                    if is_stopping and step < total:
-                        raise KeyboardInterrupt(f"stopped at step {step} of {total}")
-
-        method.finish(total)
-        if self.checkpoint_rule == "best" and total > 0:
-            accelerator.wait_for_everyone()
-            best = checkpoint.latest(best_folder)
-            if best is None:
-                raise RuntimeError(
-                    f"no evaluation gave a value of {task.selection_metric or 'a finite loss'}, so "
-                    "there is no best step; use trainer.checkpoint_rule=last, or a smaller "
-                    "learning rate"
-                )
-            if best.step != result.chosen_step:
-                raise RuntimeError(
-                    f"{best_folder} holds step {best.step}, but step {result.chosen_step} is the "
-                    f"best; remove {folder} and run again"
-                )
-            checkpoint.restore_weights(bare_model, best.tensors["weights"])
-        else:
-            result.chosen_step = total
-        result.resources = session.resources()
-        if log is not None:
-            log.close()
-        accelerator.wait_for_everyone()
-        bare_model.eval()
-        return result
-
-    # ------------------------------------------------------------------ parts of the loop
-
-    def _optimizer_step(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        trained: list[Tensor],
-        method: Method,
-        task: Task,
-        batches: list[Batch],
-        *,
-        num_targets: int,
-        key: tuple[int, int],
-        result: FitResult,
-        want_norm: bool,
-    ) -> tuple[Tensor, float]:
-        """Apply one optimiser step; return this process's summed loss and the gradient norm."""
-        (_, step), world = key, accelerator.num_processes
-        for attempt in range(MAX_SKIPPED_STEPS):
-            step_loss = torch.zeros((), device=accelerator.device)
-            for micro_step, batch in enumerate(batches):
-                is_last = micro_step == len(batches) - 1
-                seed_everything(*key, micro_step, accelerator.process_index)
-                method.before_micro_batch(step, micro_step)
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                    with accelerator.autocast():
-                        loss = task.loss(model, batch.to(accelerator.device), self.label_smoothing)
-                    step_loss += loss.detach()
-                    # DDP averages gradients over processes; the sum is wanted.
-                    loss = loss * (world / num_targets)
-                    if is_last and (extra := method.extra_loss()) is not None:
-                        loss = loss + extra
-                    accelerator.backward(loss)
-            norm = self._clip(accelerator, trained, want_norm)
-            method.before_step(step)
-            optimizer.step()
-            if not optimizer.step_was_skipped:
-                return step_loss, norm
-            optimizer.zero_grad()
-            result.skipped_steps += 1
-            logger.warning(
-                "step %d: gradients overflowed in fp16; repeating it with a smaller loss scale "
-                "(attempt %d of %d)",
-                step, attempt + 2, MAX_SKIPPED_STEPS,
-            )  # fmt: skip
-        raise NonFiniteLossError(
-            f"step {step}: gradients overflowed {MAX_SKIPPED_STEPS} times in a row in fp16; "
-            "use trainer.precision=bf16"
-        )
-
-    def _split(self, indices: list[int]) -> Iterator[list[int]]:
-        size = self.micro_batch_size or len(indices)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
-
-    def _evaluates_at(self, step: int, steps_per_epoch: int, total: int) -> bool:
-        if self.evaluate_every_epochs is None:
-            return False
-        return step == total or step % (steps_per_epoch * self.evaluate_every_epochs) == 0
-
-    def _clip(self, accelerator: Accelerator, trained: list[Tensor], is_log_step: bool) -> float:
-        """Clip if asked to; return the norm before clipping, or NaN where nobody asks for it."""
-        if self.max_grad_norm is not None:
-            norm = accelerator.clip_grad_norm_(trained, self.max_grad_norm)
-            return float(norm) if is_log_step and norm is not None else math.nan
-        if not is_log_step:
-            return math.nan
-        accelerator.unscale_gradients()
-        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
-
-    @torch.no_grad()
-    def _evaluate(
-        self, accelerator: Accelerator, model: nn.Module, task: Task, examples: Sequence[Any]
-    ) -> float:
-        """Return the mean loss per target over `examples`, without label smoothing."""
-        model.eval()
-        world, rank = accelerator.num_processes, accelerator.process_index
-        loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        num_targets = 0
-        starts = range(0, len(examples), self.eval_batch_size)
-        for number, start in enumerate(starts):
-            if number % world != rank:
-                continue
-            stop = min(start + self.eval_batch_size, len(examples))
-            batch: Batch = task.collate([examples[i] for i in range(start, stop)])
-            batch = batch.to(accelerator.device)
-            with accelerator.autocast():
-                loss_sum += task.loss(model, batch).double()
-            num_targets += batch.num_targets
-        targets = _sum_over_processes(accelerator, num_targets)
-        return _sum_over_processes(accelerator, loss_sum) / max(1, targets)
-
-
-def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:
-    """Return the best evaluation by the task's `selection_metric`, or by loss where it has none.
-
-    Args:
-        validation: entries of `FitResult.validation`.
-        task: names the metric; its `MetricSpec` says which direction is better.
-
-    Returns:
-        The first of the best; None if no entry has a finite value.
-    """
-    name = task.selection_metric or "loss"
-    higher = any(spec.name == name and spec.higher_is_better for spec in task.metrics)
-    known = [entry for entry in validation if math.isfinite(entry.get(name, math.nan))]
-    sign = -1.0 if higher else 1.0
-    return min(known, key=lambda entry: sign * entry[name], default=None)
-
-
-def _check_identity(stored: checkpoint.Checkpoint, identity: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint of other data or another base; say what differs."""
-    theirs = stored.state["identity"]
-    differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-    if differing:
-        changes = "; ".join(f"{k}: {theirs.get(k)} then, {identity.get(k)} now" for k in differing)
-        raise RuntimeError(
-            f"the checkpoint in {folder} belongs to another run ({changes}); delete that folder "
-            "to start again"
-        )
-
-
-def _raise_if_not_finite(pending: tuple[int, Tensor, list[str]] | None) -> None:
-    """Check the loss of an earlier step (so that a GPU is not made to wait for the running one)."""
-    if pending is not None and not torch.isfinite(pending[1]):
-        step, loss, example_ids = pending
-        raise NonFiniteLossError(
-            f"the loss of step {step} is {loss.item()}; its batch was {', '.join(example_ids)}. "
-            "Lower the learning rate, clip gradients (trainer.max_grad_norm=1.0) or use "
-            "trainer.precision=fp32; checkpoints of earlier steps are kept"
-        )
-
-
-def _sum_over_processes(accelerator: Accelerator, value: Any) -> Any:
-    """Return the sum over processes of an int or a scalar tensor, as a Python number."""
-    if accelerator.num_processes > 1:
-        tensor = torch.as_tensor(value, device=accelerator.device)
-        value = accelerator.reduce(tensor, reduction="sum")
-    return value.item() if isinstance(value, Tensor) else value
+        return accelerator

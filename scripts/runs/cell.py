@@ -44,7 +44,10 @@ __all__ = [
 ]  # fmt: skip
 
 #: what cannot change a result and is left out of the signature.
-NOT_SIGNED = ("logger", "choices.logger", "paths", "overrides", "trainer.checkpoint_every_steps")
+NOT_SIGNED = (
+    "logger", "choices.logger", "paths", "overrides", "trainer.checkpoint_every_steps",
+    "trainer.checkpoint_every_s",
+)  # fmt: skip
 #: keys that are signed only where they are set, with the value that means they are not.
 SIGNED_IF_SET = {
     "init_from": None,
@@ -52,6 +55,7 @@ SIGNED_IF_SET = {
     "task.max_rows": None,
     "train_fraction": None,
     "trainer.group_by_length": False,
+    "trainer.matmul_precision": "fp32",
     "trainer.optimizer": "adamw",
     "trainer.momentum": 0.0,
 }

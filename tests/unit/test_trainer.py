@@ -18,13 +18,10 @@ from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.draws import step_indices
+from delta_lora.loop import FitResult, NonFiniteLossError
 from delta_lora.methods.full_sgd import FullSgd
 from delta_lora.optimization import schedule_factor
-from delta_lora.trainer import (
-    FitResult,
-    NonFiniteLossError,
-    Trainer,
-)
+from delta_lora.trainer import Trainer
 from tests.toy import ToyMethod, ToyTask, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,11 +218,11 @@ def test_a_signal_writes_a_checkpoint_and_stops(tmp_path: Path) -> None:
             if step == 6:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 9 of 20"):
+    with pytest.raises(KeyboardInterrupt, match="stopped in the evaluation at step 8 of 20"):
         fit(tmp_path, method=Signalled(), checkpoint_every_steps=1000)
     stored = checkpoint.latest(tmp_path / "checkpoints")
     assert stored is not None
-    assert stored.step == 9
+    assert stored.step == 8, "the next pause of the loop: an evaluation, before the next log step"
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
