@@ -126,8 +126,8 @@ class Writer:
 
     `save` takes a copy of everything and returns; on CUDA the copies go to pinned memory behind
     the kernels that are already queued, so that neither the device nor the loop waits for the
-    disk. The host memory of one checkpoint is kept for the next. Use it in a ``with`` block: leaving
-    it waits for the last write.
+    disk. The host memory of one checkpoint is kept for the next. Use it in a ``with`` block:
+    leaving it waits for the last write.
 
     Raises:
         OSError: at the next call after a write that failed, for example of a full disk; the

@@ -24,7 +24,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,10 @@ from delta_lora import checkpoint, memory
 from delta_lora.draws import seed_everything, step_indices
 from delta_lora.optimization import schedule_factor
 from delta_lora.protocols import Batch, Method, Task
+from delta_lora.result import FitResult, best_entry
 from delta_lora.runlog import Progress, RunLog
-from delta_lora.session import Session, Stop, stop_signals
+from delta_lora.session import Session, stop_signals
+from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
 
 if TYPE_CHECKING:
     from delta_lora.trainer import Trainer
@@ -46,74 +47,6 @@ logger = logging.getLogger(__name__)
 
 #: consecutive overflowing steps after which fp16 training is given up.
 MAX_SKIPPED_STEPS = 25
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became infinite or NaN."""
-
-
-@dataclass
-class FitResult:
-    """What a run did; only what a repetition gives again to the bit, but for `resources`.
-
-    Attributes:
-        num_steps: applied optimiser steps.
-        num_epochs: passes over the data.
-        final_train_loss: mean loss per target since the last log line.
-        validation: one entry per evaluation (step, epoch, loss, the task's metrics).
-        checkpoint_rule: ``last`` or ``best``.
-        chosen_step: the step whose weights and method state the model holds now.
-        skipped_steps: fp16 steps that overflowed and were repeated.
-        resources: seconds, peak memory in bytes, tokens per second, number of sessions.
-    """
-
-    num_steps: int = 0
-    num_epochs: float = 0.0
-    final_train_loss: float = float("nan")
-    validation: list[dict[str, float]] = field(default_factory=list)
-    checkpoint_rule: str = "last"
-    chosen_step: int = 0
-    skipped_steps: int = 0
-    resources: dict[str, float] = field(default_factory=dict)
-
-
-class WatchedLoss:
-    """The loss of one step, read later, so that the device is not made to wait for it.
-
-    Args:
-        step: number of the step.
-        loss: scalar; on CUDA its copy to the host is queued behind the kernels of the step.
-        example_ids: what was in the step, for the message.
-    """
-
-    def __init__(self, step: int, loss: Tensor, example_ids: list[str]) -> None:
-        self.step, self.example_ids = step, example_ids
-        self._value = loss.detach()
-        self._copied: torch.cuda.Event | None = None
-        if loss.is_cuda:
-            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            self._value = host.copy_(self._value, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it is a number; waits for this step and for nothing queued behind it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return math.isfinite(float(self._value))
-
-    def error(self) -> NonFiniteLossError:
-        """Return what to raise where it is none."""
-        where = f"its batch was {', '.join(self.example_ids)}"
-        if self.is_finite:
-            where = "the batch was another process's"
-        value = "not finite" if self.is_finite else float(self._value)
-        return NonFiniteLossError(
-            f"the loss of step {self.step} is {value}; {where}. "
-            "Lower the learning rate, clip gradients (trainer.max_grad_norm=1.0) or use "
-            "trainer.precision=fp32; checkpoints of earlier steps are kept"
-        )
 
 
 class Loop:
@@ -209,7 +142,9 @@ class Loop:
             method.load_state_dict(stored.tensors.get("method", {}))
             logger.info("continuing at step %d of %d", self.step, self.total)
         #: what evaluation runs: the model without the wrapper that waits for other processes.
-        self.network = torch.compile(model, dynamic=True) if self.settings.compile else model
+        self.network: nn.Module = model
+        if self.settings.compile:
+            self.network = torch.compile(model, dynamic=True)  # type: ignore[assignment]
         with _forward_unchanged(self.network):
             self.model, self.prepared = self.accelerator.prepare(self.network, self.optimizer)
         if stored is not None:
@@ -549,23 +484,6 @@ class Loop:
         return value.item() if isinstance(value, Tensor) else value
 
 
-def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:
-    """Return the best evaluation by the task's `selection_metric`, or by loss where it has none.
-
-    Args:
-        validation: entries of `FitResult.validation`.
-        task: names the metric; its `MetricSpec` says which direction is better.
-
-    Returns:
-        The first of the best; None if no entry has a finite value.
-    """
-    name = task.selection_metric or "loss"
-    higher = any(spec.name == name and spec.higher_is_better for spec in task.metrics)
-    known = [entry for entry in validation if math.isfinite(entry.get(name, math.nan))]
-    sign = -1.0 if higher else 1.0
-    return min(known, key=lambda entry: sign * entry[name], default=None)
-
-
 @contextlib.contextmanager
 def _forward_unchanged(network: Any) -> Iterator[None]:
     """Undo what `Accelerator.prepare` does to `forward` in half precision.
@@ -584,7 +502,7 @@ def _forward_unchanged(network: Any) -> Iterator[None]:
 
 
 def _own(sums: Sequence[float], rank: int, world: int) -> float:
-    """Return this process's part of the stored sums; process 0 takes them where the number differs."""
+    """Return this process's part of the stored sums; process 0 takes those of another number."""
     if len(sums) == world:
         return sums[rank]
     return math.fsum(sums) if rank == 0 else 0.0

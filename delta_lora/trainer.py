@@ -23,9 +23,10 @@ from torch import nn
 
 from delta_lora import processes
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
-from delta_lora.loop import FitResult, Loop
+from delta_lora.loop import Loop
 from delta_lora.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, split_by_decay
 from delta_lora.protocols import Method, Task
+from delta_lora.result import FitResult
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MATMUL_PRECISIONS = {"fp32": "highest", "tf32": "high"}
@@ -151,7 +152,7 @@ class Trainer:
         check_choice("trainer.precision", precision, PRECISIONS)
         check_choice("trainer.checkpoint_rule", checkpoint_rule, CHECKPOINT_RULES)
         check_choice("trainer.device", device, DEVICES)
-        check_choice("trainer.matmul_precision", matmul_precision, MATMUL_PRECISIONS)
+        check_choice("trainer.matmul_precision", matmul_precision, tuple(MATMUL_PRECISIONS))
         check_real("trainer.checkpoint_every_s", checkpoint_every_s, above=0)
         if warmup_steps is not None and warmup_ratio is not None:
             raise ValueError(

@@ -454,7 +454,7 @@ def _what(cfg: DictConfig) -> dict[str, Any]:
 
 def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
     """Return ``best_epoch/<metric>`` and ``last_epoch/<metric>`` where a metric selects."""
-    from delta_lora.loop import best_entry
+    from delta_lora.result import best_entry
 
     if task.selection_metric is None or not validation:
         return {}

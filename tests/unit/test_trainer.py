@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.draws import step_indices
-from delta_lora.loop import FitResult, NonFiniteLossError
 from delta_lora.methods.full_sgd import FullSgd
 from delta_lora.optimization import schedule_factor
+from delta_lora.result import FitResult
 from delta_lora.trainer import Trainer
+from delta_lora.watched_loss import NonFiniteLossError
 from tests.toy import ToyMethod, ToyTask, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
