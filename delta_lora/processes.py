@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from accelerate.utils import gather_object
-
 
 def share() -> tuple[int, int]:
     """Return the index of this process and the number of processes."""
@@ -24,4 +22,8 @@ def is_main() -> bool:
 
 def gather(items: list[Any]) -> list[Any]:
     """Return the items of all processes, those of process 0 first; waits for all of them."""
-    return items if share()[1] == 1 else gather_object(items)
+    if share()[1] == 1:
+        return items
+    from accelerate.utils import gather_object  # imports torch, which planning does without
+
+    return gather_object(items)

@@ -9,7 +9,12 @@ import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from delta_lora import processes
+
+if TYPE_CHECKING:
+    import torch
 
 #: packages whose versions can change a result.
 PACKAGES = (
@@ -79,20 +84,24 @@ def packages() -> dict[str, str]:
     return versions
 
 
-def device() -> dict[str, Any]:
-    """Return what the run computed on."""
+def device(used: torch.device) -> dict[str, Any]:
+    """Return what a run computed on.
+
+    Args:
+        used: the device that its model was on, whatever else the machine has.
+    """
     import torch
 
     facts: dict[str, Any] = {"machine": platform.machine(), "num_threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
+    if used.type == "cuda":
         facts |= {
             "type": "cuda",
-            "name": torch.cuda.get_device_name(),
-            "count": torch.cuda.device_count(),
+            "name": torch.cuda.get_device_name(used),
+            "count": processes.share()[1],
             "cuda": torch.version.cuda,
         }
     else:
-        facts |= {"type": "cpu", "name": _cpu_name()}
+        facts |= {"type": used.type, "name": _cpu_name()}
     return facts
 
 

@@ -300,11 +300,12 @@ class DataToText(Task):
         tokenizer: Any,
         split: str = "test",
         done: Iterable[dict[str, Any]] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[list[dict[str, Any]]]:
         """Decode every distinct input once, in chunks of similar length.
 
         Yields:
-            Lists of ``{"id", "input", "prediction"}``; see `Task.predict` for `done`.
+            Lists of ``{"id", "input", "prediction"}``; see `Task.predict` for `done` and `share`.
         """
         items = self.inputs(split)
         prompts = self._shorten(self._prompts([i.context for i in items], tokenizer), tokenizer)
@@ -316,7 +317,7 @@ class DataToText(Task):
         finished = {prediction["id"] for prediction in done}
         chunks = self.decoding.chunks([len(prompt) for prompt in prompts])
         logger.info("decoding %d inputs of %s in %d chunks", len(items), split, len(chunks))
-        for chunk in chunks:
+        for chunk in chunks[share[0] :: share[1]]:
             if any(items[index].id not in finished for index in chunk):
                 outputs = self.decoding.generate(
                     model, [prompts[index] for index in chunk], end_tokens

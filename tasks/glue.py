@@ -453,19 +453,21 @@ class Glue(Task):
         tokenizer: Any,
         split: str = "validation",
         done: Iterable[dict[str, Any]] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[list[dict[str, Any]]]:
         """Predict a split in chunks of similar length.
 
         Yields:
             Lists of ``{"id", "input", "prediction"}``: the class number, or the real number of a
-            regression; see `Task.predict` for `done`.
+            regression; see `Task.predict` for `done` and `share`.
         """
         rows, encoded = self._of_split(split), self.examples(split, tokenizer)
         finished = {prediction["id"] for prediction in done}
         order = sorted(range(len(rows)), key=lambda i: -self.length(encoded[i]))
         device = next(model.parameters()).device
-        for start in range(0, len(order), self.predict_batch_size):
-            chunk = order[start : start + self.predict_batch_size]
+        size, (index, number) = self.predict_batch_size, share
+        for start in range(index * size, len(order), number * size):
+            chunk = order[start : start + size]
             if all(rows[i].id in finished for i in chunk):
                 continue
             logits_BC = self._logits(model, self.collate([encoded[i] for i in chunk]).to(device))

@@ -377,12 +377,13 @@ class XSum(Task):
         tokenizer: Any,
         split: str = "test",
         done: Iterable[dict[str, Any]] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[list[dict[str, Any]]]:
         """Summarise every document, equal ones once, in chunks of similar length.
 
         Yields:
             Lists of ``{"id", "input", "prediction"}``, where ``input`` is `Row.key`; see
-            `Task.predict` for `done`.
+            `Task.predict` for `done` and `share`.
         """
         rows = self.inputs(split)
         sources = self._sources(split, tokenizer)
@@ -399,7 +400,7 @@ class XSum(Task):
             len(groups),
             len(chunks),
         )
-        for chunk in chunks:
+        for chunk in chunks[share[0] :: share[1]]:
             members = [groups[number] for number in chunk]
             if all(rows[index].id in finished for group in members for index in group):
                 continue

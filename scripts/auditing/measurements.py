@@ -171,7 +171,7 @@ def run(measurement: Measurement) -> dict[str, Any]:
         "provenance": {
             "git": provenance.git_state(ROOT),
             "packages": provenance.packages(),
-            "device": provenance.device(),
+            "device": provenance.device(_device(cfg)),
         },
     }
     measurement.path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +180,14 @@ def run(measurement: Measurement) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- models and tokens
+
+
+def _device(cfg: DictConfig) -> Any:
+    """Return the device of a measurement: that of the runs beside it."""
+    import torch
+
+    on_cuda = cfg.trainer.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_cuda else "cpu")
 
 
 class _Base:
@@ -191,7 +199,6 @@ class _Base:
     """
 
     def __init__(self, cfg: DictConfig, dtype: Any = None) -> None:
-        import torch
         from hydra.utils import instantiate
 
         instantiate(cfg.trainer).prepare_backend()
@@ -202,7 +209,7 @@ class _Base:
         self._examples = self.task.examples("train", tokenizer)
         model = base_model(cfg, self.task, self._examples, source)
         self._model = model if dtype is None else model.to(dtype)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = _device(cfg)
         self.projections = cfg.model.projections
 
     def build(self) -> Any:

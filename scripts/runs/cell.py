@@ -25,7 +25,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from delta_lora import provenance
+from delta_lora import processes, provenance
 from scripts.runs.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
 from scripts.runs.execution import (
     Plan,
@@ -304,7 +304,7 @@ def _ensure(cfg: DictConfig, message: str) -> None:
         return
     logger.info(message)
     run(cfg)
-    while not _is_main() and status(cfg).state != "done":
+    while not processes.is_main() and status(cfg).state != "done":
         time.sleep(0.2)  # the main process is still writing
 
 
@@ -327,7 +327,7 @@ def run(cfg: DictConfig, *, wait: bool = True) -> dict[str, Any]:
         return load_record(run_dir(cfg))
     check(cfg)
     folder = run_dir(cfg)
-    is_main = _is_main()
+    is_main = processes.is_main()
     with lock(folder, wait=wait) if is_main else contextlib.nullcontext():
         if status(cfg).state == "done":  # another process finished it while this one waited
             return load_record(folder)
@@ -367,11 +367,6 @@ def _pretrained_sha256(cfg: DictConfig) -> str | None:
     """Return the checksum of the weights that the suite pre-trained for `cfg`, where it did."""
     base = None if cfg.model.pretrain is None else _finished(run_dir(pretraining(cfg)))
     return None if base is None else base["model"]["saved_weights_sha256"]
-
-
-def _is_main() -> bool:
-    """Return whether this is the main process of a distributed run, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def weights_source(cfg: DictConfig) -> tuple[str, str | None] | None:

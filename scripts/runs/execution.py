@@ -10,14 +10,14 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from delta_lora import provenance
+from delta_lora import processes, provenance
 from scripts.runs.composition import ROOT, ConfigError
 from scripts.runs.folder import (
     ADAPTER,
@@ -114,6 +114,35 @@ def _only_warned(what: str) -> Iterator[None]:
         logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A run before its first step.
+
+    Attributes:
+        tokenizer: of the model.
+        train: encoded training examples that are used.
+        num_available: training examples that there are.
+        validation: encoded validation examples.
+        model: with the method injected.
+        originals: W_Q and W_V before training.
+        base: how the model is built before any method, for `delta_lora.load`.
+        weights_sha256: checksum of the model before the method.
+        parameters: counts: trainable, updatable, of the head, in total.
+        total_steps: optimiser steps of the run.
+    """
+
+    tokenizer: Any
+    train: Sequence[Any]
+    num_available: int
+    validation: Sequence[Any]
+    model: Any
+    originals: Any
+    base: dict[str, Any]
+    weights_sha256: str
+    parameters: dict[str, int]
+    total_steps: int
+
+
 def _execute(
     cfg: DictConfig, plan: Plan, task: Any, mirrors: list[Any], *, is_main: bool
 ) -> dict[str, Any]:
@@ -134,13 +163,77 @@ def _execute(
     """
     from hydra.utils import instantiate
 
-    from delta_lora import adapter, checkpoint
-    from delta_lora.analysis import similarity
-    from delta_lora.models import fingerprint
+    from delta_lora import memory
+    from delta_lora.protocols import Scores
 
+    memory.release()  # of the run that this process made before
     trainer = instantiate(cfg.trainer)
     trainer.prepare_backend()
     method = instantiate(cfg.method)
+    built = _build(cfg, plan, task, trainer, method)
+    _log_start(cfg, plan, built, trainer.batch_size)
+    if is_main:
+        OmegaConf.save(cfg, plan.folder / "config.yaml", resolve=True)
+        mirrors += _mirrors(cfg, plan)
+
+    result = trainer.fit(
+        built.model,
+        method=method,
+        task=task,
+        train=built.train,
+        validation=built.validation,
+        seed=cfg.seed,
+        folder=plan.folder,
+        mirrors=mirrors,
+        identity=_identity(cfg, plan, task, built),
+        score=None if task.selection_metric is None else _validation_score(task, built.tokenizer),
+    )
+    resources = dict(result.resources)
+    began = time.monotonic()
+    with method.merged(built.model) as merged:
+        analysis = _similarities(built, merged) if is_main else {}
+        predictions = (
+            predict(task, merged, built.tokenizer, plan.folder, task.scored_split)
+            if cfg.predict
+            else []
+        )
+    resources["predict_time_s"] = time.monotonic() - began
+    if not is_main:
+        return {}
+    began = time.monotonic()
+    split = task.scored_split
+    scores = task.score(predictions, split) if predictions else Scores({}, {})
+    references = task.reference_scores(split) if cfg.score_references else {}
+    resources["score_time_s"] = time.monotonic() - began
+
+    record = {
+        **_settings_of(cfg, plan, task, built),
+        "init_from": None if plan.start is None else plan.start.facts,
+        "metrics": {**scores.values, **_epoch_metrics(result.validation, task)},
+        "missing_metrics": scores.missing,
+        "reference_metrics": {name: found.values for name, found in references.items()},
+        "cosine_similarity": analysis,
+        "task_facts": task.describe(built.model, built.tokenizer),
+        "training": _training(cfg, built, trainer.batch_size, result, method),
+        "num_predictions": len(predictions),
+        "adapter_sha256": _write_adapter(cfg, plan, built, method, result.num_steps),
+        "config": plan.signed,
+        "provenance": _provenance(built.model),
+    }
+    if cfg.save_model:
+        record["model"]["saved_weights_sha256"] = _save_model(plan, built)
+    _finish(plan.folder, record, resources)
+    for mirror in mirrors:
+        with _only_warned("mirroring the record"):
+            mirror.log_record(record, plan.folder / "predictions.jsonl")
+    return load_record(plan.folder)
+
+
+def _build(cfg: DictConfig, plan: Plan, task: Any, trainer: Any, method: Any) -> Built:
+    """Encode the data, load the model and inject the method."""
+    from delta_lora.analysis import similarity
+    from delta_lora.models import fingerprint
+
     tokenizer = build_tokenizer(cfg, task, plan.source)
     train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
     num_available = len(train)
@@ -162,66 +255,55 @@ def _execute(
         )
         if plan.start is not None:
             _restore_start(model, plan.start, head=task.head)
-    parameters = _count_parameters(model, method, task, num_total)
-    _log_start(cfg, plan, parameters, len(train), trainer.batch_size, total_steps)
-    if is_main:
-        OmegaConf.save(cfg, plan.folder / "config.yaml", resolve=True)
-    if is_main:
-        mirrors += _mirrors(cfg, plan)
+    return Built(
+        tokenizer=tokenizer,
+        train=train,
+        num_available=num_available,
+        validation=validation,
+        model=model,
+        originals=originals,
+        base=base,
+        weights_sha256=weights_sha256,
+        parameters=_count_parameters(model, method, task, num_total),
+        total_steps=total_steps,
+    )
+
+
+def _identity(cfg: DictConfig, plan: Plan, task: Any, built: Built) -> dict[str, Any]:
+    """Return what a checkpoint must agree on to be continued."""
     identity = {
-        "base_weights_sha256": weights_sha256,
+        "base_weights_sha256": built.weights_sha256,
         "data": task.provenance(),
-        "num_examples": len(train),
-        "total_steps": total_steps,
+        "num_examples": len(built.train),
+        "total_steps": built.total_steps,
     }
     if plan.start is not None:
         identity["init_from"] = plan.start.facts
     if cfg.train_fraction is not None:
         identity["train_fraction"] = cfg.train_fraction
+    return identity
+
+
+def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    """Return what scores a network on the validation split, each process its share of it."""
 
     def score(network: Any) -> dict[str, float]:
-        chunks = task.predict(network, tokenizer, "validation")
-        return task.score([p for chunk in chunks for p in chunk], "validation").values
+        chunks = task.predict(network, tokenizer, "validation", share=processes.share())
+        own = [prediction for chunk in chunks for prediction in chunk]
+        return task.score(processes.gather(own), "validation").values
 
-    result = trainer.fit(
-        model,
-        method=method,
-        task=task,
-        train=train,
-        validation=validation,
-        seed=cfg.seed,
-        folder=plan.folder,
-        mirrors=mirrors,
-        identity=identity,
-        score=None if task.selection_metric is None else score,
-    )
-    if not is_main:
-        return {}
-    resources = dict(result.resources)
+    return score
 
-    began = time.monotonic()
-    with method.merged(model) as merged:
-        analysis = similarity.cosine_similarities(originals, merged)
-        split = task.scored_split
-        predictions = predict(task, merged, tokenizer, plan.folder, split) if cfg.predict else []
-    resources["predict_time_s"] = time.monotonic() - began
-    began = time.monotonic()
-    scores = task.score(predictions, split) if predictions else None
-    references = task.reference_scores(split) if cfg.score_references else {}
-    resources["score_time_s"] = time.monotonic() - began
 
-    adapter_sha256 = adapter.write(
-        (plan.folder / ADAPTER).parent,
-        method.updated_tensors(model),
-        {
-            "method": OmegaConf.to_container(cfg.method, resolve=True),
-            "seed": cfg.seed,
-            "base": base,
-            "facts": method.describe(),
-            "step": result.num_steps,
-        },
-    )
-    record = {
+def _similarities(built: Built, merged: Any) -> Any:
+    from delta_lora.analysis import similarity
+
+    return similarity.cosine_similarities(built.originals, merged)
+
+
+def _settings_of(cfg: DictConfig, plan: Plan, task: Any, built: Built) -> dict[str, Any]:
+    """Return what a record says of a run before its first step."""
+    return {
         "schema": RECORD_SCHEMA,
         "signature": plan.folder.name,
         "group": plan.group,
@@ -233,54 +315,87 @@ def _execute(
             "init": cfg.model.init,
             "hub_id": cfg.model.hub_id,
             "revision": cfg.model.revision,
-            "weights_sha256": weights_sha256,
+            "weights_sha256": built.weights_sha256,
             "pretrained_sha256": plan.pretrained_sha256,
         },
-        "init_from": None if plan.start is None else plan.start.facts,
-        "parameters": parameters,
-        "metrics": {
-            **(scores.values if scores else {}),
-            **_epoch_metrics(result.validation, task),
-        },
-        "missing_metrics": scores.missing if scores else {},
-        "reference_metrics": {name: found.values for name, found in references.items()},
-        "cosine_similarity": analysis,
-        "task_facts": task.describe(model, tokenizer),
-        "training": {
-            "steps": result.num_steps,
-            "epochs": result.num_epochs,
-            "examples": len(train),
-            "batch_size": trainer.batch_size,
-            "final_train_loss": result.final_train_loss if result.num_steps else None,
-            "validation": result.validation,
-            "checkpoint_rule": result.checkpoint_rule,
-            "chosen_step": result.chosen_step,
-            "skipped_steps": result.skipped_steps,
-            "method": method.describe(),
-        },
-        "num_predictions": len(predictions),
-        "adapter_sha256": adapter_sha256,
-        "config": plan.signed,
-        "provenance": {
-            "git": provenance.git_state(ROOT),
-            "packages": provenance.packages(),
-            "device": provenance.device(),
+        "parameters": built.parameters,
+    }
+
+
+def _training(
+    cfg: DictConfig, built: Built, batch_size: int, result: Any, method: Any
+) -> dict[str, Any]:
+    """Return what a record says of the training."""
+    training = {
+        "steps": result.num_steps,
+        "epochs": result.num_epochs,
+        "examples": len(built.train),
+        "batch_size": batch_size,
+        "final_train_loss": result.final_train_loss if result.num_steps else None,
+        "validation": result.validation,
+        "checkpoint_rule": result.checkpoint_rule,
+        "chosen_step": result.chosen_step,
+        "skipped_steps": result.skipped_steps,
+        "method": method.describe(),
+        "precision": {
+            "training": cfg.trainer.precision,
+            "float32_matmul": cfg.trainer.matmul_precision,
+            "decoding": str(next(built.model.parameters()).dtype).removeprefix("torch."),
         },
     }
     if cfg.train_fraction is not None:
-        record["training"]["subset"] = {
-            "fraction": cfg.train_fraction, "of": num_available, "seed": cfg.seed
+        training["subset"] = {
+            "fraction": cfg.train_fraction, "of": built.num_available, "seed": cfg.seed
         }  # fmt: skip
-    if cfg.save_model:
-        model.save_pretrained(plan.folder / "model")
-        tokenizer.save_pretrained(plan.folder / "model")
-        record["model"]["saved_weights_sha256"] = fingerprint(model)
-    checkpoint.write_json(plan.folder / RESOURCES, resources)
-    checkpoint.write_json(plan.folder / RECORD, record)
-    for mirror in mirrors:
-        with _only_warned("mirroring the record"):
-            mirror.log_record(record, plan.folder / "predictions.jsonl")
-    return load_record(plan.folder)
+    return training
+
+
+def _provenance(model: Any) -> dict[str, Any]:
+    return {
+        "git": provenance.git_state(ROOT),
+        "packages": provenance.packages(),
+        "device": provenance.device(next(model.parameters()).device),
+    }
+
+
+def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, num_steps: int) -> str:
+    """Write every parameter that the run changed; return their checksum."""
+    from delta_lora import adapter
+
+    return adapter.write(
+        (plan.folder / ADAPTER).parent,
+        method.updated_tensors(built.model),
+        {
+            "method": OmegaConf.to_container(cfg.method, resolve=True),
+            "seed": cfg.seed,
+            "base": built.base,
+            "facts": method.describe(),
+            "step": num_steps,
+        },
+    )
+
+
+def _save_model(plan: Plan, built: Built) -> str:
+    """Write the whole model with its tokenizer; return the checksum of its weights."""
+    from delta_lora.models import fingerprint
+
+    built.model.save_pretrained(plan.folder / "model")
+    built.tokenizer.save_pretrained(plan.folder / "model")
+    return fingerprint(built.model)
+
+
+def _finish(folder: Path, record: dict[str, Any], resources: dict[str, Any]) -> None:
+    """Write the record; then the checkpoints have served.
+
+    Where a score is missing they stay, so that the run can be scored again without training.
+    """
+    from delta_lora import checkpoint
+
+    checkpoint.write_json(folder / RESOURCES, resources)
+    checkpoint.write_json(folder / RECORD, record)
+    if not record["missing_metrics"]:
+        checkpoint.remove(folder / "checkpoints")
+        checkpoint.remove(folder / "best")
 
 
 def draw_rows(examples: Sequence[Any], fraction: float | None, seed: int) -> Sequence[Any]:
@@ -405,21 +520,15 @@ def _count_parameters(model: Any, method: Any, task: Any, num_total: int) -> dic
     }
 
 
-def _log_start(
-    cfg: DictConfig,
-    plan: Plan,
-    parameters: dict[str, int],
-    num_examples: int,
-    batch_size: int,
-    total_steps: int,
-) -> None:
+def _log_start(cfg: DictConfig, plan: Plan, built: Built, batch_size: int) -> None:
+    parameters = built.parameters
     trainable, updatable = parameters["trainable"], parameters["updatable"]
     logger.info(
         "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
         "%d examples, batch %d, %d steps",
         plan.folder.name, cfg.choices.method, cfg.choices.task, cfg.model.name,
         f"{trainable:,}", trainable / 2**20, f"{updatable:,}", updatable / 2**20,
-        f"{parameters['total']:,}", num_examples, batch_size, total_steps,
+        f"{parameters['total']:,}", len(built.train), batch_size, built.total_steps,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,35 +71,64 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
 def predict(
     task: Any, model: Any, tokenizer: Any, folder: Path, split: str
 ) -> list[dict[str, Any]]:
-    """Predict a split into ``predictions.jsonl``, continuing what an earlier session wrote."""
+    """Predict a split into ``predictions.jsonl``, continuing what an earlier session wrote.
+
+    In a distributed run all processes call it: each predicts its share, chunk by chunk, and the
+    main process writes. So the folder is read and written in one place.
+
+    Returns:
+        The predictions; in processes other than the main one an empty list.
+    """
+    from delta_lora import processes
     from delta_lora.runlog import Progress
 
     final, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
-    if final.exists():
-        return _read_lines(final)
+    is_main = processes.is_main()
+    state = processes.gather([(final.exists(), _read_lines(partial))] if is_main else [])
+    is_done, predictions = state[0]
     inputs = task.inputs(split)
-    if not len(inputs):
-        return []
-    predictions = _read_lines(partial)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(p) for p in predictions)
-        progress = Progress(
-            len(inputs), initial=len(predictions), description="predict", unit="input"
-        )
-        with contextlib.closing(progress):
-            for chunk in task.predict(model, tokenizer, split, tuple(predictions)):
+    if is_done or not len(inputs):
+        return _read_lines(final) if is_main else []
+    chunks = task.predict(model, tokenizer, split, tuple(predictions), share=processes.share())
+    progress = Progress(
+        len(inputs),
+        initial=len(predictions),
+        description="predict",
+        unit="input",
+        enabled=is_main,
+    )
+    with contextlib.closing(progress), _lines_of(partial if is_main else None) as write:
+        write(predictions)
+        # Every process takes part in every round, with nothing where its share is done.
+        while found := [c for c in processes.gather([next(chunks, None)]) if c is not None]:
+            for chunk in found:
                 predictions += chunk
-                stream.writelines(_line(p) for p in chunk)
-                stream.flush()
+                write(chunk)
                 progress.update(len(chunk))
+    if not is_main:
+        return []
     order = {p["id"]: p for p in predictions}
     predictions = [order[key] for key in sorted(order)]
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(p) for p in predictions)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with _lines_of(partial) as write:
+        write(predictions)
     partial.replace(final)
     return predictions
+
+
+@contextlib.contextmanager
+def _lines_of(path: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """Open a JSONL file for writing and yield what adds lines to it; None writes nowhere."""
+    if path is None:
+        yield lambda _: None
+        return
+    with path.open("w", encoding="utf-8") as stream:
+
+        def write(predictions: Sequence[dict[str, Any]]) -> None:
+            stream.writelines(_line(p) for p in predictions)
+            stream.flush()
+
+        yield write
+        os.fsync(stream.fileno())
 
 
 def _line(prediction: dict[str, Any]) -> str:

@@ -8,9 +8,21 @@ import torch
 from delta_lora import provenance
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is a GPU")
+def test_the_device_is_the_one_that_was_used_whatever_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    facts = provenance.device(torch.device("cpu"))
+    assert facts["type"] == "cpu"
+    assert "H100" not in facts["name"]
+    facts = provenance.device(torch.device("cuda", 0))
+    assert (facts["type"], facts["name"], facts["count"]) == ("cuda", "NVIDIA H100", 1)
+
+
 def test_a_processor_is_named_down_to_the_kind_that_decides_the_rounding() -> None:
-    name = provenance.device()["name"]
+    name = provenance.device(torch.device("cpu"))["name"]
     assert name.endswith(f"{torch.backends.cpu.get_cpu_capability()})")
     info = Path("/proc/cpuinfo")
     if info.exists() and "cpu family" in (text := info.read_text(errors="replace")):
