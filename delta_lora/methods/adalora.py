@@ -288,7 +288,8 @@ class AdaLora(Method):
         if num_masked == 0:
             return
         scores = {name: self._triplet_scores(name) for name in self._branches}
-        threshold = torch.cat(list(scores.values())).kthvalue(num_masked).values
+        # Not `kthvalue`, which CUDA has in no deterministic form.
+        threshold = torch.cat(list(scores.values())).sort().values[num_masked - 1]
         for name, branch in self._branches.items():
             branch.lora_E.masked_fill_((scores[name] <= threshold)[:, None], 0.0)
 

@@ -17,7 +17,8 @@ Deviations:
 * The released code evaluates during training at whatever rank was drawn last; ours always at
   `eval_rank`.
 
-State kept: none beyond the optimiser's; four buffers of r numbers each, shared by all branches.
+State kept: none beyond the optimiser's; four buffers of r numbers each and two of r x r, shared by
+all branches.
 
 Details:
 1. b is uniform on 1..r, drawn for every micro-batch, the same for every projection. It is a hash of
@@ -62,24 +63,32 @@ class ActiveRank(nn.Module):
         super().__init__()
         self.rank = rank
         self.is_frozen = is_frozen
-        dtype = factor_dtype(weight)
+        scale_RR, trains_RR = self._masks()
+        scale_RR = scale_RR.to(weight.device, factor_dtype(weight))
+        trains_RR = trains_RR.to(weight.device)
         for mode, active in (("train", rank), ("eval", eval_rank)):
-            scale, trains = self._masks(active)
-            self.register_buffer(f"{mode}_scale", scale.to(weight.device, dtype), persistent=False)
-            self.register_buffer(f"{mode}_trains", trains.to(weight.device), persistent=False)
+            self._keep(f"{mode}_scale", scale_RR[active - 1].clone())
+            self._keep(f"{mode}_trains", trains_RR[active - 1].clone())
+        # Of every rank, by b - 1, on the device: a draw then copies nothing from the host.
+        self._keep("scales", scale_RR)
+        self._keep("trains", trains_RR)
 
-    def _masks(self, active: int) -> tuple[Tensor, Tensor]:
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        """Return scale and gradient mask for every active rank b, (r, r), row b - 1."""
         index_R = torch.arange(self.rank)
-        is_active_R = index_R < active
-        scale_R = is_active_R.double() * (self.rank / active)
-        trains_R = (index_R == active - 1) if self.is_frozen else is_active_R
-        return scale_R, trains_R
+        active_R1 = torch.arange(1, self.rank + 1)[:, None]
+        is_active_RR = index_R < active_R1
+        scale_RR = is_active_RR.double() * (self.rank / active_R1.double())
+        trains_RR = (index_R == active_R1 - 1) if self.is_frozen else is_active_RR
+        return scale_RR, trains_RR
 
     def set(self, active: int) -> None:
         """Use the first `active` rows and columns in training mode."""
-        scale_R, trains_R = self._masks(active)
-        self.get_buffer("train_scale").copy_(scale_R)
-        self.get_buffer("train_trains").copy_(trains_R)
+        self.get_buffer("train_scale").copy_(self.get_buffer("scales")[active - 1])
+        self.get_buffer("train_trains").copy_(self.get_buffer("trains")[active - 1])
 
     def forward(self, is_training: bool) -> tuple[Tensor, Tensor]:
         """Return the scale r / b (0 where inactive), (r,), and which entries get a gradient."""
