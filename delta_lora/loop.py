@@ -145,7 +145,7 @@ class Loop:
         self.network: nn.Module = model
         if self.settings.compile:
             self.network = torch.compile(model, dynamic=True)  # type: ignore[assignment]
-        with _forward_unchanged(self.network):
+        with _forward_unchanged(self.network, model):
             self.model, self.prepared = self.accelerator.prepare(self.network, self.optimizer)
         if stored is not None:
             # Behind `prepare`, which would move the optimiser's step counters to the device.
@@ -485,20 +485,24 @@ class Loop:
 
 
 @contextlib.contextmanager
-def _forward_unchanged(network: Any) -> Iterator[None]:
+def _forward_unchanged(*modules: nn.Module) -> Iterator[None]:
     """Undo what `Accelerator.prepare` does to `forward` in half precision.
 
     The loop enters autocast itself, so that nothing is left behind: a model that was trained in
     half precision decodes in the type of its weights, compiled or not, and is freed with its run.
+
+    Args:
+        modules: the model, and its compiled form, which hands attributes on to the model.
     """
-    before = vars(network).get("forward")
+    names = ("forward", "_original_forward")
+    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
     try:
         yield
     finally:
-        vars(network).pop("_original_forward", None)
-        vars(network).pop("forward", None)
-        if before is not None:
-            network.forward = before
+        for module, values in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(values)
 
 
 def _own(sums: Sequence[float], rank: int, world: int) -> float:
