@@ -51,6 +51,7 @@ NOT_SIGNED = (
 #: keys that are signed only where they are set, with the value that means they are not.
 SIGNED_IF_SET = {
     "init_from": None,
+    "recipe.group_by_length": False,
     "recipe.micro_batch_size": None,
     "task.max_rows": None,
     "train_fraction": None,

@@ -43,6 +43,7 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
     folder = cell.run_dir(cfg)
+    assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
     low_rank = 3 * 2 * 4 * 2 * 128
     expected = {

@@ -146,7 +146,7 @@ def test_a_start_of_another_scaling_is_refused(
 
 
 def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> None:
-    record, _ = run(
+    record, folder = run(
         small("rte", "method=full", SIZES, "trainer.max_steps=12", "method.learning_rate=0.01")
     )
     history = record["training"]["validation"]
@@ -158,6 +158,9 @@ def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> No
     assert record["training"]["chosen_step"] == history[values.index(max(values))]["step"]
     assert record["training"]["checkpoint_rule"] == "best"
     assert record["num_predictions"] == 12
+    assert record["resources"]["step_time_s"] < record["resources"]["train_time_s"]
+    left = {path.name for path in folder.iterdir()}
+    assert not {"checkpoints", "best"} & left, "the record stands, so they have served"
 
 
 def test_the_last_epoch_can_be_taken_instead(small: Callable[..., list[str]]) -> None:

@@ -28,10 +28,11 @@ def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str)
 
 def test_the_batch_of_xsum_is_cut_to_what_one_gpu_holds() -> None:
     xsum = ["task=xsum", "recipe=xsum", "model=bart_large", "method=lora"]
-    assert cell.compose(xsum).trainer.micro_batch_size == 8
+    paper = cell.compose(xsum).trainer
+    assert (paper.batch_size, paper.micro_batch_size, paper.group_by_length) == (64, 32, True)
     tiny = cell.compose([*xsum, "scale=tiny"])
-    assert tiny.trainer.micro_batch_size is None
-    assert "micro_batch_size" not in cell.signed_config(tiny)["recipe"]
+    assert (tiny.trainer.micro_batch_size, tiny.trainer.group_by_length) == (None, False)
+    assert not {"micro_batch_size", "group_by_length"} & set(cell.signed_config(tiny)["recipe"])
     assert cell.compose(["task=e2e", "recipe=e2e"]).trainer.micro_batch_size is None
 
 
