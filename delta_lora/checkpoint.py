@@ -176,9 +176,14 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the running write; raises what stopped it."""
-        running, self._running = self._running, None
-        if running is not None:
+        running = self._running
+        if running is None:
+            return
+        try:
             running.result()
+        finally:
+            if running.done():  # not where a signal interrupted the waiting
+                self._running = None
 
     def _copy(self, part: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {}

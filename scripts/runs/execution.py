@@ -216,7 +216,7 @@ def _execute(
         "task_facts": task.describe(built.model, built.tokenizer),
         "training": _training(cfg, built, trainer.batch_size, result, method),
         "num_predictions": len(predictions),
-        "adapter_sha256": _write_adapter(cfg, plan, built, method, result.num_steps),
+        "adapter_sha256": _write_adapter(cfg, plan, built, method, result.chosen_step),
         "config": plan.signed,
         "provenance": _provenance(built.model),
     }
@@ -358,7 +358,7 @@ def _provenance(model: Any) -> dict[str, Any]:
     }
 
 
-def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, num_steps: int) -> str:
+def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, step: int) -> str:
     """Write every parameter that the run changed; return their checksum."""
     from delta_lora import adapter
 
@@ -370,7 +370,7 @@ def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, num_s
             "seed": cfg.seed,
             "base": built.base,
             "facts": method.describe(),
-            "step": num_steps,
+            "step": step,
         },
     )
 

@@ -96,7 +96,8 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
         "    raise AssertionError('it went on')\n"
     )
     launch(2, str(tmp_path), script=str(script))
-    assert "the loss of step 0 is not finite; the batch was another process's" in (
-        tmp_path / "0"
-    ).read_text()
+    assert (
+        "the loss of step 0 is not finite; the batch was another process's"
+        in (tmp_path / "0").read_text()
+    )
     assert "the loss of step 0 is nan; its batch was toy-" in (tmp_path / "1").read_text()

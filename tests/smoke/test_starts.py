@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors.torch import load_file
 
+import delta_lora
+from delta_lora.models import load_tokenizer
+from delta_lora.protocols import Scores
 from scripts.runs import cell
+from scripts.runs.execution import base_model
 from tasks.embedded.bpe import train_tokenizer
+from tasks.glue import Glue
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"
 MNLI_SIZES = "task.embedded_sizes={train:24,validation_matched:6,validation_mismatched:6}"
@@ -161,6 +168,35 @@ def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> No
     assert record["resources"]["step_time_s"] < record["resources"]["train_time_s"]
     left = {path.name for path in folder.iterdir()}
     assert not {"checkpoints", "best"} & left, "the record stands, so they have served"
+
+
+@pytest.mark.parametrize("form", ["in_place", "closed_form"])
+def test_the_best_epoch_is_what_is_kept_everywhere(
+    form: str, small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch is the best and ends before W is first updated: record, adapter, `load`."""
+    falling = itertools.count()
+    monkeypatch.setattr(
+        Glue, "_score", lambda *_: Scores({"accuracy": 1 / (1 + next(falling))}, {})
+    )
+    overrides = small(
+        "rte", "method=delta_lora", f"method.form={form}", SIZES, "trainer.max_steps=9",
+        "method.start_step=3", "method.learning_rate=0.05",
+    )  # fmt: skip
+    record, folder = run(overrides)
+    assert record["training"]["chosen_step"] == 3
+    assert record["training"]["method"]["num_weight_updates"] == 0
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["step"] == 3
+    cfg = cell.compose(overrides)
+    task = instantiate(cfg.task)
+    task.load()
+    tokenizer = load_tokenizer(cfg.model.tokenizer_path)
+    model = delta_lora.load(folder, base=base_model(cfg, task, None, None))
+    batch = task.collate(task.examples("validation", tokenizer))
+    with torch.no_grad():
+        loss = float(task.loss(model, batch)) / batch.num_targets
+    assert loss == pytest.approx(record["training"]["validation"][0]["loss"], rel=1e-5)
+    assert loss != pytest.approx(record["training"]["validation"][-1]["loss"], rel=1e-3)
 
 
 def test_the_last_epoch_can_be_taken_instead(small: Callable[..., list[str]]) -> None:
