@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from delta_lora.sources import check_source, looks_local
+
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification")
@@ -46,7 +48,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
         vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         tokenizer: Any = GPT2Tokenizer(vocab=vocabulary, merges=pairs, model_max_length=1024)
     else:
-        _check_folder(source, ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"))
+        if looks_local(source):
+            check_source(source, model=False)
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,8 +85,9 @@ def load_model(
 
     Raises:
         ValueError: unknown family, dtype or configuration value, neither of source and
-            architecture, or weights that lack a parameter outside `new_modules`.
-        FileNotFoundError: the folder does not exist or holds no model.
+            architecture, weights that lack a parameter outside `new_modules`, or a damaged file of
+            weights in a folder.
+        FileNotFoundError: the folder does not exist, or has no configuration or no safetensors.
         OSError: the hub cannot be reached, or knows no such model.
     """
     import transformers
@@ -111,7 +115,8 @@ def load_model(
         config = AutoConfig.for_model(architecture["model_type"], **values, **overrides)
         _set_dropout(config, dropout)
         return auto_class.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
-    _check_folder(source, ("config.json",))
+    if looks_local(source):
+        check_source(source, tokenizer=False)
     # No keyword of the caller reaches the loader: one of them would run code from the folder.
     config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     _override(config, overrides)
@@ -209,19 +214,6 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
     for key in DROPOUT_KEYS:
         if getattr(config, key, None) is not None:
             setattr(config, key, dropout)
-
-
-def _check_folder(source: str | Path, files: tuple[str, ...]) -> None:
-    """Raise where `source` looks like a path but is not a folder with one of `files`."""
-    path = Path(source)
-    looks_local = path.is_absolute() or str(source).startswith((".", "~")) or path.exists()
-    if not looks_local:
-        return
-    if not path.is_dir():
-        raise FileNotFoundError(f"model folder {source} does not exist")
-    if not any((path / name).exists() for name in files):
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"{source} holds none of {', '.join(files)}; it holds {found}")
 
 
 def fingerprint(model: nn.Module, exclude: Sequence[str] = ()) -> str:
