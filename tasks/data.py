@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import sys
 import zlib
@@ -22,11 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import pooch
+import requests
 from requests.exceptions import RequestException
 
 logger = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_HUB = "https://huggingface.co"
+_ADVICE = (
+    "where there is no network, take a copy of the files and use task.source=files "
+    "task.data_dir=FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class Release:
     def fetch(self, cache_dir: str | Path | None = None, *, retries: int = 2) -> Path:
         """Download the files that the cache does not hold yet, and verify all of them.
 
+        Where the cache holds them, nothing is asked of the network.
+
         Args:
             cache_dir: None takes the user's cache folder.
             retries: further attempts after a failed or damaged download.
@@ -96,113 +105,94 @@ class Release:
             RuntimeError: a file cannot be downloaded.
             ValueError: what was downloaded is not the pinned file.
         """
-        root = Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
-        folder = root / self.repository.replace("/", "--") / self.commit
+        folder = self._folder(cache_dir)
         fetcher = pooch.create(
             path=folder,
-            base_url=self.url.rstrip("/") + "/",
+            base_url=f"{self._address}/",
             registry={name: f"sha256:{sha256}" for name, sha256 in self.files.items()},
             retry_if_failed=retries,
         )
         downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
-        advice = (
-            "where there is no network, take a copy of the files and use task.source=files "
-            "task.data_dir=FOLDER"
-        )
         for name in self.files:
             try:
                 fetcher.fetch(name, downloader=downloader)
             except RequestException as error:
                 raise RuntimeError(
                     f"could not download {fetcher.get_url(name)} ({self.revision}): {error}; "
-                    f"{advice}"
+                    f"{_ADVICE}"
                 ) from error
             except ValueError as error:
                 raise ValueError(
                     f"{fetcher.get_url(name)} is not the pinned file of {self.revision} "
                     f"(sha256 {self.files[name]} expected): the download is damaged or something "
-                    f"else answered in its place; {advice}"
+                    f"else answered in its place; {_ADVICE}"
                 ) from error
         return folder
 
+    def check_source(self, cache_dir: str | Path | None = None, *, timeout_s: float = 20.0) -> None:
+        """Check that every file is in the cache or can be downloaded, without downloading any.
 
-@dataclass(frozen=True)
-class HubDataset:
-    """A data set of the Hugging Face hub in Parquet form (no loading script is ever run).
-
-    Attributes:
-        repository: for example ``EdinburghNLP/xsum``.
-        revision: full commit hash, or a named ref of the hub such as ``refs/convert/parquet``,
-            whose commit of the day is then looked up and recorded.
-        name: configuration of the data set, or None.
-    """
-
-    repository: str
-    revision: str
-    name: str | None = None
-
-    def resolve(self) -> str:
-        """Return ``repository@commit``.
-
-        Raises:
-            RuntimeError: the hub cannot be reached.
-        """
-        from huggingface_hub import HfApi
-
-        if re.fullmatch("[0-9a-f]{40}", self.revision):
-            return f"{self.repository}@{self.revision}"
-        try:
-            commit = HfApi().dataset_info(self.repository, revision=self.revision).sha
-        except Exception as error:  # what the hub's network library raises depends on its version
-            raise RuntimeError(self._advice(error)) from error
-        return f"{self.repository}@{commit}"
-
-    def fetch(
-        self, split: str, columns: Sequence[str], cache_dir: str | Path | None = None
-    ) -> tuple[list[dict[str, Any]], str]:
-        """Download a split, or read it from the cache.
+        Only of files that the cache lacks is the network asked, see `remote_size`.
 
         Args:
-            split: its name on the hub.
-            columns: columns to return, in this order.
-            cache_dir: None takes the cache of `datasets`.
-
-        Returns:
-            The rows, and a sha256 over their values.
+            cache_dir: as for `fetch`.
+            timeout_s: seconds to wait for each answer.
 
         Raises:
-            RuntimeError: it cannot be downloaded.
-            ValueError: a column is missing.
+            RuntimeError: a file is neither in the cache nor where it is downloaded from.
         """
-        import datasets
+        folder = self._folder(cache_dir)
+        for name in self.files:
+            if (folder / name).is_file():
+                continue
+            try:
+                remote_size(self.file_url(name), timeout_s=timeout_s)
+            except RequestException as error:
+                raise RuntimeError(
+                    f"{self.file_url(name)} ({self.revision}) cannot be downloaded: {error}; "
+                    f"{_ADVICE}"
+                ) from error
 
-        try:
-            table = datasets.load_dataset(
-                self.repository,
-                self.name,
-                split=split,
-                revision=self.revision,
-                cache_dir=None if cache_dir is None else str(Path(cache_dir).expanduser()),
-            )
-        except Exception as error:  # see `resolve`
-            raise RuntimeError(self._advice(error)) from error
-        if missing := [column for column in columns if column not in table.column_names]:
-            raise ValueError(
-                f"{self.repository}, {split}: no column {', '.join(missing)}; it has "
-                f"{', '.join(table.column_names)}"
-            )
-        rows = [{column: row[column] for column in columns} for row in table]
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-        return rows, digest.hexdigest()
+    def file_url(self, name: str) -> str:
+        """Return the address of one of `files`."""
+        return f"{self._address}/{name}"
 
-    def _advice(self, error: Exception) -> str:
-        return (
-            f"could not read {self.repository} (revision {self.revision}) from the hub: {error}; "
-            "where there is no network, take a copy of the files and use task.source=files "
-            "task.data_dir=FOLDER"
-        )
+    @property
+    def _address(self) -> str:
+        """`url` without a slash at its end; the hub's on the mirror that HF_ENDPOINT names."""
+        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+        url = self.url.rstrip("/")
+        is_hub = url.startswith(f"{_HUB}/")
+        return f"{mirror}{url.removeprefix(_HUB)}" if mirror and is_hub else url
+
+    def _folder(self, cache_dir: str | Path | None) -> Path:
+        root = Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
+        return root / self.repository.replace("/", "--") / self.commit
+
+
+def remote_size(url: str, *, timeout_s: float) -> int | None:
+    """Return the size in bytes of a file on the network, without downloading it.
+
+    It asks for one byte, as a download would ask for all: redirections to another server are
+    followed, and some of those answer nothing else.
+
+    Args:
+        url: address of the file.
+        timeout_s: seconds to wait for an answer.
+
+    Returns:
+        None where the server does not say.
+
+    Raises:
+        RequestException: the file is not there, or there is no answer.
+    """
+    headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as answer:
+        answer.raise_for_status()
+        is_part = answer.status_code == requests.codes.partial
+        header = answer.headers.get("Content-Range" if is_part else "Content-Length", "")
+    size = header.rpartition("/")[2]  # bytes 0-0/123, or 123
+    return int(size) if size.isdecimal() else None
 
 
 def open_folder(data_dir: str | Path) -> Path:

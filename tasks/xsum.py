@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.data import (
-    HubDataset,
+    Release,
     file_facts,
     find_file,
     listing,
     open_folder,
     read_document,
     read_jsonl,
+    read_parquet,
 )
 from tasks.embedded import xsum as embedded
 from tasks.generation import Seq2SeqBeamSearch
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 SOURCES = ("hub", "files", "embedded")
 #: rows of the official splits.
 OFFICIAL_ROWS: dict[str, int] = {"train": 204_045, "validation": 11_332, "test": 11_334}
+#: split -> file of the hub's Parquet conversion.
+HUB_FILES = {split: f"default/xsum-{split}.parquet" for split in OFFICIAL_ROWS}
 #: texts encoded at once: their Python lists of numbers are large.
 _CHUNK = 1000
 #: characters of a document that a prediction repeats.
@@ -82,10 +85,10 @@ class XSum(Task):
     Args:
         source: ``hub`` downloads the official splits, ``files`` reads `data_dir`, ``embedded``
             writes a corpus of the same form from a grammar.
-        hub: the data set on the hub.
+        release: the pinned Parquet files of the hub, `HUB_FILES`.
         data_dir: folder with ``train``, ``validation`` and ``test``, each as ``.jsonl`` or
             ``_subset.jsonl``, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the cache of `datasets`.
+        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
         max_source_length: tokens of a document; longer ones lose their end, which is logged.
         max_target_length: tokens of a summary, likewise.
         decoding: settings of the beam search.
@@ -112,7 +115,7 @@ class XSum(Task):
         self,
         *,
         source: str,
-        hub: HubDataset,
+        release: Release,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         max_source_length: int = 768,
@@ -142,6 +145,8 @@ class XSum(Task):
                 raise ValueError(
                     f"task.{name}={length}; allowed: at least 3 (begin token, text, end token)"
                 )
+        if missing := set(HUB_FILES.values()) - set(release.files):
+            raise ValueError(f"task.release.files lacks {sorted(missing)}")
         self.max_rows = dict(max_rows or {})
         for split, count in self.max_rows.items():
             if split not in OFFICIAL_ROWS or count < 1:
@@ -150,7 +155,7 @@ class XSum(Task):
                     f"{', '.join(OFFICIAL_ROWS)}"
                 )
         self.source = source
-        self.hub = hub
+        self.release = release
         self.data_dir = data_dir
         self.cache_dir = cache_dir
         self.max_source_length = max_source_length
@@ -167,7 +172,6 @@ class XSum(Task):
 
     def load(self) -> None:
         """Read all splits; see `Task.load`."""
-        revision = None
         if self.source == "embedded":
             with TemporaryDirectory() as folder:
                 embedded.write(Path(folder), seed=self.embedded_seed, sizes=self.embedded_sizes)
@@ -176,8 +180,7 @@ class XSum(Task):
             assert self.data_dir is not None
             rows, files = self._read(open_folder(self.data_dir))
         else:
-            revision = self.hub.resolve()
-            rows, files = self._download(revision)
+            rows, files = self._download()
         for split, count in self.max_rows.items():
             if len(rows[split]) > count:
                 logger.warning(
@@ -190,7 +193,7 @@ class XSum(Task):
         self._warn_of_overlap()
         self._provenance = {
             "source": self.source,
-            "revision": revision,
+            "revision": self.release.revision if self.source == "hub" else None,
             "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
             "aggregate": self.aggregate,
             "files": files,
@@ -239,22 +242,31 @@ class XSum(Task):
         # The official release names its articles but holds no texts, so that no checksum exists.
         return {**file_facts(document, num_rows, None), "official_rows": official}
 
-    def _download(self, revision: str) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
-        repository, _, commit = revision.rpartition("@")
-        pinned = HubDataset(repository, commit, self.hub.name)
+    def check_source(self) -> None:
+        """See `Task.check_source`."""
+        if self.source == "hub":
+            self.release.check_source(self.cache_dir)
+        elif self.source == "files":
+            assert self.data_dir is not None
+            _find(open_folder(self.data_dir))
+
+    def _download(self) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+        folder = self.release.fetch(self.cache_dir)
+        revision = self.release.revision
         rows: dict[str, list[Row]] = {}
         files = []
         for split, official in OFFICIAL_ROWS.items():
-            found, sha256 = pinned.fetch(split, ("document", "summary", "id"), self.cache_dir)
+            name = HUB_FILES[split]
+            found = list(read_parquet(folder / name, ("document", "summary", "id")))
             if len(found) != official:
                 raise ValueError(
                     f"{revision}: {len(found):,} rows in {split}, officially {official:,}; another "
                     "revision of the data set, or a download that ended early"
                 )
-            for number, row in enumerate(found, start=1):
+            for number, row in found:
                 if not row["summary"].strip():
                     raise ValueError(f"{revision}, {split}, row {number}: the summary is empty")
-            if num_empty := sum(not row["document"].strip() for row in found):
+            if num_empty := sum(not row["document"].strip() for _, row in found):
                 logger.warning(
                     "%d documents of the official %s split are empty; they are kept",
                     num_empty,
@@ -262,9 +274,17 @@ class XSum(Task):
                 )
             rows[split] = [
                 Row(str(row["id"]), row["document"], row["summary"], f"{split}:{number}")
-                for number, row in enumerate(found, start=1)
+                for number, row in found
             ]
-            files.append({"name": split, "sha256": sha256, "rows": official, "official": True})
+            files.append(
+                {
+                    "name": name,
+                    "sha256": self.release.files[name],
+                    "bytes": (folder / name).stat().st_size,
+                    "rows": official,
+                    "official": True,
+                }
+            )
         return rows, files
 
     def _warn_of_overlap(self) -> None:

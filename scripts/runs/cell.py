@@ -60,6 +60,22 @@ SIGNED_IF_SET = {
     "trainer.optimizer": "adamw",
     "trainer.momentum": 0.0,
 }
+#: class of a task -> key of its pin, and what stands in a signature instead where a run does not
+#: read it (without ``task.source=hub``): the pin of the time when the first such run was named.
+#: So a new pin renames no run that it is nothing to.
+UNREAD_PINS = {
+    "tasks.xsum.XSum": (
+        "release",
+        {
+            "hub": {
+                "_target_": "tasks.data.HubDataset",
+                "repository": "EdinburghNLP/xsum",
+                "revision": "refs/convert/parquet",
+                "name": None,
+            }
+        },
+    ),
+}
 #: settings of a method without which the weights of a run mean something else.
 SHARED_WITH_START = ("rank", "alpha")
 
@@ -92,6 +108,10 @@ def signed_config(cfg: DictConfig) -> dict[str, Any]:
     for key, unset in SIGNED_IF_SET.items():
         if OmegaConf.select(cfg, key) == unset:
             _drop(content, key)
+    pin, first = UNREAD_PINS.get(cfg.task["_target_"], ("", {}))
+    if pin and cfg.task.source != "hub":
+        del content["task"][pin]
+        content["task"].update(first)
     if cfg.task.get("data_dir") is not None:
         content["task"]["data_dir"] = _folder_checksum("task.data_dir", cfg.task.data_dir)
     for key in ("path", "tokenizer_path"):

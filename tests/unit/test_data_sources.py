@@ -10,14 +10,12 @@ from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tasks.data import (
     Document,
-    HubDataset,
     Release,
     file_facts,
     find_file,
@@ -29,6 +27,7 @@ from tasks.data import (
     read_lines,
     read_parquet,
     read_tsv,
+    remote_size,
 )
 
 COMMIT = "0123456789" * 4
@@ -207,6 +206,41 @@ def test_a_missing_file_and_no_server(server: tuple[Path, str], tmp_path: Path) 
         release("http://127.0.0.1:9", a_txt="one\n").fetch(tmp_path / "cache", retries=0)
 
 
+def test_a_release_is_checked_without_a_download(server: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = server
+    write(folder / "a.txt", "one\n")
+    pinned = release(url, a_txt="one\n", b_txt="two\n")
+    with pytest.raises(
+        RuntimeError, match=r"/b\.txt .*@.* cannot be downloaded: 404.*source=files"
+    ):
+        pinned.check_source(tmp_path / "cache")
+    write(folder / "b.txt", "two\n")
+    pinned.check_source(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert remote_size(f"{url}/a.txt", timeout_s=5) == 4
+    pinned.fetch(tmp_path / "cache")
+    num_requests = len(_QuietHandler.requests)
+    pinned.check_source(tmp_path / "cache")
+    assert len(_QuietHandler.requests) == num_requests
+    with pytest.raises(RuntimeError, match=r"cannot be downloaded.*task\.source=files"):
+        release("http://127.0.0.1:9", a_txt="one\n").check_source(tmp_path / "other")
+
+
+def test_a_mirror_of_the_hub_is_asked_in_its_place(
+    server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = server
+    monkeypatch.setenv("HF_ENDPOINT", f"{url}/")
+    (folder / "datasets").mkdir()
+    write(folder / "datasets" / "a.txt", "one\n")
+    pinned = release("https://huggingface.co/datasets/", a_txt="one\n")
+    pinned.check_source(tmp_path / "cache")
+    assert (pinned.fetch(tmp_path / "cache") / "a.txt").read_text() == "one\n"
+    assert release("https://example.org/x", a_txt="").file_url("a.txt") == (
+        "https://example.org/x/a.txt"
+    )
+
+
 def test_a_release_must_be_pinned() -> None:
     with pytest.raises(ValueError, match="commit='main' of owner/name is not a full hash"):
         Release("owner/name", "main", "http://127.0.0.1", {})
@@ -288,47 +322,9 @@ def test_facts_of_a_file(tmp_path: Path) -> None:
     assert file_facts(read, 3, None)["official"] is False
 
 
-def test_a_hub_dataset_is_read_from_parquet_and_hashed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {}
-
-    def load(path: str, name: str | None, **settings: object) -> object:
-        asked.update(settings, path=path, name=name)
-        return datasets.Dataset.from_dict({"b": ["x", "y"], "a": [1, 2], "c": [0, 0]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    source = HubDataset("owner/data", COMMIT, "en")
-    rows, sha256 = source.fetch("test", ["a", "b"], tmp_path)
-    assert rows == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
-    assert (asked["path"], asked["name"], asked["split"]) == ("owner/data", "en", "test")
-    assert asked["revision"] == COMMIT
-    assert source.fetch("test", ["a", "b"])[1] == sha256 != source.fetch("test", ["a"])[1]
-    assert source.resolve() == f"owner/data@{COMMIT}"
-    with pytest.raises(ValueError, match="owner/data, test: no column z; it has b, a, c"):
-        source.fetch("test", ["z"])
-
-
-class NetworkError(Exception):
-    """As the hub's network library has it: neither an OSError nor one of the hub's errors."""
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(b"\xef\xbb\xbfname : A||a\n")
     document = read_document(path)
     assert document.text == "name : A||a\n"
     assert document.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> object:
-        raise NetworkError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    source = HubDataset("owner/data", "refs/convert/parquet")
-    with pytest.raises(RuntimeError, match=r"no route; where there is no network, .*source=files"):
-        source.fetch("test", ["a"])
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", load)
-    with pytest.raises(RuntimeError, match=r"could not read owner/data \(revision refs/convert"):
-        source.resolve()

@@ -9,27 +9,32 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from tasks.data import HubDataset
+from tasks.data import Release
 from tasks.embedded import xsum as embedded
 from tasks.embedded.bpe import train_pair_tokenizer, train_tokenizer
 from tasks.generation import Seq2SeqBeamSearch
-from tasks.xsum import OFFICIAL_ROWS, XSum
+from tasks.xsum import HUB_FILES, OFFICIAL_ROWS, XSum
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"train": 40, "validation": 4, "test": 10}
-HUB = HubDataset("owner/name", "refs/convert/parquet")
+#: of files that no test downloads.
+RELEASE = Release(
+    "owner/name", "a" * 40, "http://127.0.0.1:9", dict.fromkeys(HUB_FILES.values(), "0" * 64)
+)
 
 
 def make_task(**settings: Any) -> XSum:
     values: dict[str, Any] = {
         "source": "embedded",
-        "hub": HUB,
+        "release": RELEASE,
         "embedded_sizes": SIZES if settings.get("source", "embedded") == "embedded" else None,
         "decoding": Seq2SeqBeamSearch(num_beams=2, max_length=12, batch_size=4),
     }
@@ -182,45 +187,73 @@ def test_shared_documents_are_reported(tmp_path: Path, caplog: pytest.LogCapture
     assert "validation also" not in caplog.text
 
 
-class FakeHub:
-    """The official numbers of rows, and where they come from."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int]) -> None:
-        self.revisions: list[str] = []
-        self.rows = {
-            split: [
-                {"document": f"{split} {n}", "summary": "text", "id": f"{split}{n}"}
-                for n in range(count)
-            ]
-            for split, count in counts.items()
+def make_release(cache: Path, **counts: int) -> Release:
+    """Return a release whose Parquet files lie in `cache`, so that nothing is downloaded."""
+    files = {}
+    for split, count in counts.items():
+        path = cache / "owner--name" / ("a" * 40) / HUB_FILES[split]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {
+            "document": [
+                "" if (split, n) == ("train", 1) else f"{split} {n}" for n in range(count)
+            ],
+            "summary": [" " if (split, n) == ("test", 7) else "text" for n in range(count)],
+            "id": [f"{split}{n}" for n in range(count)],
         }
-
-        def fetch(hub: HubDataset, split: str, columns: Any, cache_dir: Any) -> Any:
-            self.revisions.append(hub.revision)
-            return self.rows[split], "0" * 64
-
-        monkeypatch.setattr(HubDataset, "resolve", lambda hub: f"{hub.repository}@{'a' * 40}")
-        monkeypatch.setattr(HubDataset, "fetch", fetch)
-        monkeypatch.setattr("tasks.xsum.OFFICIAL_ROWS", {"train": 3, "validation": 2, "test": 2})
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        files[HUB_FILES[split]] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Release("owner/name", "a" * 40, "http://127.0.0.1:9", files)
 
 
-def test_the_hub_is_read_at_the_commit_that_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_hubs_files_are_read_from_the_cache_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hub = FakeHub(monkeypatch, {"train": 3, "validation": 2, "test": 2})
-    hub.rows["train"][1]["document"] = ""
-    task = make_loaded(source="hub")
-    assert hub.revisions == ["a" * 40] * 3
+    monkeypatch.setattr("tasks.xsum.OFFICIAL_ROWS", {"train": 3, "validation": 2, "test": 2})
+    release = make_release(tmp_path, train=3, validation=2, test=2)
+    task = make_task(source="hub", release=release, cache_dir=tmp_path)
+    task.check_source()
+    task.load()
     found = task.provenance()
     assert found["revision"] == f"owner/name@{'a' * 40}"
-    assert [file["official"] for file in found["files"]] == [True] * 3
+    assert [(file["name"], file["rows"]) for file in found["files"]] == [
+        ("default/xsum-train.parquet", 3),
+        ("default/xsum-validation.parquet", 2),
+        ("default/xsum-test.parquet", 2),
+    ]
+    assert [file["sha256"] for file in found["files"]] == list(release.files.values())
+    row = task.inputs("train")[2]
+    assert (row.id, row.document, row.summary, row.place) == (
+        "train2",
+        "train 2",
+        "text",
+        "train:3",
+    )
     assert "1 documents of the official train split are empty; they are kept" in caplog.text
-    hub.rows["test"][1]["summary"] = " "
-    with pytest.raises(ValueError, match="test, row 2: the summary is empty"):
-        make_loaded(source="hub")
-    FakeHub(monkeypatch, {"train": 3, "validation": 1, "test": 2})
+
+
+def test_files_of_the_hub_that_are_not_the_official_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.xsum.OFFICIAL_ROWS", {"train": 3, "validation": 2, "test": 8})
+    release = make_release(tmp_path, train=3, validation=2, test=8)
+    with pytest.raises(ValueError, match="test, row 8: the summary is empty"):
+        make_loaded(source="hub", release=release, cache_dir=tmp_path)
+    release = make_release(tmp_path, train=3, validation=1, test=2)
     with pytest.raises(ValueError, match="1 rows in validation, officially 2"):
-        make_loaded(source="hub")
+        make_loaded(source="hub", release=release, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"release\.files lacks \['default/xsum-test\.parquet'\]"):
+        make_task(release=make_release(tmp_path, train=1, validation=1))
+
+
+def test_a_source_is_checked_before_it_is_read(tmp_path: Path) -> None:
+    make_task().check_source()  # embedded
+    with pytest.raises(RuntimeError, match=r"xsum-train\.parquet .* cannot be downloaded"):
+        make_task(source="hub", cache_dir=tmp_path).check_source()
+    folder = write_files(tmp_path)
+    make_task(source="files", data_dir=folder).check_source()
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no test\.jsonl or test_subset\.jsonl"):
+        make_task(source="files", data_dir=folder).check_source()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +285,8 @@ def test_the_config_is_the_recipe() -> None:
     task = instantiate(OmegaConf.load(ROOT / "configs" / "task" / "xsum.yaml"))
     assert isinstance(task, XSum)
     assert (task.source, task.max_source_length, task.max_target_length) == ("hub", 768, 64)
-    assert task.hub == HubDataset("EdinburghNLP/xsum", "refs/convert/parquet")
+    assert task.release.revision == f"EdinburghNLP/xsum@{task.release.url.rpartition('/')[2]}"
+    assert set(task.release.files) == set(HUB_FILES.values())
     decoding = task.decoding
     assert (decoding.num_beams, decoding.max_length) == (8, 64)
     left_open = ("length_penalty", "no_repeat_ngram_size", "early_stopping", "forced_bos")
