@@ -190,6 +190,14 @@ class Task(ABC):
     #: split that the final predictions and scores of a run are of.
     scored_split: str = "test"
 
+    def check_source(self) -> None:  # noqa: B027 - a hook
+        """Check that what `load` reads is there or can be downloaded, without reading it at length.
+
+        Raises:
+            FileNotFoundError: a folder or file is missing.
+            RuntimeError: a file is neither in the cache nor where it is downloaded from.
+        """
+
     @abstractmethod
     def load(self) -> None:
         """Read and check all data; nothing else of the task works before.

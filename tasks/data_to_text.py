@@ -158,6 +158,14 @@ class DataToText(Task):
 
     # Loading
 
+    def check_source(self) -> None:
+        """See `Task.check_source`."""
+        if self.source == "hub":
+            self.release.check_source(self.cache_dir)
+        elif self.source == "files":
+            assert self.data_dir is not None
+            self._find(open_folder(self.data_dir))
+
     def load(self) -> None:
         """Read all splits; see `Task.load`."""
         if self.source == "embedded":

@@ -203,9 +203,19 @@ class Glue(Task):
 
     # Loading
 
+    def check_source(self) -> None:
+        """See `Task.check_source`."""
+        if self.source == "hub":
+            self.release.check_source(self.cache_dir)
+        elif self.source == "files":
+            folder = self._files_folder()
+            for split in self._splits():
+                for name in self._names(split):
+                    self._find_file(name, folder)
+
     def load(self) -> None:
         """Read train and dev set, and the test set where it is scored; see `Task.load`."""
-        splits = SPLITS if self.scored_split == "test" else SPLITS[:2]
+        splits = self._splits()
         files: list[dict[str, Any]] = []
         rows: dict[str, list[Row]] = {}
         if self.source == "hub":
@@ -213,10 +223,7 @@ class Glue(Task):
             for split in splits:
                 rows[split] = self._read_split(split, folder, files, is_hub=True)
         elif self.source == "files":
-            assert self.data_dir is not None
-            folder = open_folder(self.data_dir)
-            if (folder / self.task).is_dir():
-                folder = folder / self.task
+            folder = self._files_folder()
             for split in splits:
                 rows[split] = self._read_split(split, folder, files)
         else:
@@ -241,14 +248,27 @@ class Glue(Task):
             ", ".join(f"{split} {len(rows[split]):,} rows" for split in rows),
         )  # fmt: skip
 
+    def _splits(self) -> Sequence[str]:
+        return SPLITS if self.scored_split == "test" else SPLITS[:2]
+
+    def _files_folder(self) -> Path:
+        """Return the folder of the task's own files, in `data_dir` or `data_dir` itself."""
+        assert self.data_dir is not None
+        folder = open_folder(self.data_dir)
+        return folder / self.task if (folder / self.task).is_dir() else folder
+
+    def _names(self, split: str) -> list[str]:
+        """Return the names of the files of a split, without their endings."""
+        parts = self.parts if self.parts and split != "train" else ("",)
+        return [f"{TSV_NAMES[split]}_{part}" if part else TSV_NAMES[split] for part in parts]
+
     def _read_split(
         self, split: str, folder: Path, files: list[dict[str, Any]], *, is_hub: bool = False
     ) -> list[Row]:
         """Read all parts of a split; what was read is added to `files`."""
-        parts = self.parts if self.parts and split != "train" else ("",)
         rows: list[Row] = []
-        for part in parts:
-            name = f"{TSV_NAMES[split]}_{part}" if part else TSV_NAMES[split]
+        for name in self._names(split):
+            part = name.removeprefix(TSV_NAMES[split]).removeprefix("_")
             if is_hub:
                 found, facts = self._read_hub(name, folder)
             else:
@@ -273,13 +293,7 @@ class Glue(Task):
     def _read_file(
         self, name: str, folder: Path
     ) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-        path = find_file(folder, f"{name}.tsv") or find_file(folder, f"{name}_subset.tsv")
-        if path is None:
-            raise FileNotFoundError(
-                f"{folder} has no {name}.tsv or {name}_subset.tsv (plain or .gz), which "
-                f"GLUE {self.task} needs; it holds {listing(folder)}"
-            )
-        document = read_document(path)
+        document = read_document(self._find_file(name, folder))
         is_test = name.startswith(TSV_NAMES["test"])
         required = self.columns if is_test else (*self.columns, "label")
         rows = [
@@ -294,6 +308,15 @@ class Glue(Task):
                     raise ValueError(f"{place}: {column} is empty; the row is truncated")
         facts = {"name": document.name, "sha256": document.sha256, "bytes": document.num_bytes}
         return rows, facts
+
+    def _find_file(self, name: str, folder: Path) -> Path:
+        path = find_file(folder, f"{name}.tsv") or find_file(folder, f"{name}_subset.tsv")
+        if path is None:
+            raise FileNotFoundError(
+                f"{folder} has no {name}.tsv or {name}_subset.tsv (plain or .gz), which "
+                f"GLUE {self.task} needs; it holds {listing(folder)}"
+            )
+        return path
 
     def _read_hub(
         self, name: str, folder: Path

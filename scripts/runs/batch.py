@@ -37,10 +37,11 @@ def _interrupt(*_: object) -> None:
 
 
 def check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) -> None:
-    """Check settings and folders once, before any run starts.
+    """Check settings, folders, and what is loaded or downloaded, once, before any run starts.
 
     Raises:
-        ValueError: a row's settings are not allowed; the row is named.
+        ValueError: a row's settings are not allowed, or its weights or data cannot be had; the row
+            is named.
         OSError: the results folder cannot be written.
     """
     try:
@@ -48,12 +49,13 @@ def check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) -> 
         tempfile.TemporaryFile(dir=results).close()
     except OSError as error:
         raise OSError(f"cannot write to the results folder {results}: {error.strerror}") from error
-    checked = set()
+    checked, sources = set(), set[str]()
     for item in todo:
         if (item.row, item.run) not in checked:
             checked.add((item.row, item.run))
             try:
                 cell.check(item.config)
+                cell.check_sources(item.config, sources)
             except ValueError as error:
                 raise ValueError(f"row {item.row} on {item.run}: {error}") from error
 

@@ -39,8 +39,9 @@ from scripts.runs.execution import (
 from scripts.runs.folder import RECORD, LockedError, clear, load_record, lock
 
 __all__ = [
-    "ConfigError", "LockedError", "check", "check_choices", "compose", "group", "load_record",
-    "lock", "outputs", "prepare", "pretraining", "run", "run_dir", "signature", "start", "status",
+    "ConfigError", "LockedError", "check", "check_choices", "check_sources", "compose", "group",
+    "load_record", "lock", "outputs", "prepare", "pretraining", "run", "run_dir", "signature",
+    "start", "status",
 ]  # fmt: skip
 
 #: what cannot change a result and is left out of the signature.
@@ -306,6 +307,52 @@ def _check_fits(cfg: DictConfig) -> None:
         )
 
 
+def check_sources(cfg: DictConfig, seen: set[str]) -> None:
+    """Check that weights, tokenizer and data of a run are there or can be downloaded.
+
+    Files are looked at, not read at length; the network is asked only for what the caches lack. The
+    run that this one starts from (``init_from``) is checked too.
+
+    Args:
+        cfg: from `compose`.
+        seen: what was found before is not looked for again; what is found now is added.
+
+    Raises:
+        ConfigError: something is missing; the message says what, and what to do.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora.sources import check_source
+
+    for source, revision, needs in _model_sources(cfg):
+        key = f"{source}@{revision} {sorted(needs)}"
+        if key not in seen:
+            with as_config_error():
+                check_source(source, revision, **needs)
+            seen.add(key)
+    key = provenance.signature(OmegaConf.to_container(cfg.task, resolve=True))  # type: ignore[arg-type]
+    if key not in seen:
+        with as_config_error(RuntimeError):  # a download that cannot be had is one
+            instantiate(cfg.task).check_source()
+        seen.add(key)
+    if cfg.init_from is not None and isinstance(before := start(cfg), DictConfig):
+        check_sources(before, seen)
+
+
+def _model_sources(cfg: DictConfig) -> Iterator[tuple[str, str | None, dict[str, bool]]]:
+    """Yield what a run loads: folder or hub id, revision, and what of it is needed."""
+    if cfg.model.pretrain is not None:  # made by the suite itself, later
+        return
+    has_tokenizer = cfg.model.tokenizer_path is not None
+    if has_tokenizer:
+        yield str(cfg.model.tokenizer_path), None, {"model": False, "tokenizer": True}
+    source = weights_source(cfg)
+    if source is None or (cfg.model.init == "random" and has_tokenizer):
+        return
+    is_loaded = cfg.model.init != "random"
+    yield *source, {"model": is_loaded, "tokenizer": not has_tokenizer}
+
+
 def prepare(cfgs: Iterable[DictConfig]) -> None:
     """Pre-train, once, the models that the runs need and that do not exist yet."""
     done = set()
@@ -347,6 +394,7 @@ def run(cfg: DictConfig, *, wait: bool = True) -> dict[str, Any]:
     if status(cfg).state == "done":
         return load_record(run_dir(cfg))
     check(cfg)
+    check_sources(cfg, set())  # before data are read and tokens made
     folder = run_dir(cfg)
     is_main = processes.is_main()
     with lock(folder, wait=wait) if is_main else contextlib.nullcontext():

@@ -52,6 +52,9 @@ class CellModule(Protocol):
     def check(self, cfg: Any) -> None:
         """Raise ValueError where it cannot run as asked."""
 
+    def check_sources(self, cfg: Any, seen: set[str]) -> None:
+        """Raise ValueError where weights or data that `seen` does not name cannot be had."""
+
     def load_record(self, folder: Path) -> dict[str, Any]:
         """Return its record with the resources under ``resources``."""
 

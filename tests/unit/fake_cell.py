@@ -69,6 +69,14 @@ def check(config):
         raise ConfigError("rank=0 must be 1 or more")
 
 
+def check_sources(config, seen):
+    if config["model"] not in seen:
+        seen.add(config["model"])
+        sys.stdout.write(f"looking for {config['model']}\n")
+        if config["fake"].get("absent") == config["model"]:
+            raise ConfigError(f"{config['model']} has no model.safetensors")
+
+
 def prepare(configs):
     if configs[0]["fake"].get("prepare") == "fail":
         raise RuntimeError("no space left on device")

@@ -164,6 +164,7 @@ def test_prepare_only_prepares(command: Callable[..., int], outputs: Path) -> No
         (["--args", "a='b"], "No closing quotation"),
         (["--args", "wrong=1"], "table1, row full: unknown key 'wrong'"),
         (["--args", "fake.refuse=lora"], "row lora on e2e: rank=0 must be 1 or more"),
+        (["--args", "fake.absent=gpt2_medium"], "on e2e: gpt2_medium has no model.safetensors"),
     ],
 )
 def test_bad_input_is_explained_before_any_work(
