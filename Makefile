@@ -33,7 +33,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report check-results clean check-python
+.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -88,6 +88,9 @@ report: $(READY)  ## put the generated verdicts and tables into README
 check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
 	@$(RUN) scripts/audit.py --scale tiny --check
+
+check-pins: $(READY)  ## are all pinned weights and data where they are downloaded from? needs the network
+	@$(RUN) scripts/check_pins.py $$ARGS
 
 clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info
