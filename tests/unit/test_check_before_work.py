@@ -1,0 +1,198 @@
+"""Weights and data are looked for before a run reads any, and once before a table starts."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import delta_lora.sources
+from delta_lora.sources import RemoteFile
+from scripts.runs import batch, cell, plan
+from tasks.e2e import E2E
+
+MODEL = "facebook/bart-large"
+
+
+def write_model(folder: Path, *left_out: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
+    for name in left_out:
+        (folder / name).unlink()
+    return folder
+
+
+def composed(tmp_path: Path, *overrides: str, task: str = "e2e", model: str = "gpt2_medium") -> Any:
+    return cell.compose(
+        [f"task={task}", f"recipe={task}", f"model={model}", "method=lora", "logger=none",
+         f"paths.outputs={tmp_path / 'outputs'}", *overrides]
+    )  # fmt: skip
+
+
+class _Files(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404 if "absent" in self.path else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that has every file without "absent" in its name."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Files)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    _Files.asked = []
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Hub:
+    """Stands for the hub's listings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *names: str) -> None:
+        self.asked: list[tuple[str, str | None]] = []
+        self.names = names
+        monkeypatch.setattr(delta_lora.sources, "list_files", self.list_files)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def list_files(self, repository: str, revision: str | None, **_: object) -> Any:
+        self.asked.append((repository, revision))
+        return dict.fromkeys(self.names, RemoteFile(1, None))
+
+
+@pytest.fixture
+def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where data are read."""
+
+    def load(task: E2E) -> None:
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr(E2E, "load", load)
+
+
+@pytest.mark.usefixtures("no_load")
+def test_a_folder_without_safetensors_is_found_before_data_are_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    cfg = composed(tmp_path, f"model.path={folder}", "task.source=embedded")
+    with pytest.raises(cell.ConfigError, match=r"has no model\.safetensors .*pytorch_model\.bin"):
+        cell.run(cfg)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.usefixtures("no_load")
+def test_a_pin_without_safetensors_is_found_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "pytorch_model.bin")
+    cfg = composed(tmp_path, "task.source=embedded", "model.architecture=null")
+    with pytest.raises(cell.ConfigError, match=r"gpt2-medium at revision .* has no model\.safet"):
+        cell.run(cfg)
+    assert hub.asked == [("openai-community/gpt2-medium", cfg.model.revision)]
+
+
+def test_a_tokenizer_of_its_own_is_looked_for_in_its_place(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "tokenizer.json")
+    other = write_model(tmp_path / "other", "model.safetensors", "config.json")
+    embedded = "task.source=embedded"
+    with pytest.raises(cell.ConfigError, match=r"model has no tokenizer\.json"):
+        cell.check_sources(composed(tmp_path, embedded, f"model.path={model}"), set())
+    both = [f"model.path={model}", f"model.tokenizer_path={other}"]
+    cell.check_sources(composed(tmp_path, embedded, *both), set())
+    only = ["model.init=random", f"model.tokenizer_path={other}"]
+    cell.check_sources(composed(tmp_path, embedded, *only), set())
+
+
+def test_data_that_cannot_be_downloaded_are_found(tmp_path: Path, files: str) -> None:
+    model = write_model(tmp_path / "model")
+    settings = [f"model.path={model}", f"task.cache_dir={tmp_path / 'cache'}"]
+    cfg = composed(tmp_path, *settings, f"task.release_lora.url={files}")
+    cell.check_sources(cfg, set())
+    assert sorted(_Files.asked) == ["/test.txt", "/train.txt", "/valid.txt"]
+    cfg = composed(tmp_path, *settings, f"task.release_lora.url={files}/absent")
+    with pytest.raises(cell.ConfigError, match=r"/absent/train\.txt .*404.*task\.source=files"):
+        cell.check_sources(cfg, set())
+    (cached := tmp_path / "cache" / "microsoft--LoRA" / cfg.task.release_lora.commit).mkdir(
+        parents=True
+    )
+    for name in cfg.task.release_lora.files:
+        (cached / name).write_text("in the cache")
+    asked = len(_Files.asked)
+    cell.check_sources(cfg, set())
+    assert len(_Files.asked) == asked
+
+
+def test_a_table_asks_once_for_each_model_and_each_data_source(
+    tmp_path: Path, files: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "model.safetensors")
+    monkeypatch.setattr(cell, "check", lambda cfg: None)
+    settings = [f"task.cache_dir={tmp_path / 'cache'}", f"task.release.url={files}"]
+
+    def item(row: str, task: str, *more: str, seed: int = 1) -> plan.Cell:
+        overrides = (*settings, f"method={row}", f"seed={seed}", *more)
+        cfg = composed(tmp_path, *overrides, task=task, model="roberta_base")
+        return plan.Cell(row, task, seed, overrides, cfg, tmp_path / row)
+
+    rows = ("lora", "full", "delta_lora")
+    todo = [item(row, "glue/rte", seed=seed) for row in rows for seed in (1, 2)]
+    todo += [item(row, "glue/mrpc", "init_from=glue/mnli") for row in rows]
+    batch.check_before_work(todo, tmp_path / "results", cell)
+    assert hub.asked == [("FacebookAI/roberta-base", todo[0].config.model.revision)]
+    # Two files each of RTE and MRPC, and three of MNLI, which MRPC starts from.
+    assert len(_Files.asked) == len(set(_Files.asked)) == 7
+    assert sum("mnli" in path for path in _Files.asked) == 3
+
+
+def test_a_row_whose_weights_are_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "pytorch_model.bin")
+    monkeypatch.setattr(cell, "check", lambda cfg: None)
+    cfg = composed(tmp_path, "task.source=embedded", task="xsum", model="bart_large")
+    todo = [plan.Cell("lora", "xsum", 1, (), cfg, tmp_path / "x")]
+    with pytest.raises(ValueError, match=rf"row lora on xsum: {MODEL} at .* no model\.safetensors"):
+        batch.check_before_work(todo, tmp_path / "results", cell)
+
+
+def test_the_tiny_scale_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, tmp_path)
+    for task, model in (
+        ("e2e", "gpt2_medium"),
+        ("xsum", "bart_large"),
+        ("glue/rte", "roberta_base"),
+    ):
+        cell.check_sources(composed(tmp_path, "scale=tiny", task=task, model=model), set())
+    assert hub.asked == []
+
+
+def test_a_new_pin_renames_no_run_that_does_not_read_it(tmp_path: Path) -> None:
+    def name(*overrides: str) -> str:
+        cfg = composed(tmp_path, *overrides, task="xsum", model="bart_large")
+        return cell.signature(cfg)
+
+    other = f"task.release.commit={hashlib.sha1(b'other').hexdigest()}"
+    assert name("scale=tiny") == name("scale=tiny", other)
+    assert (
+        name("scale=tiny", "seed=1", "paths.outputs=null") == "7abaf7c19abd"
+    )  # a committed record
+    assert name() != name(other)
