@@ -365,15 +365,16 @@ def read_parquet(
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file: {error}") from error
-    if missing := [column for column in required if column not in table.column_names]:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
-    wanted = [column for column in (*required, *optional) if column in table.column_names]
-    yield from enumerate(table.select(wanted).to_pylist(), start=1)
+    names = file.schema_arrow.names
+    if missing := [column for column in required if column not in names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+    wanted = [column for column in (*required, *optional) if column in names]
+    # A few rows at a time: a whole file and its Python objects are several times its text.
+    parts = file.iter_batches(batch_size=1000, columns=wanted)
+    yield from enumerate((row for part in parts for row in part.to_pylist()), start=1)
 
 
 def read_jsonl(
