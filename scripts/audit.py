@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from delta_lora.checkpoint import write_json
 from scripts.auditing import measurements
+from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
 from scripts.auditing.plan import Plan, load_settings, make_plan
@@ -36,6 +37,7 @@ from scripts.reporting.results import (
     write_text,
 )
 from scripts.runs import cell as real_cell
+from scripts.runs.allotment import allot, largest_need, parse_workers
 from scripts.runs.batch import (
     Progress,
     check_before_work,
@@ -43,11 +45,12 @@ from scripts.runs.batch import (
     prepare_models,
     run_cells,
     stop_in_order,
-    worker_environments,
+    with_starts,
 )
+from scripts.runs.jobs import Job
 from scripts.runs.plan import CellModule, Durations, parse_overrides, parse_seeds
-from scripts.runs.scale import CHOICES, resolve_scale
-from scripts.runs.workers import Job, Pool
+from scripts.runs.scale import CHOICES, missing_device, resolve_scale
+from scripts.runs.workers import Pool
 from scripts.tables import differences
 
 # ---------------------------------------------------------------------- running
@@ -67,48 +70,64 @@ def run_missing(
         measuring: name of the module that measures.
     """
     distinct = {item.signature: item for item in plan.cells}
-    todo = [c for c in distinct.values() if cell.status(c.config).state != "done"]
+    missing = [c for c in distinct.values() if cell.status(c.config).state != "done"]
+    todo = with_starts(missing, cell)
     open_measurements = [m for m in plan.measurements if m.read() is None]
     print(
         f"audit: {len(distinct)} runs, {len(todo)} to run; {len(plan.measurements)} measurements, "
         f"{len(open_measurements)} to make",
         flush=True,
     )
-    environments = worker_environments(
-        workers, plan.scale, max(1, len(todo), len(open_measurements))
-    )
+    refusal = missing_device(plan.scale, plan.extra)
+    if refusal is not None and (todo or open_measurements):
+        raise ValueError(refusal)
     outputs = plan.cells[0].folder.parent
-    logs = outputs / "logs"
     failures: dict[str, str] = {}
     check_before_work(todo, results, cell)
     if todo:
         durations = Durations()
         durations.read([outputs], cell)
-        print(expected_time(todo, len(environments), durations, cell), flush=True)
-        with Pool(module, environments=environments, logs=logs, name="audit") as pool:
-            problem = prepare_models(pool, todo)
+        chosen = allot(workers, plan.scale, plan.extra, len(todo), lambda: largest_need(todo))
+        print(expected_time(todo, len(chosen.environments), durations, cell))
+        print(chosen.text, flush=True)
+        logs = outputs / "logs"
+        with Pool(module, environments=chosen.environments, logs=logs, name="audit") as pool:
+            problem = prepare_models(pool, todo, cell)
             if problem is not None:
                 print(f"error: preparing the models failed: {problem}", file=sys.stderr)
                 return False
-            failures |= run_cells(pool, todo, durations, cell)
+            failed = run_cells(pool, todo, durations, cell)
+            failures |= {name: str(outcome.error) for name, outcome in failed.items()}
     if open_measurements:
-        by_key = {m.signature: m for m in open_measurements}
-        jobs = [Job("run", (measurements.as_job(m),), name) for name, m in by_key.items()]
-        name = "audit-measurements"
-        with (
-            Pool(measuring, environments=environments, logs=logs, name=name) as pool,
-            Progress(len(jobs)) as progress,
-        ):
-            for outcome in pool.run(jobs):
-                if outcome is None:
-                    progress.tick([by_key[job.key].label for job, _ in pool.running])
-                    continue
-                progress.step(by_key[outcome.job.key].label, outcome)
-                if outcome.error is not None:
-                    failures[outcome.job.key] = outcome.error
+        failures |= _measure(plan, open_measurements, workers, outputs / "logs", measuring)
     for name, reason in failures.items():
         print(f"{name}: {reason}", file=sys.stderr)
     return not failures
+
+
+def _measure(
+    plan: Plan, todo: Sequence[Measurement], workers: str, logs: Path, measuring: str
+) -> dict[str, str]:
+    """Make measurements and show progress; return signature to reason of those that failed."""
+    by_key = {m.signature: m for m in todo}
+    jobs = [Job("run", (measurements.as_job(m),), name) for name, m in by_key.items()]
+    # On the devices of the runs; what one needs there is not known.
+    chosen = allot(workers, plan.scale, plan.extra, len(jobs))
+    failures = {}
+    with (
+        Pool(
+            measuring, environments=chosen.environments, logs=logs, name="audit-measurements"
+        ) as pool,
+        Progress(len(jobs)) as progress,
+    ):
+        for outcome in pool.run(jobs):
+            if outcome is None:
+                progress.tick([by_key[job.key].label for job, _ in pool.running])
+                continue
+            progress.step(by_key[outcome.job.key].label, outcome)
+            if outcome.error is not None:
+                failures[outcome.job.key] = outcome.error
+    return failures
 
 
 # ---------------------------------------------------------------------- results
@@ -230,7 +249,7 @@ def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring
     scale, reason = resolve_scale(options.scale)
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
-    worker_environments(options.workers, scale, 1)  # a bad number is said before the planning
+    parse_workers(options.workers)  # a bad number is said before the planning
     plan = make_plan(scale, seeds, extra, load_settings(scale), cell)
     folder, kept = options.results / scale, options.results / "runs"
     if options.plan:
@@ -238,6 +257,9 @@ def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring
         open_measurements = [m for m in plan.measurements if m.read() is None]
         print(f"{len({c.signature for c in plan.cells})} runs, {len(open_runs)} missing")
         print(f"{len(plan.measurements)} measurements, {len(open_measurements)} missing")
+        refusal = missing_device(scale, extra)
+        if refusal is not None and (open_runs or open_measurements):
+            print(f"would be refused: {refusal}")
         return 0
     if options.check:
         content = build(read_records(plan, cell, read_accepted(kept)))

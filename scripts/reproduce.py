@@ -1,4 +1,4 @@
-"""Reproduce tables: plan, run what is missing, write and print the table.
+r"""Reproduce tables: plan, run what is missing, write and print the table.
 
     python scripts/reproduce.py table1                      scale by the machine
     python scripts/reproduce.py table1 --scale tiny --seeds 1,2,3 --plan
@@ -7,6 +7,16 @@
 Every run continues where it was stopped, so the same command goes on after Ctrl-C, a kill or a
 failed run, and answers at once where everything is done. Exit code: 0 all runs are done, 1 a run
 failed, 2 bad input, 130 stopped.
+
+Several GPUs:
+    python scripts/reproduce.py table1                      all of them, from one queue
+    CUDA_VISIBLE_DEVICES=0,1 python scripts/reproduce.py table1          these two
+    python scripts/reproduce.py table1 --workers 8          eight runs at a time, over all of them
+    accelerate launch --multi_gpu --num_processes 8 scripts/train.py task=xsum recipe=xsum \
+      model=bart_large method=delta_lora                    one run over eight of them
+Without --workers a GPU takes as many runs at a time as its memory and the CPU cores allow, at most
+four. Their times are not comparable with those of runs alone: for claim C8 (time of Delta-LoRA
+against LoRA) give --workers the number of GPUs.
 """
 
 from __future__ import annotations
@@ -23,16 +33,18 @@ from scripts.reporting.page import write_page
 from scripts.reporting.plan import describe, list_cells
 from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
+from scripts.runs.allotment import allot, largest_need, parse_workers
 from scripts.runs.batch import (
     check_before_work,
     expected_time,
     prepare_models,
     run_cells,
     stop_in_order,
-    worker_environments,
+    with_starts,
 )
+from scripts.runs.jobs import Outcome
 from scripts.runs.plan import Cell, CellModule, Durations, parse_overrides, parse_seeds
-from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.scale import CHOICES, missing_device, resolve_scale
 from scripts.runs.workers import Pool
 from scripts.tables import make
 
@@ -67,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("tables", nargs="+", metavar="TABLE", help="table1, or 1")
     parser.add_argument("--scale", choices=CHOICES, default="auto")
     parser.add_argument("--seeds", default="1,2,3", help="default: 1,2,3")
-    parser.add_argument("--workers", default="auto", help="processes; default: by the machine")
+    parser.add_argument(
+        "--workers", default="auto", help="runs at a time, over all GPUs; default: by the machine"
+    )
     parser.add_argument(
         "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
     )
@@ -83,6 +97,7 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     scale, reason = resolve_scale(options.scale)
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
+    parse_workers(options.workers)  # a bad number is said before the planning
     specs = [load_table(name) for name in dict.fromkeys(options.tables)]
     plans = {
         spec.name: list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
@@ -90,34 +105,40 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     }
     distinct = {item.signature: item for cells in plans.values() for item in cells}
     states = {name: cell.status(item.config) for name, item in distinct.items()}
-    todo = [item for name, item in distinct.items() if states[name].state != "done"]
-    # A run that starts from another one comes behind it, so that no worker waits for long.
-    todo.sort(key=lambda item: item.config.get("init_from") is not None)
-    environments = worker_environments(options.workers, scale, max(1, len(todo)))
+    missing = [item for name, item in distinct.items() if states[name].state != "done"]
+    todo = with_starts(missing, cell)
+    chosen = allot(options.workers, scale, extra, len(todo), lambda: largest_need(todo))
+    num_workers = len(chosen.environments)
+    refusal = missing_device(scale, extra) if todo or options.prepare else None
+    if refusal is not None and not options.plan:
+        raise ValueError(refusal)
 
     for spec in specs:
         print("\n".join(describe(spec, plans[spec.name], states)))
     shared = sum(map(len, plans.values())) - len(distinct)
     if shared:
         print(f"{shared} runs are shared by several rows or tables and run once")
+    if len(todo) > len(missing):
+        print(f"{len(todo) - len(missing)} more runs are only made to start others from them")
     durations = Durations()
     if todo:
         durations.read([item.folder.parent for item in distinct.values()], cell)
-        print(expected_time(todo, len(environments), durations, cell), flush=True)
+        print(expected_time(todo, num_workers, durations, cell), flush=True)
+        print(chosen.text if refusal is None else f"would be refused: {refusal}", flush=True)
     else:
         print(f"all {len(distinct)} runs are done; nothing to run")
     if options.plan:
         return 0
 
-    failures: dict[str, str] = {}
+    failures: dict[str, Outcome] = {}
     if todo or options.prepare:
         check_before_work(todo, options.results / scale, cell)
         logs = next(iter(distinct.values())).folder.parent / "logs"
         name = "-".join(plans)
-        with Pool(module, environments=environments, logs=logs, name=name) as pool:
-            print(f"{len(environments)} worker process(es); their output: {logs}", flush=True)
+        with Pool(module, environments=chosen.environments, logs=logs, name=name) as pool:
+            print(f"output of the workers: {logs}", flush=True)
             everything = list(distinct.values())
-            problem = prepare_models(pool, everything if options.prepare else todo)
+            problem = prepare_models(pool, everything if options.prepare else todo, cell)
             if problem is not None:
                 print(f"error: preparing the models failed: {problem}", file=sys.stderr)
                 return 1
@@ -135,7 +156,7 @@ def _finish(
     seeds: Sequence[int],
     extra: Sequence[str],
     cell: CellModule,
-    failures: Mapping[str, str],
+    failures: Mapping[str, Outcome],
     results_folder: Path,
 ) -> int:
     """Write and print the tables; return the exit code."""
@@ -150,7 +171,8 @@ def _finish(
         every += entries
         absent = [entry for entry in entries if entry.record is None]
         for entry in absent:
-            print(f"{entry.cell.label}: {entry.state}: {entry.reason}", file=sys.stderr)
+            state = "not run" if entry.state == "missing" else entry.state
+            print(f"{entry.cell.label}: {state}: {entry.reason}", file=sys.stderr)
         is_complete = is_complete and not absent
     print(f"wrote {write_page(results_folder / scale)}")
     unscored = [

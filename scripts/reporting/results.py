@@ -19,6 +19,7 @@ from delta_lora import stats
 from scripts.reporting.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.spec import ROOT, Column, TableSpec
+from scripts.runs.jobs import Outcome
 from scripts.runs.plan import Cell, CellModule
 
 RESULTS = ROOT / "results"
@@ -60,7 +61,7 @@ def collect(
     cell: CellModule,
     *,
     accepted: Mapping[str, dict[str, Any]] | None = None,
-    failures: Mapping[str, str] | None = None,
+    failures: Mapping[str, Outcome] | None = None,
 ) -> list[Entry]:
     """Find the record of every cell.
 
@@ -68,7 +69,7 @@ def collect(
         cells: from `list_cells`.
         cell: `scripts.runs.cell`.
         accepted: records to take where a cell has no run folder.
-        failures: signature to reason, for cells that failed without writing a record.
+        failures: by signature how those cells ended that failed, or were not run, just now.
     """
     entries = []
     for item in cells:
@@ -79,7 +80,9 @@ def collect(
         elif status.state == "missing" and copy is not None and copy["status"] == "completed":
             entries.append(Entry(item, copy, "done", "accepted copy"))
         elif failures and item.signature in failures:
-            entries.append(Entry(item, None, "failed", failures[item.signature]))
+            outcome = failures[item.signature]
+            state = "failed" if outcome.was_run else "missing"
+            entries.append(Entry(item, None, state, outcome.error or ""))
         else:
             entries.append(Entry(item, None, status.state, status.reason))
     return entries

@@ -1,8 +1,7 @@
-"""Run many cells: how many workers, how long it will take, and progress while it does."""
+"""Run many cells: in which order, how long it will take, and progress while it does."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -13,13 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scripts.runs.jobs import Job, Outcome
 from scripts.runs.plan import Cell, CellModule, Durations, format_seconds
-from scripts.runs.scale import count_cuda_devices
-from scripts.runs.workers import Job, Outcome, Pool
-
-#: memory counted for one worker at scale tiny (PyTorch, a tiny model, METEOR's Java).
-WORKER_BYTES = 2 * 2**30
-TINY_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+from scripts.runs.workers import Pool
 
 
 @contextmanager
@@ -60,38 +55,22 @@ def check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) -> 
                 raise ValueError(f"row {item.row} on {item.run}: {error}") from error
 
 
-def worker_environments(workers: str, scale: str, num_cells: int) -> list[dict[str, str]]:
-    """Return the environment variables of each worker; their number is the number of workers.
+def with_starts(todo: Sequence[Cell], cell: CellModule) -> list[Cell]:
+    """Return `todo` and, before them, the runs that they start from and that are still to be made.
 
-    ``auto`` takes one worker per CPU core at scale tiny (where a run uses one thread), within the
-    free memory; else one per CUDA device, and one without CUDA.
-
-    Args:
-        workers: a number of 1 or more, or ``auto``.
-        scale: scale of the runs.
-        num_cells: never more workers than that.
-
-    Raises:
-        ValueError: `workers` is neither.
+    So a start runs once, as a job of its own.
     """
-    num_devices = 0 if scale == "tiny" else count_cuda_devices()
-    if workers == "auto":
-        number = max(1, num_devices)
-        if scale == "tiny":
-            number = max(1, min(_count_cores(), _free_memory() // WORKER_BYTES))
-    elif workers.isdecimal() and int(workers) > 0:
-        number = int(workers)
-    else:
-        raise ValueError(f"workers={workers!r}: use auto or a number of 1 or more")
-    number = min(number, num_cells)
-    if scale == "tiny":
-        # One thread each: the result does not depend on the number of workers.
-        return [TINY_ENVIRONMENT for _ in range(number)]
-    if num_devices > 1 and number > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(i) for i in range(num_devices)]
-        return [{"CUDA_VISIBLE_DEVICES": devices[i % num_devices]} for i in range(number)]
-    return [{} for _ in range(number)]
+    known = {item.signature for item in todo}
+    starts: dict[str, Cell] = {}
+    for item in todo:
+        before = cell.starts_from(item.config)
+        if before is None:
+            continue
+        folder = cell.run_dir(before)
+        if folder.name not in known | starts.keys() and cell.status(before).state != "done":
+            overrides, run = tuple(before["overrides"]), before["choices"]["task"]
+            starts[folder.name] = Cell(item.row, run, item.seed, overrides, before, folder)
+    return [*starts.values(), *todo]
 
 
 def expected_time(
@@ -116,13 +95,29 @@ def expected_time(
 
 def run_cells(
     pool: Pool, todo: Sequence[Cell], durations: Durations, cell: CellModule
-) -> dict[str, str]:
-    """Run cells and show progress; return signature to reason of those that failed."""
+) -> dict[str, Outcome]:
+    """Run cells and show progress; return how those ended that failed or were not run.
+
+    A cell that starts from another one of `todo` runs behind it, and not where that one fails.
+
+    Args:
+        pool: its workers run them.
+        todo: the cells, from `with_starts`.
+        durations: of earlier runs; gets those of these.
+        cell: plans and runs cells.
+
+    Returns:
+        Signature to outcome.
+    """
     by_key = {item.signature: item for item in todo}
     groups = {name: cell.group(item.config) for name, item in by_key.items()}
-    jobs = [Job("run", (item.overrides,), item.signature) for item in todo]
+    jobs = []
+    for item in todo:
+        before = cell.starts_from(item.config)
+        after = None if before is None else cell.run_dir(before).name
+        jobs.append(Job("run", (item.overrides,), item.signature, after))
     pending = dict(by_key)
-    failures: dict[str, str] = {}
+    failures: dict[str, Outcome] = {}
 
     def remaining() -> str:
         running = {job.key: seconds for job, seconds in pool.running}
@@ -143,24 +138,21 @@ def run_cells(
             if outcome.error is None:
                 durations.add(groups[outcome.job.key], item.config, outcome.seconds)
             else:
-                failures[outcome.job.key] = outcome.error
+                failures[outcome.job.key] = outcome
             progress.step(item.label, outcome, remaining())
     return failures
 
 
-def prepare_models(pool: Pool, cells: Sequence[Cell]) -> str | None:
+def prepare_models(pool: Pool, cells: Sequence[Cell], cell: CellModule) -> str | None:
     """Pre-train the models that the cells start from; return why it failed, or None."""
     # One cell of each model: the worker composes what it is given, which takes a while.
-    models = {str(item.config.get("model")): item.overrides for item in cells}
-    job = Job("prepare", tuple(models.values()), "prepare")
-    is_announced = False
-    for outcome in pool.run([job]):
-        if outcome is not None:
-            return outcome.error
-        if not is_announced and pool.running[0][1] > 15:
-            print("pre-training the tiny models (once) ...", flush=True)
-            is_announced = True
-    raise AssertionError("a pool ended without an outcome")
+    firsts = {str(item.config.get("model")): item for item in cells}
+    names = cell.unprepared([item.config for item in firsts.values()])
+    if not names:
+        return None
+    print(f"pre-training {', '.join(names)} (once) ...", flush=True)
+    job = Job("prepare", tuple(item.overrides for item in firsts.values()), "prepare")
+    return next(outcome.error for outcome in pool.run([job]) if outcome is not None)
 
 
 class Progress:
@@ -189,8 +181,12 @@ class Progress:
     def step(self, label: str, outcome: Outcome, left: str | None = None) -> None:
         """Show that a job has ended; `left` is the time that the others will take."""
         self.count += 1
-        how = "done" if outcome.error is None else f"FAILED: {outcome.error}"
-        line = f"[{self.count}/{self.total}] {label}: {how} ({outcome.seconds:.1f} s)"
+        how = f"done ({outcome.seconds:.1f} s)"
+        if outcome.error is not None:
+            how = f"FAILED: {outcome.error} ({outcome.seconds:.1f} s)"
+        if not outcome.was_run:
+            how = f"not run: {outcome.error}"
+        line = f"[{self.count}/{self.total}] {label}: {how}"
         if self.bar is None:
             print(line if left is None else f"{line}, left {left}", flush=True)
             return
@@ -198,19 +194,3 @@ class Progress:
         self.bar.set_postfix_str("" if left is None else f"left {left}")
         if outcome.error is not None:
             self.bar.write(line)
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _free_memory() -> int:
-    """Return the available memory in bytes (where /proc has none: enough for eight workers)."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 8 * WORKER_BYTES

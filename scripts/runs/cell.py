@@ -26,6 +26,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import processes, provenance
+from scripts.runs import devices
 from scripts.runs.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
 from scripts.runs.execution import (
     Plan,
@@ -36,12 +37,14 @@ from scripts.runs.execution import (
     random_model,
     write_failure,
 )
+from scripts.runs.faults import NO_DEVICE
 from scripts.runs.folder import RECORD, LockedError, clear, load_record, lock
+from scripts.runs.workers import CELLS_ON_DEVICE, COMMAND_BEGAN
 
 __all__ = [
     "ConfigError", "LockedError", "check", "check_choices", "check_sources", "compose", "group",
     "load_record", "lock", "outputs", "prepare", "pretraining", "run", "run_dir", "signature",
-    "start", "status",
+    "start", "starts_from", "status", "unprepared",
 ]  # fmt: skip
 
 #: what cannot change a result and is left out of the signature.
@@ -196,6 +199,18 @@ def start(cfg: DictConfig) -> DictConfig | Path:
     return folder
 
 
+def starts_from(cfg: DictConfig) -> DictConfig | None:
+    """Return the run on another task that the run of `cfg` starts from; None where it has none.
+
+    Its own ``overrides`` compose it again.
+
+    Raises:
+        ConfigError: ``init_from`` is no task and no folder of a run.
+    """
+    before = None if cfg.init_from is None else start(cfg)
+    return None if isinstance(before, Path) else before
+
+
 def _kept(overrides: Iterable[str]) -> Iterator[str]:
     dropped = ("task", "recipe", "seed", "init_from", "score_references")
     for override in overrides:
@@ -288,6 +303,32 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.model.architecture is not None and cfg.model.path is None:
         _check_fits(cfg)
+    _check_device(cfg)
+
+
+def _check_device(cfg: DictConfig) -> None:
+    """Check that a run which is made for a GPU, or whose worker was given one, can use one.
+
+    Raises:
+        ConfigError: torch sees none; the run would end up on the CPU, where it may take weeks.
+    """
+    is_given = CELLS_ON_DEVICE in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES")
+    reasons = {
+        "scale=paper": cfg.scale == "paper",
+        "trainer.device=cuda": cfg.trainer.device == "cuda",
+        "this worker's place on a GPU": is_given,
+    }
+    wanted = [reason for reason, holds in reasons.items() if holds]
+    if cfg.trainer.device == "cpu" or not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        why = devices.cuda().problem or "this process sees none"
+        raise ConfigError(
+            f"{wanted[0]} needs a CUDA device, and {NO_DEVICE}: {why}. Use scale=tiny, or "
+            "trainer.device=cpu to train on the CPU (the paper's models: weeks)"
+        )
 
 
 def _check_fits(cfg: DictConfig) -> None:
@@ -353,6 +394,15 @@ def _model_sources(cfg: DictConfig) -> Iterator[tuple[str, str | None, dict[str,
     yield *source, {"model": is_loaded, "tokenizer": not has_tokenizer}
 
 
+def unprepared(cfgs: Iterable[DictConfig]) -> list[str]:
+    """Return the names of the models that `prepare` would pre-train."""
+    found = {}
+    for cfg in cfgs:
+        if cfg.model.pretrain is not None and status(pretraining(cfg)).state != "done":
+            found[cfg.model.name] = None
+    return list(found)
+
+
 def prepare(cfgs: Iterable[DictConfig]) -> None:
     """Pre-train, once, the models that the runs need and that do not exist yet."""
     done = set()
@@ -367,9 +417,17 @@ def prepare(cfgs: Iterable[DictConfig]) -> None:
 
 
 def _ensure(cfg: DictConfig, message: str) -> None:
-    """Run `cfg` unless it is done."""
-    if status(cfg).state == "done":
+    """Run `cfg` unless it is done.
+
+    Raises:
+        RuntimeError: it failed earlier in the same command, which does not try it again.
+    """
+    now = status(cfg)
+    if now.state == "done":
         return
+    began = float(os.environ.get(COMMAND_BEGAN, "inf"))
+    if now.state == "failed" and (run_dir(cfg) / RECORD).stat().st_mtime >= began:
+        raise RuntimeError(f"the run that this one starts from failed: {now.reason}")
     logger.info(message)
     run(cfg)
     while not processes.is_main() and status(cfg).state != "done":

@@ -49,6 +49,12 @@ class CellModule(Protocol):
     def status(self, cfg: Any) -> CellStatus:
         """Return its state."""
 
+    def starts_from(self, cfg: Any) -> Any | None:
+        """Return the configuration of the run that it starts from; None where there is none."""
+
+    def unprepared(self, cfgs: Sequence[Any]) -> list[str]:
+        """Return the names of the models that are to be pre-trained for them."""
+
     def check(self, cfg: Any) -> None:
         """Raise ValueError where it cannot run as asked."""
 

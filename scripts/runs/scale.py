@@ -1,41 +1,22 @@
 """Which scale a command runs at: `python scripts/runs/scale.py auto` prints tiny or paper.
 
-`auto` is paper where a CUDA device and a PyTorch built for CUDA are seen, else tiny. PyTorch itself
-is not imported for that, so that planning stays fast.
+`auto` is paper where PyTorch can use a CUDA device, else tiny.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.runs import devices
+from scripts.runs.faults import NO_DEVICE
 
 SCALES = ("tiny", "small", "paper")
 CHOICES = ("auto", *SCALES)
-
-
-def count_cuda_devices() -> int:
-    """Return the number of devices the CUDA driver shows to this process (0 without a driver)."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def is_torch_built_for_cuda() -> bool:
-    """Return whether the installed PyTorch has CUDA, read from its version file."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version_file = Path(spec.origin).with_name("version.py")
-    lines = version_file.read_text(encoding="utf-8").splitlines() if version_file.exists() else []
-    values = [line.partition("=")[2].strip() for line in lines if line.startswith("cuda")]
-    return bool(values) and values[0] != "None"
 
 
 def resolve_scale(choice: str) -> tuple[str, str]:
@@ -54,18 +35,36 @@ def resolve_scale(choice: str) -> tuple[str, str]:
         raise ValueError(f"scale={choice!r} is unknown; use one of {', '.join(CHOICES)}")
     if choice != "auto":
         return choice, "as asked"
-    num_devices = count_cuda_devices()
-    if num_devices == 0:
-        return "tiny", "auto: no CUDA device is seen"
-    if not is_torch_built_for_cuda():
-        return (
-            "tiny",
-            "auto: a CUDA device is seen, but the installed PyTorch is built without CUDA",
-        )
-    return "paper", f"auto: {num_devices} CUDA device{'s' if num_devices > 1 else ''} seen"
+    found = devices.cuda()
+    if not found.devices:
+        return "tiny", f"auto: {found.problem}"
+    return "paper", f"auto: {devices.describe(found)}"
+
+
+def runs_on_cpu(scale: str, overrides: Sequence[str]) -> bool:
+    """Return whether runs of `scale` with `overrides` are told to train on the CPU."""
+    asked = [o.lstrip("+") for o in overrides if o.lstrip("+").startswith("trainer.device=")]
+    return asked[-1] == "trainer.device=cpu" if asked else scale == "tiny"
+
+
+def missing_device(scale: str, overrides: Sequence[str]) -> str | None:
+    """Return why runs of `scale` with `overrides` would be refused on this machine, or None.
+
+    What is made for a GPU must not end up on a CPU unasked: there a run of scale paper takes weeks.
+    Scale small is made for either.
+    """
+    if scale != "paper" or runs_on_cpu(scale, overrides) or devices.cuda().devices:
+        return None
+    return (
+        f"scale=paper needs a CUDA device, and {NO_DEVICE}: {devices.cuda().problem}. Use --scale "
+        "tiny (with make: SCALE=tiny); to train the paper's models on the CPU all the same, for "
+        "weeks, --args trainer.device=cpu (ARGS=trainer.device=cpu)"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="print the scale that a choice stands for")
     parser.add_argument("choice", choices=CHOICES)
-    print(resolve_scale(parser.parse_args().choice)[0])
+    chosen, why = resolve_scale(parser.parse_args().choice)
+    print(chosen)
+    print(f"scale: {chosen} ({why})", file=sys.stderr)

@@ -1,7 +1,8 @@
 """A stand-in for `scripts.runs.cell` whose runs take no time and can be told to go wrong.
 
 Overrides of the form ``fake.<behaviour>=<row>:<seed>`` make one cell fail, get killed, wait or be
-locked. Its folder of runs is the environment variable FAKE_CELL_OUTPUTS.
+locked. ``init_from=<task>`` makes a run start from the one on that task. Its folder of runs is the
+environment variable FAKE_CELL_OUTPUTS.
 """
 
 import hashlib
@@ -38,11 +39,13 @@ def compose(overrides):
             config[key] = value
     config["seed"] = int(config["seed"])
     config["choices"] = {"scale": config["scale"], "task": config["task"]}
+    config["overrides"] = list(overrides)
     return config
 
 
 def _name(config, *left_out):
-    signed = {k: v for k, v in config.items() if k not in ("fake", "logger", *left_out)}
+    left_out = ("fake", "logger", "overrides", *left_out)
+    signed = {k: v for k, v in config.items() if k not in left_out}
     return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -62,6 +65,18 @@ def status(config):
     if record["status"] == "failed":
         return SimpleNamespace(state="failed", reason=record["error"]["message"])
     return SimpleNamespace(state="done", reason="")
+
+
+def starts_from(config):
+    if "init_from" not in config:
+        return None
+    kept = [o for o in config["overrides"] if o.partition("=")[0] not in ("init_from", "seed")]
+    return compose([*kept, f"task={config['init_from']}", f"seed={config['seed']}"])
+
+
+def unprepared(configs):
+    is_prepared = (Path(os.environ["FAKE_CELL_OUTPUTS"]) / "prepared").is_dir()
+    return [] if is_prepared else sorted({config["model"] for config in configs})
 
 
 def check(config):

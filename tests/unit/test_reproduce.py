@@ -17,9 +17,10 @@ import pytest
 from scripts import reproduce
 from scripts.reporting.plan import list_cells
 from scripts.reporting.spec import ROOT, load_table
-from scripts.runs import batch, plan, scale
-from scripts.runs.batch import worker_environments
-from scripts.runs.workers import Job, Outcome, Pool
+from scripts.runs import batch, devices, plan
+from scripts.runs.devices import Cuda
+from scripts.runs.jobs import Job, Outcome
+from scripts.runs.workers import Pool
 from tests.unit import fake_cell
 
 MODULE = "tests.unit.fake_cell"
@@ -134,6 +135,61 @@ def test_failures_do_not_stop_the_table_and_the_same_command_mends_them(
     assert "7 done" in capsys.readouterr().out
     assert len(calls(outputs)) == 17
     assert "12 of 12 runs finished" in (tmp_path / "results" / "tiny" / "table1.md").read_text()
+
+
+def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
+    command: Callable[..., int],
+    outputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("--seeds", "1", "--workers", "1", "--args")
+    assert command(*arguments, "init_from=other fake.fail=dylora:1") == 1
+    captured = capsys.readouterr()
+    assert "12 more runs are only made to start others from them" in captured.out
+    assert "to run: 24; " in captured.out
+    assert "] dylora on other, seed 1: FAILED: RuntimeError: loss is <nan>" in captured.out
+    reason = "not run: the run that it starts from failed: RuntimeError: loss is <nan>"
+    assert f"] dylora on e2e, seed 1: {reason}" in captured.out
+    assert f"dylora on e2e, seed 1: {reason}" in captured.err
+    table = (tmp_path / "results" / "tiny" / "table1.md").read_text()
+    assert "DyLoRA, seed 1: not run: the run that it starts from failed: RuntimeError" in table
+    methods = [method for _, method, *_ in calls(outputs)]
+    assert methods.count("dylora") == 1
+    assert len(methods) == 23
+
+    assert command(*arguments, "init_from=other") == 0
+    assert "1 more runs are only made to start others from them" in capsys.readouterr().out
+    assert [method for _, method, *_ in calls(outputs)][23:] == ["dylora", "dylora"]
+
+
+def test_models_are_pre_trained_only_where_they_lack(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--prepare", "--workers", "1") == 0
+    assert "pre-training gpt2_medium (once) ..." in capsys.readouterr().out
+    assert command("--seeds", "1", "--workers", "1") == 0
+    assert "pre-training" not in capsys.readouterr().out
+
+
+def test_scale_paper_without_a_gpu_is_refused_before_any_work(
+    outputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
+    where = ["table1", "--scale", "paper", "--results", str(tmp_path), "--seeds", "1"]
+    assert reproduce.main(where, MODULE) == 2
+    error = capsys.readouterr().err
+    for words in ("the driver is too old", "--scale tiny", "--args trainer.device=cpu"):
+        assert words in error
+    assert not outputs.exists()
+    assert reproduce.main([*where, "--plan"], MODULE) == 0
+    assert "would be refused: scale=paper needs a CUDA device" in capsys.readouterr().out
+    assert reproduce.main([*where, "--args", "trainer.device=cpu"], MODULE) == 0
+    assert "1 worker on the CPU" in capsys.readouterr().out
+    assert reproduce.main([*where, "--args", "trainer.device=cpu"], MODULE) == 0  # nothing to run
 
 
 def test_a_failing_preparation_stops_with_its_reason(
@@ -284,25 +340,6 @@ def test_a_pool_needs_a_worker(tmp_path: Path) -> None:
         Pool(MODULE, environments=[], logs=tmp_path, name="x")
 
 
-def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_count_cores", lambda: 8)
-    monkeypatch.setattr(batch, "_free_memory", lambda: 5 * 2**30)
-    monkeypatch.setattr(batch, "count_cuda_devices", lambda: 0)
-    assert len(worker_environments("auto", "tiny", 33)) == 2  # what the memory allows
-    monkeypatch.setattr(batch, "_free_memory", lambda: 2**40)
-    assert len(worker_environments("auto", "tiny", 33)) == 8
-    assert len(worker_environments("auto", "tiny", 3)) == 3
-    assert worker_environments("5", "tiny", 33)[4]["OMP_NUM_THREADS"] == "1"
-    assert worker_environments("auto", "small", 33) == [{}]
-    monkeypatch.setattr(batch, "count_cuda_devices", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments("auto", "paper", 33)] == [
-        "4",
-        "6",
-    ]
-    assert len(worker_environments("auto", "paper", 1)) == 1
-
-
 def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -317,35 +354,6 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
     assert out.strip() == "[1/2] lora on e2e, seed 1: FAILED: RuntimeError: no (2.0 s)"
     assert "left 3 s: lora on e2e, seed 1" in err
     assert "1/2 |" in err
-
-
-def test_memory_and_cores_are_read_from_this_machine() -> None:
-    assert batch._count_cores() >= 1
-    assert batch._free_memory() > 2**20
-
-
-@pytest.mark.parametrize(
-    ("devices", "is_cuda_build", "expected"),
-    [(0, True, "tiny"), (1, False, "tiny"), (2, True, "paper")],
-)
-def test_scale_auto(
-    monkeypatch: pytest.MonkeyPatch, devices: int, is_cuda_build: bool, expected: str
-) -> None:
-    monkeypatch.setattr(scale, "count_cuda_devices", lambda: devices)
-    monkeypatch.setattr(scale, "is_torch_built_for_cuda", lambda: is_cuda_build)
-    chosen, reason = scale.resolve_scale("auto")
-    assert chosen == expected
-    assert reason.startswith("auto: ")
-    assert scale.resolve_scale("small") == ("small", "as asked")
-    with pytest.raises(ValueError, match="use one of auto, tiny, small, paper"):
-        scale.resolve_scale("huge")
-
-
-def test_torch_build_is_read_without_importing_it() -> None:
-    import torch
-
-    assert scale.is_torch_built_for_cuda() == (torch.version.cuda is not None)
-    assert (scale.count_cuda_devices() > 0) >= torch.cuda.is_available()
 
 
 def test_durations_prefer_the_same_settings() -> None:

@@ -21,6 +21,7 @@ from scripts.reporting import spec as table_spec
 from scripts.reporting.formats import to_csv, to_json, to_latex, to_markdown
 from scripts.reporting.plan import list_cells
 from scripts.reporting.spec import PAPER, TABLES, TableSpec, load_table, read_yaml
+from scripts.runs.jobs import Job, Outcome
 from scripts.runs.plan import Cell
 from tests.unit import fake_cell
 
@@ -440,10 +441,15 @@ def test_a_failure_without_a_record_is_shown(spec: TableSpec) -> None:
     cells = cells_of(spec)
     victim = next(c for c in cells if c.row == "lora" and c.seed == 2)
     finish([c for c in cells if c is not victim])
-    failures = {victim.signature: "the worker process was ended by SIGKILL"}
-    entries = tables.collect(cells, fake_cell, failures=failures)
-    text = to_markdown(tables.build_results(spec, "tiny", SEEDS, (), entries))
-    assert "LoRA, seed 2: failed: the worker process was ended by SIGKILL" in text
+    job = Job("run", (victim.overrides,), victim.signature)
+    for was_run, reason, state in (
+        (True, "the worker process was ended by SIGKILL", "failed"),
+        (False, "the run that it starts from failed: no memory", "not run"),
+    ):
+        failures = {victim.signature: Outcome(job, reason, 2.0, was_run)}
+        entries = tables.collect(cells, fake_cell, failures=failures)
+        text = to_markdown(tables.build_results(spec, "tiny", SEEDS, (), entries))
+        assert f"LoRA, seed 2: {state}: {reason}" in text
     assert re.search(r"\| LoRA \[\d\] .* \(2; ", text)
 
 
