@@ -13,25 +13,31 @@ Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 RESOURCE_LABELS = {
     "peak_memory_bytes": "peak memory",
+    "step_time_s": "time of the training steps",
     "train_time_s": "training time",
     "predict_time_s": "decoding time",
     "tokens_per_s": "tokens per second",
 }
+#: what depends on the other runs of the same device.
+TIMES = ("step_time_s", "train_time_s", "predict_time_s", "tokens_per_s")
 
 
-def judge_claims(spec: TableSpec, scores: Values, resources: Values) -> list[dict[str, Any]]:
+def judge_claims(
+    spec: TableSpec, scores: Values, resources: Values, sharing: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
     """Return the claims of a table with their verdicts, as in the results JSON.
 
     Args:
         spec: the table.
         scores: printed values of the columns.
         resources: bytes, seconds and rates.
+        sharing: by row, for each of its runs, how many runs its device did at a time.
 
     Returns:
         One mapping per claim. A claim of one part carries that part's difference and interval; with
         several parts these are null there and stand in ``parts``.
     """
-    return [_judge_claim(spec, claim, scores, resources) for claim in spec.claims]
+    return [_judge_claim(spec, claim, scores, resources, sharing) for claim in spec.claims]
 
 
 def compare_contrasts(spec: TableSpec, scores: Values) -> list[dict[str, Any]]:
@@ -51,12 +57,16 @@ def compare_contrasts(spec: TableSpec, scores: Values) -> list[dict[str, Any]]:
 
 
 def _judge_claim(
-    spec: TableSpec, claim: Claim, scores: Values, resources: Values
+    spec: TableSpec,
+    claim: Claim,
+    scores: Values,
+    resources: Values,
+    sharing: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     for part in claim.parts:
         if part.expect == "comparable":
-            parts += _judge_comparable(spec, part, resources)
+            parts += _judge_comparable(spec, part, resources, sharing)
         elif part.expect == "best":
             parts += [_judge_best(spec, part, name, scores) for name in part.columns]
         else:
@@ -114,21 +124,37 @@ def _judge_best(spec: TableSpec, part: Part, name: str, scores: Values) -> dict[
     return {**judged, "comparisons": comparisons}
 
 
-def _judge_comparable(spec: TableSpec, part: Part, resources: Values) -> list[dict[str, Any]]:
+def _judge_comparable(
+    spec: TableSpec, part: Part, resources: Values, sharing: Mapping[str, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Judge "costs at most so much more"; a time only from runs that had their device alone."""
     parts = []
     assert part.limit is not None
     for other in part.against:
         for name in part.resources:
-            ratio = stats.paired_ratio(
-                resources.get(part.row, {}).get(name, {}), resources.get(other, {}).get(name, {})
-            )
+            ours, theirs = (resources.get(row, {}) for row in (part.row, other))
+            used, label = name, RESOURCE_LABELS[name]
+            if name == "step_time_s" and not ours.get(name) and not theirs.get(name):
+                used = "train_time_s"
+                label = "whole training time, as that of the steps is not recorded"
+            ratio = stats.paired_ratio(ours.get(used, {}), theirs.get(used, {}))
             judgement = stats.judge_at_most(ratio, limit=part.limit)
+            together = [*sharing.get(part.row, ()), *sharing.get(other, ())]
+            num_shared = sum(number > 1 for number in together)
+            note = None
+            if used in TIMES and num_shared:
+                note = (
+                    f"{num_shared} of {len(together)} runs shared their device; make the runs of "
+                    "these rows anew with WORKERS=number of devices (on a CPU: 1)"
+                )
+                judgement = stats.Judgement(stats.UNDECIDED, note)
             statement = (
                 f"{spec.row(part.row).label} relative to {spec.row(other).label}, "
-                f"{RESOURCE_LABELS[name]} (at most {(part.limit - 1) * 100:+.0f} %)"
+                f"{label} (at most {(part.limit - 1) * 100:+.0f} %)"
             )
-            comparison = _comparison(part.row, other, name, ratio, is_ratio=True)
-            parts.append(_part(statement, comparison, judgement, None))
+            comparison = _comparison(part.row, other, used, ratio, is_ratio=True)
+            judged = _part(statement, comparison, judgement, None)
+            parts.append(judged if note is None else {**judged, "note": note})
     return parts
 
 

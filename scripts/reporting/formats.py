@@ -220,6 +220,9 @@ def _facts(results: Results) -> list[str]:
     if len(results["code"]) > 1:
         lines[-1] += " (several versions of the code in one table)"
     lines.append(f"Device: {_list(results['devices'])}")
+    if "runs_on_a_device" in results:
+        number = results["runs_on_a_device"]
+        lines[-1] += f"; up to {number} runs at a time on one, so their times say little"
     return lines
 
 
@@ -353,7 +356,8 @@ def claims_table(results: Results) -> list[str]:
         for part in claim["parts"]:
             shown = "" if part["paper_difference"] is None else f"{part['paper_difference']:+g} [t]"
             cells = _comparison_cells(part, decimals)
-            reason = f" ({part['reason']})" if part["n"] < 2 or "comparisons" in part else ""
+            is_told = part["n"] < 2 or "comparisons" in part or "note" in part
+            reason = f" ({part['reason']})" if is_told else ""
             rows.append(["", part["statement"], *cells, shown, part["verdict"] + reason])
     head = ["Claim", "Comparison", "Difference", "95 % interval", "n", "Paper", "Verdict"]
     return md_table(head, rows)

@@ -135,7 +135,7 @@ def build_results(
             _row(spec, row.name, entries, scores[row.name], resources[row.name])
             for row in spec.rows
         ],
-        "claims": judge_claims(spec, scores, resources),
+        "claims": judge_claims(spec, scores, resources, _sharing(done)),
         "contrasts": compare_contrasts(spec, scores),
     }
 
@@ -155,6 +155,7 @@ def facts_of(
     done = [entry for entry in entries if entry.record is not None]
     _check_comparable(scale, done)
     records = [entry.record for entry in done if entry.record is not None]
+    together = max((number for row in _sharing(done).values() for number in row), default=1)
     return {
         "number": spec.number,
         "title": spec.title,
@@ -170,6 +171,7 @@ def facts_of(
         "scored_ranks": _scored_ranks(records),
         "devices": sorted({device_of(record) for record in records}),
         "device_types": sorted({_device_type(record) for record in records}),
+        **({"runs_on_a_device": together} if together > 1 else {}),
     }
 
 
@@ -272,7 +274,10 @@ def _resources(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, di
     for entry in done:
         if entry.cell.row == row and entry.record is not None:
             by_seed.setdefault(entry.cell.seed, []).append(entry.record.get("resources", {}))
+    has_steps = any("step_time_s" in (e.record or {}).get("resources", {}) for e in done)
     for name in RESOURCE_LABELS:
+        if name == "step_time_s" and not has_steps:  # no run of the table has measured it
+            continue
         combine: Callable[[list[float]], float] = math.fsum
         if name == "peak_memory_bytes":
             combine = max
@@ -284,6 +289,16 @@ def _resources(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, di
             if len(runs) == len(spec.runs) and all(run.get(name) is not None for run in runs)
         }
     return values
+
+
+def _sharing(done: Sequence[Entry]) -> dict[str, list[int]]:
+    """Return by row, for each of its runs, how many runs its device did at a time."""
+    found: dict[str, list[int]] = {}
+    for entry in done:
+        assert entry.record is not None
+        number = entry.record.get("resources", {}).get("cells_on_device", 1)
+        found.setdefault(entry.cell.row, []).append(int(number))
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

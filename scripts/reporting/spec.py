@@ -28,7 +28,9 @@ SERIES = ("query", "value")
 EXPECTATIONS = ("better", "worse", "best", "comparable")
 #: what a claim about a similarity says of most blocks.
 SIMILARITY_EXPECTATIONS = ("highest", "lowest")
-RESOURCES = ("peak_memory_bytes", "train_time_s", "predict_time_s", "tokens_per_s")
+RESOURCES = (
+    "peak_memory_bytes", "step_time_s", "train_time_s", "predict_time_s", "tokens_per_s"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,52 @@ def test_dearer_than_the_limit_is_not_comparable(spec: TableSpec) -> None:
     assert c8["verdict"] == "not reproduced"
 
 
+def finish_measured(spec: TableSpec, **changes: Any) -> None:
+    """Write all runs; `changes` to the resources are functions of the cell."""
+    for cell in cells_of(spec):
+        measured = fake_cell.resources(cell.config)
+        measured |= {name: value(cell) for name, value in changes.items()}
+        fake_cell.write(cell.config, fake_cell.record(cell.config), measured)
+
+
+def test_time_is_judged_by_the_steps_where_they_were_measured(spec: TableSpec) -> None:
+    finish_measured(spec)
+    part = claim(build(spec), "C8")["parts"][1]
+    assert "whole training time, as that of the steps is not recorded" in part["statement"]
+    assert "step_time_s" not in row(build(spec), "lora")["resources"]
+    finish_measured(spec, step_time_s=lambda c: 10.0 if c.row == "lora" else 12.0 + 0.1 * c.seed)
+    results = build(spec)
+    part = claim(results, "C8")["parts"][1]
+    assert (part["column"], part["verdict"]) == ("step_time_s", "not reproduced")
+    assert part["statement"] == (
+        "Delta-LoRA relative to LoRA, time of the training steps (at most +10 %)"
+    )
+    assert row(results, "lora")["resources"]["step_time_s"]["mean"] == 10.0
+
+
+def test_time_is_not_judged_where_runs_shared_a_device(spec: TableSpec) -> None:
+    shared = {"lora": 4, "delta_lora": 1}
+    finish_measured(
+        spec,
+        step_time_s=lambda c: 10.0,
+        cells_on_device=lambda c: shared.get(c.row, 2) if c.seed > 1 else 1,
+    )
+    results = build(spec)
+    memory, time = claim(results, "C8")["parts"]
+    assert memory["verdict"] == "reproduced"
+    assert time["verdict"] == "undecided"
+    assert time["difference"] == pytest.approx(0.0)
+    assert time["reason"].startswith("2 of 6 runs shared their device; make the runs of these rows")
+    text = to_markdown(results)
+    assert f"undecided ({time['reason']})" in text
+    assert "test CPU; up to 4 runs at a time on one, so their times say little" in text
+
+    finish_measured(spec, step_time_s=lambda c: 10.0, cells_on_device=lambda c: 1)
+    results = build(spec)
+    assert claim(results, "C8")["verdict"] == "reproduced"
+    assert "runs at a time" not in to_markdown(results)
+
+
 def test_one_seed_decides_nothing(spec: TableSpec) -> None:
     finish(cells_of(spec, seeds=[1]))
     results = build(spec, seeds=[1])
