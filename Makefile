@@ -37,6 +37,7 @@ export ARGS SCALE SEEDS WORKERS
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
+	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
@@ -77,7 +78,7 @@ audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
 sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
-	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && echo "scale: $$scale" && \
+	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
 	starts=$(STARTS) && if [ "$$scale" = tiny ]; then : "$${starts:=0,4,50}"; else : "$${starts:=0,100,500}"; fi && \
 	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
