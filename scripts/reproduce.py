@@ -119,7 +119,7 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     if shared:
         print(f"{shared} runs are shared by several rows or tables and run once")
     if len(todo) > len(missing):
-        print(f"{len(todo) - len(missing)} more runs are only made to start others from them")
+        print(f"runs that are only made to start others from them: {len(todo) - len(missing)}")
     durations = Durations()
     if todo:
         durations.read([item.folder.parent for item in distinct.values()], cell)

@@ -67,7 +67,7 @@ def allot(
         workers: a number of 1 or more, or ``auto``.
         scale: scale of the runs.
         overrides: overrides of every run.
-        num_jobs: never more workers than that.
+        num_jobs: never more workers than that, but at least one.
         planned: gives the device memory in bytes that a run needs at most, or None where that is
             unknown: then ``auto`` takes one worker a device. Called only where it is of use.
 
@@ -75,12 +75,13 @@ def allot(
         ValueError: `workers` is neither.
     """
     number = parse_workers(workers)
-    found = () if runs_on_cpu(scale, overrides) else devices.cuda().devices
+    needs_cuda = num_jobs > 0 and not runs_on_cpu(scale, overrides)
+    found = devices.cuda().devices if needs_cuda else ()
     if not found:
         return _on_cpu(number, scale, num_jobs)
     need = planned()
     slots = _auto_slots(found, need) if number is None else _spread(found, number)
-    return _on_devices(slots[: max(1, num_jobs)], need)
+    return _on_devices(slots[:num_jobs], need)
 
 
 def largest_need(cells: Sequence[Cell]) -> int | None:

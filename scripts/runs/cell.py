@@ -396,11 +396,12 @@ def _model_sources(cfg: DictConfig) -> Iterator[tuple[str, str | None, dict[str,
 
 def unprepared(cfgs: Iterable[DictConfig]) -> list[str]:
     """Return the names of the models that `prepare` would pre-train."""
-    found = {}
-    for cfg in cfgs:
-        if cfg.model.pretrain is not None and status(pretraining(cfg)).state != "done":
-            found[cfg.model.name] = None
-    return list(found)
+    names = [
+        cfg.model.name
+        for cfg in cfgs
+        if cfg.model.pretrain is not None and status(pretraining(cfg)).state != "done"
+    ]
+    return list(dict.fromkeys(names))
 
 
 def prepare(cfgs: Iterable[DictConfig]) -> None:

@@ -21,6 +21,8 @@ from scripts.auditing.page import build, to_markdown
 from scripts.auditing.plan import equivalence_cases, load_settings, make_plan
 from scripts.auditing.scores import dropout_section, low_resource_section
 from scripts.reporting.results import RESULTS
+from scripts.runs import devices
+from scripts.runs.devices import Cuda
 from tests.unit import fake_cell
 
 SETTINGS = load_settings("tiny")
@@ -308,6 +310,15 @@ def test_bad_input_is_named(
         arguments = [*arguments, "--args", outputs]
     assert audit.main(["--scale", "tiny", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_measurements_of_scale_paper_need_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
+    plan = audit_plan.Plan("paper", [1], [], {}, [], [some(tmp_path, rank=4)])
+    with pytest.raises(ValueError, match="scale=paper needs a CUDA device.*driver is too old"):
+        audit.run_missing(plan, "auto", tmp_path, fake_cell, "", "")
 
 
 @pytest.mark.slow

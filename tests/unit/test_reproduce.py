@@ -146,7 +146,7 @@ def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     arguments = ("--seeds", "1", "--workers", "1", "--args")
     assert command(*arguments, "init_from=other fake.fail=dylora:1") == 1
     captured = capsys.readouterr()
-    assert "12 more runs are only made to start others from them" in captured.out
+    assert "runs that are only made to start others from them: 12\n" in captured.out
     assert "to run: 24; " in captured.out
     assert "] dylora on other, seed 1: FAILED: RuntimeError: loss is <nan>" in captured.out
     reason = "not run: the run that it starts from failed: RuntimeError: loss is <nan>"
@@ -159,7 +159,7 @@ def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     assert len(methods) == 23
 
     assert command(*arguments, "init_from=other") == 0
-    assert "1 more runs are only made to start others from them" in capsys.readouterr().out
+    assert "runs that are only made to start others from them: 1\n" in capsys.readouterr().out
     assert [method for _, method, *_ in calls(outputs)][23:] == ["dylora", "dylora"]
 
 
