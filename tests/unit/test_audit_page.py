@@ -317,7 +317,7 @@ def test_measurements_of_scale_paper_need_a_gpu_too(
 ) -> None:
     monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
     plan = audit_plan.Plan("paper", [1], [], {}, [], [some(tmp_path, rank=4)])
-    with pytest.raises(ValueError, match="scale=paper needs a CUDA device.*driver is too old"):
+    with pytest.raises(ValueError, match=r"scale=paper needs a CUDA device.*driver is too old"):
         audit.run_missing(plan, "auto", tmp_path, fake_cell, "", "")
 
 
