@@ -22,10 +22,6 @@ WORKER_BYTES = 2 * 2**30
 MAX_CELLS_ON_DEVICE = 4
 #: cores that a worker on a device needs: one issues the work, one reads and writes.
 CORES_OF_WORKER = 2
-#: device memory of a worker beside its cell's: CUDA's context and its libraries' work space.
-CONTEXT_BYTES = 2**30
-#: by how much more than planned a cell may use, for memory that its allocator cannot fill.
-SPARE = 1.1
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -68,8 +64,9 @@ def allot(
         scale: scale of the runs.
         overrides: overrides of every run.
         num_jobs: never more workers than that, but at least one.
-        planned: gives the device memory in bytes that a run needs at most, or None where that is
-            unknown: then ``auto`` takes one worker a device. Called only where it is of use.
+        planned: gives the device memory in bytes to reserve for a run, CUDA's own included, or
+            None where that is unknown: then ``auto`` takes one worker a device. Called only where
+            it is of use.
 
     Raises:
         ValueError: `workers` is neither.
@@ -85,7 +82,7 @@ def allot(
 
 
 def largest_need(cells: Sequence[Cell]) -> int | None:
-    """Return the device memory in bytes of the largest of `cells`; None where it is not known."""
+    """Return the device memory in bytes for the largest of `cells`; None where it is not known."""
     if importlib.util.find_spec("scripts.runs.costs") is None:
         return None
     from scripts.runs.costs import device_bytes
@@ -150,7 +147,7 @@ def _spread(found: Sequence[Device], number: int) -> list[Device]:
 
 def _fitting(device: Device, need: int) -> int:
     """Return how many cells of `need` bytes have room on a device."""
-    return int(device.free_bytes // (need * SPARE + CONTEXT_BYTES))
+    return device.free_bytes // need
 
 
 def _shared() -> dict[str, str]:
