@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -100,7 +101,11 @@ def _on_cpu(number: int | None, scale: str, num_jobs: int) -> Allotment:
     number = max(1, min(number, num_jobs))
     # At scale tiny one thread each: the result does not depend on the number of workers.
     threads = _ONE_THREAD if scale == "tiny" else {} if number == 1 else _threads(number)
-    environment = {**_shared(), **threads, "CUDA_VISIBLE_DEVICES": "", CELLS_ON_DEVICE: str(number)}
+    # A core is a device here: what has cores of its own has no neighbours.
+    sharing = math.ceil(number / _count_cores())
+    environment = {
+        **_shared(), **threads, "CUDA_VISIBLE_DEVICES": "", CELLS_ON_DEVICE: str(sharing)
+    }  # fmt: skip
     text = f"{_count(number, 'worker')} on the CPU"
     return Allotment(tuple(dict(environment) for _ in range(number)), text)
 

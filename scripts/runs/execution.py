@@ -27,6 +27,7 @@ from scripts.runs.folder import (
     predict,
     read_adapter,
 )
+from scripts.runs.workers import cells_on_device
 
 RECORD_SCHEMA = 1
 
@@ -200,6 +201,7 @@ def _execute(
     resources["predict_time_s"] = time.monotonic() - began
     if not is_main:
         return {}
+    resources["cells_on_device"] = cells_on_device()  # neighbours spoil the times
     began = time.monotonic()
     split = task.scored_split
     scores = task.score(predictions, split) if predictions else Scores({}, {})

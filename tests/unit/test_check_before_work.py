@@ -34,7 +34,7 @@ def write_model(folder: Path, *left_out: str) -> Path:
 def composed(tmp_path: Path, *overrides: str, task: str = "e2e", model: str = "gpt2_medium") -> Any:
     return cell.compose(
         [f"task={task}", f"recipe={task}", f"model={model}", "method=lora", "logger=none",
-         f"paths.outputs={tmp_path / 'outputs'}", *overrides]
+         "trainer.device=cpu", f"paths.outputs={tmp_path / 'outputs'}", *overrides]
     )  # fmt: skip
 
 
