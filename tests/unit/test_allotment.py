@@ -50,7 +50,8 @@ def test_scale_tiny_takes_the_cores_within_the_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(allotment, "_free_memory", lambda: 5 * GIB)
     chosen = allot("auto", "tiny", [], 33)
     assert chosen.text == "2 workers on the CPU"
-    assert places(chosen) == [("", "2"), ("", "2")]
+    assert places(chosen) == [("", "1"), ("", "1")], "each has a core of its own"
+    assert places(allot("33", "tiny", [], 33)) == [("", "3")] * 33, "of 16 cores"
     assert chosen.environments[0]["OMP_NUM_THREADS"] == "1"
     assert chosen.environments[0]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
