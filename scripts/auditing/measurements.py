@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from delta_lora import provenance
 from scripts.runs import cell
+from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
-from scripts.runs.execution import base_model, build_tokenizer, load_task
 
 RECORD_SCHEMA = 1
 #: raised whenever a measurement can give other values from the same settings.

@@ -27,18 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import processes, provenance
 from scripts.runs import devices
+from scripts.runs.building import Plan, Start, as_config_error, load_task, random_model
 from scripts.runs.composition import CONFIGS, ROOT, ConfigError, check_choices, compose
-from scripts.runs.execution import (
-    Plan,
-    Start,
-    as_config_error,
-    execute,
-    load_task,
-    random_model,
-    write_failure,
-)
+from scripts.runs.execution import execute
 from scripts.runs.faults import NO_DEVICE
 from scripts.runs.folder import RECORD, LockedError, clear, load_record, lock
+from scripts.runs.recording import write_failure
 from scripts.runs.workers import CELLS_ON_DEVICE, COMMAND_BEGAN
 
 __all__ = [

@@ -17,7 +17,7 @@ import delta_lora
 from delta_lora.models import load_tokenizer
 from delta_lora.protocols import Scores
 from scripts.runs import cell
-from scripts.runs.execution import base_model
+from scripts.runs.building import base_model
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
 

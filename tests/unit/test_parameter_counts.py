@@ -12,8 +12,8 @@ from torch import nn
 
 from delta_lora.projections import head_parameters, token_embedding_parameters
 from scripts.reporting.spec import PAPER, read_yaml
+from scripts.runs.building import random_model
 from scripts.runs.composition import compose
-from scripts.runs.execution import random_model
 
 METHODS = (
     "full", "full_frozen_embeddings", "full_query_value", "lora", "dylora", "adalora", "delta_lora",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.runs import cell
-from scripts.runs.execution import draw_rows
+from scripts.runs.building import draw_rows
 
 ROWS = list(range(200))
 

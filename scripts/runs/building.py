@@ -1,0 +1,292 @@
+"""Build what a run needs before its first step: data, tokenizer, model, method.
+
+What a run is and what it starts from is decided in `scripts.runs.cell`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from scripts.runs.composition import ConfigError
+from scripts.runs.folder import read_adapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run that another one starts from: its folder, and what the record says of it."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `scripts.runs.cell` has decided about a run.
+
+    Attributes:
+        folder: its run folder; the last part is its signature.
+        outputs: folder of all run folders.
+        group: signature without the seed.
+        signed: what the signature is a hash of.
+        source: hub id or folder, and revision, of the pre-trained weights; None without any.
+        start: the run it starts from, or None.
+        pretrained_sha256: checksum of the weights that the suite pre-trained for it, or None.
+    """
+
+    folder: Path
+    outputs: Path
+    group: str
+    signed: dict[str, Any]
+    source: tuple[str, str | None] | None
+    start: Start | None
+    pretrained_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run before its first step.
+
+    Attributes:
+        tokenizer: of the model.
+        train: encoded training examples that are used.
+        num_available: training examples that there are.
+        validation: encoded validation examples.
+        model: with the method injected.
+        originals: W_Q and W_V before training.
+        base: how the model is built before any method, for `delta_lora.load`.
+        weights_sha256: checksum of the model before the method.
+        parameters: counts: trainable, updatable, of the head, in total.
+        total_steps: optimiser steps of the run.
+    """
+
+    tokenizer: Any
+    train: Sequence[Any]
+    num_available: int
+    validation: Sequence[Any]
+    model: Any
+    originals: Any
+    base: dict[str, Any]
+    weights_sha256: str
+    parameters: dict[str, int]
+    total_steps: int
+
+
+@contextlib.contextmanager
+def as_config_error(*more: type[Exception]) -> Iterator[None]:
+    """Turn what a constructor or a loader says about the user's input into a ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, TypeError, OSError, *more)):
+            raise ConfigError(str(error)) from error
+        if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
+            raise ConfigError(str(error.__cause__)) from error
+        raise
+
+
+def load_task(cfg: DictConfig) -> Any:
+    """Return the task of a run with its data read and checked.
+
+    Raises:
+        ConfigError: the data are not there or wrong.
+    """
+    from hydra.utils import instantiate
+
+    task = instantiate(cfg.task)
+    with as_config_error(RuntimeError):  # a download that fails is one
+        task.load()
+    return task
+
+
+def build(cfg: DictConfig, plan: Plan, task: Any, trainer: Any, method: Any) -> Built:
+    """Encode the data, load the model and inject the method."""
+    from delta_lora.analysis import similarity
+    from delta_lora.models import fingerprint
+
+    tokenizer = build_tokenizer(cfg, task, plan.source)
+    train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+    num_available = len(train)
+    with as_config_error():
+        train = draw_rows(train, cfg.train_fraction, cfg.seed)
+    total_steps = trainer.total_steps(len(train))
+    with as_config_error():
+        model = base_model(cfg, task, train, plan.source)
+        weights_sha256 = fingerprint(model)
+        num_total = sum(p.numel() for p in model.parameters())
+        originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
+        base = _describe_base(cfg, plan, task, model)
+        method.inject(
+            model,
+            projections=cfg.model.projections,
+            head=task.head,
+            total_steps=total_steps,
+            seed=cfg.seed,
+        )
+        if plan.start is not None:
+            _restore_start(model, plan.start, head=task.head)
+    return Built(
+        tokenizer=tokenizer,
+        train=train,
+        num_available=num_available,
+        validation=validation,
+        model=model,
+        originals=originals,
+        base=base,
+        weights_sha256=weights_sha256,
+        parameters=_count_parameters(model, method, task, num_total),
+        total_steps=total_steps,
+    )
+
+
+def draw_rows(examples: Sequence[Any], fraction: float | None, seed: int) -> Sequence[Any]:
+    """Return a random share of `examples`, in their order; None returns all.
+
+    Args:
+        examples: encoded training examples.
+        fraction: share that is kept, above 0 and at most 1; rounded up, so at least one row.
+        seed: of the draw; with one seed a smaller share lies within a larger one.
+
+    Raises:
+        ValueError: the fraction is not allowed.
+    """
+    import torch
+
+    from delta_lora.checks import check_real
+
+    if fraction is None:
+        return examples
+    check_real("train_fraction", fraction, above=0, at_most=1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    kept = sorted(order[: max(1, math.ceil(fraction * len(examples) - 1e-9))])
+    return [examples[i] for i in kept]
+
+
+def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] | None) -> Any:
+    """Return the tokenizer of a run: the task's own, that of a folder, or that of the weights."""
+    from delta_lora.models import load_tokenizer
+
+    if cfg.model.init == "random" and (built := task.build_tokenizer()) is not None:
+        return built
+    if cfg.model.tokenizer_path is not None:
+        source = cfg.model.tokenizer_path, None
+    with as_config_error():
+        return load_tokenizer(*_known(cfg, source))
+
+
+def base_model(
+    cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
+) -> Any:
+    """Return the model before any method: loaded, or with random weights."""
+    from delta_lora.draws import seed_everything
+    from delta_lora.models import load_model
+
+    seed_everything(cfg.seed)
+    if cfg.model.init == "random":
+        model = random_model(cfg, task)
+        task.initialise(model, train)
+        return model
+    path, revision = _known(cfg, source)
+    return load_model(
+        cfg.model.family,
+        source=path,
+        revision=revision,
+        dtype=cfg.model.dtype,
+        dropout=cfg.model.dropout,
+        config_overrides=_config_overrides(cfg, task),
+        attention=cfg.model.attention,
+        new_modules=task.head,
+    )
+
+
+def random_model(cfg: DictConfig, task: Any) -> Any:
+    """Return the model of `cfg` built from its architecture, with random weights."""
+    from delta_lora.models import load_model
+
+    return load_model(
+        cfg.model.family,
+        architecture=cfg.model.architecture,
+        dtype=cfg.model.dtype,
+        dropout=cfg.model.dropout,
+        config_overrides=_config_overrides(cfg, task),
+        attention=cfg.model.attention,
+    )
+
+
+def _describe_base(cfg: DictConfig, plan: Plan, task: Any, model: Any) -> dict[str, Any]:
+    """Return how the model of a run is built before any method, for `delta_lora.load`."""
+    from delta_lora.adapter import describe_base
+
+    is_random = cfg.model.init == "random"
+    source, revision = (None, None) if is_random else _known(cfg, plan.source)
+    architecture: Any = OmegaConf.to_container(cfg.model.architecture) if is_random else None
+    projections: Any = None
+    if cfg.model.projections is not None:
+        projections = OmegaConf.to_container(cfg.model.projections)
+    return describe_base(
+        model,
+        projections=projections,
+        head=task.head,
+        family=cfg.model.family,
+        source=source,
+        revision=revision,
+        architecture=architecture,
+        dtype=cfg.model.dtype,
+        attention=cfg.model.attention,
+        config_overrides=_config_overrides(cfg, task),
+    )
+
+
+def _known(cfg: DictConfig, source: tuple[str, str | None] | None) -> tuple[str, str | None]:
+    if source is None:
+        raise ConfigError(f"model={cfg.model.name} has no weights; set model.path=FOLDER")
+    return source
+
+
+def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:
+    """Return the configuration values of the model, and those that the task's head needs."""
+    overrides: Any = OmegaConf.to_container(cfg.model.config_overrides)
+    return {**overrides, **task.model_config}
+
+
+def _count_parameters(model: Any, method: Any, task: Any, num_total: int) -> dict[str, int]:
+    from delta_lora.projections import head_parameters
+
+    return {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "updatable": method.num_updatable_parameters,
+        "head": sum(p.numel() for p in head_parameters(model, task.head).values()),
+        "total": num_total,
+    }
+
+
+def _restore_start(model: Any, before: Start, *, head: tuple[str, ...]) -> None:
+    """Load what the earlier run changed, but for its head, which belongs to its own task.
+
+    microsoft/LoRA's scripts for MRPC, RTE and STS-B do so with an adapter trained on MNLI.
+    """
+    from delta_lora import checkpoint
+
+    tensors = {
+        name: tensor
+        for name, tensor in read_adapter(before.folder).items()
+        if not any(name.startswith(f"{module}.") for module in head)
+    }
+    try:
+        checkpoint.restore_weights(model, tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"init_from: {before.folder} does not fit this run: {error}") from error
+    logger.info(
+        "starting from run %s (%s): %d tensors, head left out",
+        before.folder.name, before.facts["task"], len(tensors),
+    )  # fmt: skip
