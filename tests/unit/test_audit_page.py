@@ -267,7 +267,9 @@ def test_a_killed_audit_measures_only_what_is_missing(
     monkeypatch.setitem(
         measurements.MEASURE, "memory", lambda cfg, settings: calls.append(settings) or {"grid": []}
     )
-    config = SimpleNamespace(model=SimpleNamespace(name="tiny_gpt2"))
+    config = SimpleNamespace(
+        model=SimpleNamespace(name="tiny_gpt2"), trainer=SimpleNamespace(device="cpu")
+    )
     monkeypatch.setattr(measurements.cell, "compose", lambda overrides: config)
     first, second = some(tmp_path, rank=4), some(tmp_path, rank=8)
     record = measurements.run(first)
