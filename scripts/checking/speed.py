@@ -1,0 +1,280 @@
+"""Checks 4, 5, 11 and 13: what a step costs by method, precision and model, and who waits for whom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.checking import children, models, steps, synthetic
+from scripts.checking.finding import Context, Deadline, Finding
+from scripts.checking.steps import EnoughError, StepCost, Workload
+
+#: processes that share the device in check 5, and seconds in which their steps are counted.
+PROCESSES, WINDOW_S = 4, 6.0
+#: different shapes in the comparison of attention backends; a plan per shape may take a second.
+SHAPES = 12
+SYNC_STEPS = 5
+#: what torch says of a host that waits for the device.
+SYNC_WARNING = "called a synchronizing CUDA operation"
+
+
+def methods(context: Context) -> Finding:
+    """Time GPT2-Medium's step with every method in float32."""
+    finding = Finding()
+    workload = steps.gpt2(context)
+    epochs, profiled = (1, 0) if context.is_small else (5, 3)
+    costs: dict[str, StepCost] = {}
+    for name in models.METHODS:
+        cost = steps.measure(context, workload, name, epochs=epochs, profiled_steps=profiled)
+        steps.clean_up(context.device)
+        costs[name] = cost
+        finding.values[name] = cost.facts()
+        finding.cost(
+            "steps",
+            **steps.entry(workload, name, cost, precision="fp32", matmul_precision="fp32"),
+        )
+        context.say(_line(name, cost))
+    losses_are_finite = all(math.isfinite(cost.loss) for cost in costs.values())
+    finding.equal("finite_losses", losses_are_finite, True)
+    delta, lora = costs["delta_lora"], costs["lora"]
+    finding.values["delta_over_lora"] = {
+        "time": delta.best_ms / lora.best_ms, "peak": delta.peak_bytes / lora.peak_bytes,
+    }  # fmt: skip
+    if context.is_cuda and not context.is_small:
+        finding.at_most("delta/lora_time", round(delta.best_ms / lora.best_ms, 3), 1.15)
+        finding.at_most("delta/lora_peak", round(delta.peak_bytes / lora.peak_bytes, 3), 1.10)
+    return finding
+
+
+def precisions(context: Context) -> Finding:
+    """Time LoRA's step in float32, TF32 and bfloat16, and with four processes on the device."""
+    finding = Finding()
+    workload = steps.gpt2(context, steps=SHAPES)
+    epochs = 1 if context.is_small else 3
+    variants: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "tf32": {"matmul_precision": "tf32"},
+        "bf16": {"precision": "bf16"},
+        "bf16_cudnn_attention": {
+            "precision": "bf16",
+            "at_start": lambda: torch.backends.cuda.enable_cudnn_sdp(True),
+        },
+    }
+    for name, settings in variants.items():
+        cost = steps.measure(context, workload, "lora", epochs=epochs, **settings)
+        steps.clean_up(context.device)
+        new_shape_ms = cost.first_epoch_ms - cost.ms_per_step
+        finding.values[name] = {
+            **cost.facts(), "steps_per_s": round(1000 / cost.best_ms, 2),
+            "first_seen_shape_ms": round(new_shape_ms, 2),
+        }  # fmt: skip
+        if name in ("tf32", "bf16"):
+            finding.cost("steps", **steps.entry(
+                workload, "lora", cost, precision="bf16" if name == "bf16" else "fp32",
+                matmul_precision="tf32" if name == "tf32" else "fp32",
+            ))  # fmt: skip
+        context.say(f"{_line(name, cost)}, {new_shape_ms:.1f} ms more for a new shape")
+    alone = 1000 / finding.values["tf32"]["best_ms_per_step"]
+    shared = together(context, PROCESSES, {"matmul_precision": "tf32"}, {})
+    finding.values["processes"] = {**shared, "alone_steps_per_s": alone}
+    context.say(f"{PROCESSES} processes: {shared['steps_per_s']:.1f} steps/s, alone {alone:.1f}")
+    # The trainer's own choice of attention must not plan anew for every shape.
+    finding.at_most("bf16_first_seen_shape_ms", finding.values["bf16"]["first_seen_shape_ms"], 50)
+    finding.equal("processes_done", shared["processes"], PROCESSES)
+    return finding
+
+
+def together(
+    context: Context, count: int, settings: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the steps a second of `count` processes that train at the same time on the device.
+
+    Args:
+        context: the device.
+        count: number of processes.
+        settings: keywords of the trainer.
+        environment: variables of the processes.
+    """
+    folder = context.folder / f"together-{time.monotonic_ns()}"
+    arguments = {
+        "device": context.device, "is_small": context.is_small, "folder": str(folder),
+        "window_s": 1.0 if context.is_small else WINDOW_S, "settings": dict(settings),
+    }  # fmt: skip
+    started = [
+        children.start(
+            "count_steps", arguments | {"index": index}, folder, name=f"process{index}",
+            environment=environment,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+    with children.ended_after(started):
+        deadline = Deadline(90, f"the start of {count} processes")
+        while len(list(folder.glob("ready-*"))) < count:
+            deadline.check()
+            for child in started:
+                if child.process.poll() is not None:
+                    child.result()
+                    raise RuntimeError(f"{child.answer.stem} ended before all were ready")
+            time.sleep(0.05)
+        (folder / "go").touch()
+        children.wait(started, 60, f"{count} processes on one device")
+    rates = [child.result()["steps_per_s"] for child in started]
+    return {"processes": len(rates), "steps_per_s": sum(rates), "each_steps_per_s": rates}
+
+
+def count_steps(
+    *, device: str, is_small: bool, folder: str, window_s: float, settings: dict[str, Any],
+    index: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train LoRA, wait for the file ``go`` once warm, and count steps for `window_s` seconds."""
+    context = Context(device, is_small, Path(folder) / f"scratch{index}")
+    workload = steps.gpt2(context)
+    method = models.make_method("lora", workload.model)
+    model = workload.build(device)
+    total = 1_000_000
+    method.inject(model, projections=None, head=(), total_steps=total, seed=1)
+    began, first = 0.0, workload.steps_per_epoch
+
+    def after(step: int) -> None:
+        nonlocal began
+        if step == first:
+            steps.synchronize(device)
+            (Path(folder) / f"ready-{index}").touch()
+            deadline = Deadline(90, "the other processes")
+            while not (Path(folder) / "go").exists():
+                deadline.check()
+                time.sleep(0.01)
+            began = time.perf_counter()
+        elif step > first and time.perf_counter() - began > window_s:
+            steps.synchronize(device)
+            answer["steps_per_s"] = (step - first) / (time.perf_counter() - began)
+            raise EnoughError
+
+    answer: dict[str, Any] = {}
+    steps.watch(method, after=after)
+    task = synthetic.task(workload.model)
+    steps.run(context, model, method, task, workload, total, {"log_every_steps": 10, **settings})
+    return answer
+
+
+def other_models(context: Context) -> Finding:
+    """Time BART-large's and RoBERTa-base's steps as XSum and GLUE take them."""
+    finding = Finding()
+    finite = True
+    bart, roberta = _bart(context), _roberta(context)
+    cases = [
+        (bart, name, matmul)
+        for matmul in ("fp32", "tf32")
+        for name in ("lora", "delta_lora", "full")
+    ] + [(roberta, name, "fp32") for name in models.METHODS]
+    for workload, name, matmul in cases:
+        if matmul == "tf32" and not context.is_cuda:
+            continue
+        epochs = 1 if context.is_small or workload is bart else 3
+        cost = steps.measure(
+            context, workload, name, epochs=epochs, matmul_precision=matmul,
+            profiled_steps=0 if context.is_small or workload is bart else 3,
+            max_grad_norm=1.0 if workload is roberta else None,
+        )  # fmt: skip
+        steps.clean_up(context.device)
+        finite = finite and math.isfinite(cost.loss)
+        found = steps.entry(workload, name, cost, precision="fp32", matmul_precision=matmul)
+        finding.cost("steps", **found)
+        finding.values[f"{workload.model}/{name}/{matmul}"] = cost.facts()
+        context.say(_line(f"{workload.model} {name} {matmul}", cost))
+    finding.equal("finite_losses", finite, True)
+    return finding
+
+
+def _bart(context: Context) -> Workload:
+    """XSum's step: 64 articles in micro-batches of 8, every source at the limit of 768 tokens."""
+    source, target, size = (24, 12, 2) if context.is_small else (768, 64, 8)
+    vocabulary, micro_batches = (160, 2) if context.is_small else (50_265, 8)
+    # Two equal steps: the shapes do not differ, so one set of articles stands for all.
+    groups = synthetic.groups(synthetic.pairs(size, source, target, vocabulary, seed=4), size)
+    return Workload(
+        "bart_large", groups * (2 * micro_batches), micro_batches, size * micro_batches,
+        context.is_small, 2 if context.is_small else None,
+    )  # fmt: skip
+
+
+def _roberta(context: Context) -> Workload:
+    """GLUE's step: 16 texts of 40 tokens."""
+    vocabulary, number = (160, 2) if context.is_small else (50_265, 12)
+    examples = synthetic.labelled(16 * number, 40, vocabulary, seed=5)
+    return Workload(
+        "roberta_base", synthetic.groups(examples, 16), 1, 16, context.is_small,
+        2 if context.is_small else None,
+    )  # fmt: skip
+
+
+def host_syncs(context: Context) -> Finding:
+    """Count how often the host waits for the device in a step that is neither logged nor saved."""
+    finding = Finding()
+    workload = steps.gpt2(context, steps=4)
+    for name in models.METHODS:
+        counted, where = _count_syncs(context, workload, name)
+        finding.values[name] = {"syncs_per_step": counted, "where": where}
+        context.say(f"{name}: {counted:g} syncs a step {json.dumps(where)}")
+    for name in ("lora", "delta_lora", "full"):
+        finding.at_most(f"{name}_syncs", finding.values[name]["syncs_per_step"], 2)
+    return finding
+
+
+def _count_syncs(
+    context: Context, workload: Workload, method_name: str
+) -> tuple[float, dict[str, int]]:
+    """Return the syncs of a step, and how many came from which line, over all counted steps."""
+    first, total = 6, 6 + SYNC_STEPS + 1
+    method = models.make_method(method_name, workload.model)
+    model = workload.build(context.device)
+    method.inject(model, projections=None, head=(), total_steps=total, seed=1)
+    counted = contextlib.ExitStack()
+    caught: list[warnings.WarningMessage] = []
+
+    def after(step: int) -> None:
+        nonlocal caught
+        if step + 1 == first:
+            steps.synchronize(context.device)
+            caught = counted.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            counted.callback(torch.cuda.set_sync_debug_mode, "default")
+        if step + 1 == first + SYNC_STEPS:
+            counted.close()
+            raise EnoughError
+
+    steps.watch(method, after=after)
+    task = synthetic.task(workload.model)
+    with counted:  # also where a step fails between the two
+        steps.run(context, model, method, task, workload, total, {})
+    steps.clean_up(context.device)
+    return summarise_syncs(caught, SYNC_STEPS)
+
+
+def summarise_syncs(
+    caught: list[warnings.WarningMessage], num_steps: int
+) -> tuple[float, dict[str, int]]:
+    """Return the syncs of a step, and their number by the line that torch blames."""
+    where: dict[str, int] = {}
+    for warning in caught:
+        if SYNC_WARNING in str(warning.message):
+            name = "/".join(Path(warning.filename).parts[-2:])
+            place = f"{name}:{warning.lineno}"
+            where[place] = where.get(place, 0) + 1
+    return sum(where.values()) / num_steps, where
+
+
+def _line(name: str, cost: StepCost) -> str:
+    text = f"{name}: {cost.ms_per_step:.1f} ms a step, peak {cost.peak_bytes / 2**30:.2f} GiB"
+    if cost.launches is not None and cost.busy is not None:
+        text += f", {cost.launches:.0f} launches, device busy {cost.busy:.0%}"
+    return text
