@@ -22,9 +22,12 @@ ifeq ($(strip $(PYTHON)),)
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+GPU_READY := $(READY)
 else
 RUN := $(PYTHON)
 READY := check-python
+# A GPU machine needs no more than torch, transformers and accelerate for its checks.
+GPU_READY :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -33,7 +36,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report check-results check-pins clean check-python
+.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -85,6 +88,9 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 
 report: $(READY)  ## put the generated verdicts and tables into README
 	@$(RUN) scripts/report.py
+
+gpu-check: $(GPU_READY)  ## what only a GPU can show, in nine minutes: results/gpu/DEVICE.json (ONLY=2,7)
+	@$(RUN) scripts/gpu_check.py $$ARGS
 
 check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check

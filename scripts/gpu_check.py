@@ -43,7 +43,7 @@ def main() -> int:
             try:
                 facts = worker.facts()
             except RuntimeError as error:
-                print(f"error: the checks cannot start: {error}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
                 return 1
             print(_head(facts), flush=True)
             entries, not_run = _run(worker, options, began)
@@ -92,7 +92,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         type=_numbers,
-        default=_numbers(os.environ.get("ONLY", "") or "all"),
+        default=os.environ.get("ONLY") or "all",
         help="numbers of checks with commas (default: ONLY= of the environment, else all): "
         + ", ".join(f"{c.number} {c.name}" for c in catalogue.CHECKS),
     )

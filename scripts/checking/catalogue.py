@@ -18,11 +18,12 @@ class Check:
     """One check.
 
     Attributes:
-        number: how it is asked for; the last one explores and has no verdict.
+        number: how it is asked for.
         name: one word.
-        function: ``module:function`` in this package.
+        function: ``module:function``; takes a `Context` and returns a `Finding`.
         timeout_s: seconds after which it counts as hanging.
         needs_cuda: whether a CPU cannot show it.
+        is_judged: whether it can fail by what it measures.
     """
 
     number: int
@@ -30,29 +31,28 @@ class Check:
     function: str
     timeout_s: float
     needs_cuda: bool = False
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether it can fail by what it measures."""
-        return self.name != "explore"
+    is_judged: bool = True
 
 
+# fmt: off
 CHECKS = (
-    Check(1, "environment", "environment:environment", 150, needs_cuda=True),
-    Check(2, "golden", "golden:golden", 150),
-    Check(3, "packed", "golden:packed", 60),
-    Check(4, "methods", "speed:methods", 150),
-    Check(5, "precisions", "speed:precisions", 180, needs_cuda=True),
-    Check(6, "fp16", "resume:fp16", 90, needs_cuda=True),
-    Check(7, "killed", "resume:killed", 180),
-    Check(8, "checkpoints", "resume:checkpoints", 120),
-    Check(9, "after_bf16", "decoding:after_bf16", 90),
-    Check(10, "beam_search", "decoding:beam_search", 150),
-    Check(11, "other_models", "speed:other_models", 150),
-    Check(12, "two_processes", "processes:two_processes", 180),
-    Check(13, "host_syncs", "speed:host_syncs", 90, needs_cuda=True),
-    Check(14, "explore", "explore:explore", 330, needs_cuda=True),
+    Check(1, "environment", "scripts.checking.environment:environment", 150, needs_cuda=True),
+    Check(2, "golden", "scripts.checking.golden:golden", 150),
+    Check(3, "packed", "scripts.checking.golden:packed", 60),
+    Check(4, "methods", "scripts.checking.speed:methods", 150),
+    Check(5, "precisions", "scripts.checking.speed:precisions", 180, needs_cuda=True),
+    Check(6, "fp16", "scripts.checking.resume:fp16", 90, needs_cuda=True),
+    Check(7, "killed", "scripts.checking.resume:killed", 180),
+    Check(8, "checkpoints", "scripts.checking.resume:checkpoints", 120),
+    Check(9, "after_bf16", "scripts.checking.decoding:after_bf16", 90),
+    Check(10, "beam_search", "scripts.checking.decoding:beam_search", 150),
+    Check(11, "other_models", "scripts.checking.speed:other_models", 150),
+    Check(12, "two_processes", "scripts.checking.processes:two_processes", 180),
+    Check(13, "host_syncs", "scripts.checking.speed:host_syncs", 90, needs_cuda=True),
+    Check(14, "explore", "scripts.checking.explore:explore", 330, needs_cuda=True,
+          is_judged=False),
 )
+# fmt: on
 
 
 def by_number(number: int) -> Check:
@@ -64,16 +64,14 @@ def by_number(number: int) -> Check:
     return {check.number: check for check in CHECKS}[number]
 
 
-def run(number: int, context: Context) -> dict[str, Any]:
+def run(check: Check, context: Context) -> dict[str, Any]:
     """Run one check and return its entry of the report; whatever it raises makes it fail."""
-    check = by_number(number)
     if check.needs_cuda and not context.is_cuda:
         return outcome(check, SKIP, reason=SKIPPED_ON_CPU)
     began = time.monotonic()
     try:
         module, _, function = check.function.partition(":")
-        imported = importlib.import_module(f"scripts.checking.{module}")
-        finding: Finding = getattr(imported, function)(context)
+        finding: Finding = getattr(importlib.import_module(module), function)(context)
     except Exception as error:  # one check must not end the others
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,7 +1,7 @@
 """One further process of a check: ``python -m scripts.checking.child KIND ARGUMENTS ANSWER``.
 
-`scripts.checking.children` starts it. The answer is written at the very end, so a file that is there
-is whole.
+`scripts.checking.children` starts it. The answer is written at the very end, so a file that is
+there is whole.
 """
 
 from __future__ import annotations

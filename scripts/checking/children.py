@@ -41,7 +41,9 @@ class Child:
         if self.process.returncode == 0 and self.answer.exists():
             content: dict[str, Any] = json.loads(self.answer.read_text(encoding="utf-8"))
             return content
-        raise RuntimeError(f"{self.answer.stem} ended with {self.process.returncode}: {self.tail()}")
+        raise RuntimeError(
+            f"{self.answer.stem} ended with {self.process.returncode}: {self.tail()}"
+        )
 
     def tail(self) -> str:
         """Return the last lines of what it printed, as one line."""

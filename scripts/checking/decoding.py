@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +114,7 @@ def _decode_gpt2(context: Context) -> tuple[str, float, int, dict[str, Any]]:
     count, beams, new = (4, 2, 8) if context.is_small else (32, 10, 64)
     prompts = [s.tokens[: s.num_context] for s in synthetic.sequences(count, 160, seed=7)]
     search = BeamSearch(num_beams=beams, max_new_tokens=new, batch_size=count)
-    seconds, peak, texts = _time(context, lambda: search.generate(model, prompts, [END]))
+    seconds, peak, texts = _time(context, partial(search.generate, model, prompts, [END]))
     del model
     steps.clean_up(context.device)
     facts = {"batch_size": count, "num_beams": beams, "new_tokens": new, "texts": texts}
@@ -125,7 +127,7 @@ def _decode_bart(context: Context) -> tuple[str, float, int, dict[str, Any]]:
     count, beams, new, length = (2, 2, 8, 24) if context.is_small else (16, 8, 64, 768)
     sources = [pair.source for pair in synthetic.pairs(count, length, 4, 160, seed=8)]
     search = Seq2SeqBeamSearch(num_beams=beams, max_length=new, batch_size=count)
-    seconds, peak, texts = _time(context, lambda: search.generate(model, sources))
+    seconds, peak, texts = _time(context, partial(search.generate, model, sources))
     del model
     steps.clean_up(context.device)
     facts = {
@@ -135,7 +137,7 @@ def _decode_bart(context: Context) -> tuple[str, float, int, dict[str, Any]]:
     return "bart_large", seconds, peak, facts
 
 
-def _time(context: Context, decode: Any) -> tuple[float, int, int]:
+def _time(context: Context, decode: Callable[[], list[list[int]]]) -> tuple[float, int, int]:
     """Return the seconds of the second call, its peak memory, and the number of texts."""
     decode()
     device = torch.device(context.device)

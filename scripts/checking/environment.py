@@ -23,7 +23,17 @@ POOL_TIMEOUT_S = 120.0
 
 
 def facts(context: Context) -> dict[str, Any]:
-    """Return device, driver, versions and commit, for the head of the report."""
+    """Return device, driver, versions and commit, for the head of the report.
+
+    Raises:
+        RuntimeError: torch cannot use a CUDA device.
+    """
+    if context.is_cuda and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"torch {torch.__version__} can use no CUDA device (torch.cuda.is_available() is "
+            "False); install a torch that fits the driver, or take --device cpu --small, which "
+            "shows what a CPU can"
+        )
     versions = {"python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in PACKAGES}
     return {

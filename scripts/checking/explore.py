@@ -1,7 +1,8 @@
 """Figures without a verdict: what could make a step of GPT2-Medium cheaper than it is.
 
-A step is bound by launches, so these ask what one costs with the launches taken away or shared: many
-adapters over one frozen base in one step, one CUDA graph, compiled, and several processes under MPS.
+A step is bound by launches, so these ask what one costs with the launches taken away or shared:
+many adapters over one frozen base in one step, one CUDA graph, compiled, and several processes
+under MPS.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from delta_lora.projections import find_projections
 from delta_lora.trainer import Trainer
-from scripts.checking import children, lengths, models, speed, steps, synthetic
+from scripts.checking import children, lengths, models, speed, steps
 from scripts.checking.finding import Context, Finding
 
 SLOTS = (1, 4, 16, 64)
@@ -99,7 +100,7 @@ def slots(context: Context) -> dict[str, Any]:
         steps.clean_up(context.device)
         torch.set_float32_matmul_precision("high")
     return {
-        "tokens_per_row": TOKENS, "matmul_precision": "tf32", "by_number": found,
+        "tokens_per_row": _size(context)[0], "matmul_precision": "tf32", "by_number": found,
         "loss_difference_of_the_mask": mask_difference(context),
     }  # fmt: skip
 
@@ -250,7 +251,7 @@ def _fixed_batch(context: Context, model: Any, *, rows: int) -> tuple[Tensor, ..
     The mask is made once and handed in: `transformers` would read it from the positions, for which
     the host waits for the device.
     """
-    total, targets = (96, 20) if context.is_small else (TOKENS, TARGETS)
+    total, targets = _size(context)
     sizes = lengths.fill(total, lengths.draw(20, seed=13))
     positions_T = torch.cat([torch.arange(size) for size in sizes])
     document_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
@@ -262,6 +263,11 @@ def _fixed_batch(context: Context, model: Any, *, rows: int) -> tuple[Tensor, ..
     where = torch.arange(total - targets, total)
     batch = (tokens, positions_T.expand(rows, -1), mask_TT[None, None], where, labels)
     return tuple(tensor.contiguous().to(context.device) for tensor in batch)
+
+
+def _size(context: Context) -> tuple[int, int]:
+    """Return the tokens of a row and how many of them are targets."""
+    return (96, 20) if context.is_small else (TOKENS, TARGETS)
 
 
 def _loss(

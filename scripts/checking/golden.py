@@ -18,6 +18,7 @@ from scripts.checking import lengths, models, synthetic
 from scripts.checking.finding import Context, Finding
 from scripts.checking.steps import LAUNCHES, watch
 
+MODELS = ("gpt2_medium", "roberta_base", "bart_large")
 STEPS = 20
 #: K of Delta-LoRA here, so that plain steps, the kept factors and updates all occur.
 START_STEP = 5
@@ -57,7 +58,7 @@ def golden(context: Context) -> Finding:
     moved: dict[str, float] = {}
     telescoping: dict[str, float] = {}
     thawed: list[str] = []
-    for model in ("gpt2_medium", "roberta_base", "bart_large"):
+    for model in MODELS:
         for name in models.METHODS:
             key = f"{model}/{name}"
             reference = _train(context, model, name, "cpu", torch.float64)
@@ -69,8 +70,8 @@ def golden(context: Context) -> Finding:
             if not trained.frozen_are_equal:
                 thawed.append(key)
             context.say(
-                f"{key}: difference {differences[key]:.1e}, moved {moved[key]:.1e}, loss {trained.loss:.6f} "
-                f"(reference {reference.loss:.6f})"
+                f"{key}: difference {differences[key]:.1e}, moved {moved[key]:.1e}, loss "
+                f"{trained.loss:.6f} (reference {reference.loss:.6f})"
             )
     finding.values = {
         "steps": STEPS, "reference": "float64 on the CPU", "merged_difference": differences,
@@ -95,15 +96,13 @@ def _train(
     model = model.to(dtype)
     method = models.make_method(
         method_name, model_name, lora_dropout=0.0, start_step=START_STEP,
-        learning_rate={rate: RATE for rate in ("low_rank", "dylora", "adalora", "full")},
+        learning_rate=dict.fromkeys(("low_rank", "dylora", "adalora", "full"), RATE),
         adalora={
             "init_rank": 4, "target_rank": 2, "orth_reg_weight": 0.1, "initial_fraction": 0.1,
             "final_fraction": 0.3, "interval": 2,
         },
     )  # fmt: skip
-    method.inject(
-        model, projections=None, head=models.head(model_name), total_steps=STEPS, seed=1
-    )
+    method.inject(model, projections=None, head=models.head(model_name), total_steps=STEPS, seed=1)
     model.to(device).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kept = _keep_factors(model, method)
@@ -252,14 +251,18 @@ def packed(context: Context) -> Finding:
 def _packed_logits(model: Any, rows: list[list[int]], dtype: torch.dtype) -> Tensor:
     """Return the logits of one packed row, (T, V), float32."""
     device = next(model.parameters()).device
-    positions = [position for row in rows for position in range(len(row))]
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits: Tensor = model(
             input_ids=torch.tensor([[token for row in rows for token in row]], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            position_ids=torch.tensor([_positions(rows)], device=device),
             use_cache=False,
         ).logits[0]
     return logits.float()
+
+
+def _positions(rows: list[list[int]]) -> list[int]:
+    """Return positions that restart with every sequence, by which they are told apart."""
+    return [position for row in rows for position in range(len(row))]
 
 
 def _alone(model: Any, rows: list[list[int]], dtype: torch.dtype) -> Tensor:

@@ -117,4 +117,3 @@ def make_method(name: str, model: str, **values: Any) -> Method:
             form=name.removeprefix("delta_lora_") if name != "delta_lora" else "in_place",
         )
     raise ValueError(f"method {name!r}; allowed: {', '.join(METHODS)}")
-

@@ -15,16 +15,16 @@ from scripts.checking import recipes
 
 SCHEMA = 1
 FORMAT = {
-    "costs.steps": "one optimiser step: ms_per_step in milliseconds (mean over the timed steps, warm-up "
-    "excluded), peak_bytes of device memory since the run began, batch_size in examples, batch_tokens "
-    "in input tokens of all micro-batches without padding; random weights, W updated in every step",
-    "costs.decoding": "one chunk of batch_size inputs: seconds and peak_bytes, all new_tokens decoded",
+    "costs.steps": "one optimiser step: ms_per_step in milliseconds (mean of the timed steps, "
+    "warm-up excluded), peak_bytes of device memory since the run began, batch_size in examples, "
+    "batch_tokens in input tokens without padding; random weights, W updated in every step",
+    "costs.decoding": "one chunk of batch_size inputs, all new_tokens decoded: seconds, peak_bytes",
     "costs.checkpoint": "bytes per second, checksums and flush to disk included; entries by method",
-    "costs.hours": "optimiser steps and decoding of every run of a table, one after the other on this "
-    "device; evaluation, scoring, data and checkpoints are not counted",
+    "costs.hours": "optimiser steps and decoding of every run of a table, one after the other on "
+    "this device; evaluation, scoring, data and checkpoints are not counted",
     "explore": "figures without a verdict",
 }
-#: table -> model, task (all eight of GLUE for ``glue``), and matmul_precision of its steps.
+#: table -> model and task; ``glue`` are all eight.
 TABLES = {
     "table1": ("gpt2_medium", "e2e"),
     "table2": ("gpt2_medium", "webnlg"),
@@ -99,11 +99,7 @@ def hours(costs: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for table, (model, task) in TABLES.items():
         settings = sorted(
-            {
-                (e["precision"], e["matmul_precision"])
-                for e in costs["steps"]
-                if e["model"] == model
-            }
+            {(e["precision"], e["matmul_precision"]) for e in costs["steps"] if e["model"] == model}
         )
         for precision, matmul in settings:
             key = f"{precision}, matmul {matmul}"
@@ -116,11 +112,12 @@ def hours(costs: dict[str, Any]) -> dict[str, Any]:
 def _table_hours(
     costs: dict[str, Any], table: str, model: str, task: str, precision: str, matmul: str
 ) -> dict[str, Any]:
-    times = {
-        e["method"]: e["ms_per_step"]
+    timed = [
+        e
         for e in costs["steps"]
         if (e["model"], e["precision"], e["matmul_precision"]) == (model, precision, matmul)
-    }
+    ]
+    times = {e["method"]: e["ms_per_step"] for e in timed}
     rows = [row["name"] for row in recipes.read(f"table/{table}")["rows"]]
     trained = [row for row in rows if row != "untrained"]
     timed_as = {row: measured_method(row, times) for row in trained}
@@ -140,6 +137,7 @@ def _table_hours(
         "training_hours": None if unknown else round(train_s / 3600, 2),
         "decoding_hours": None if decode_s is None or not chunk_s else round(decode_s / 3600, 2),
         "seeds": NUM_SEEDS,
+        "timed_with": {key: timed[0][key] for key in ("batch_size", "batch_tokens")},
         "steps_of_a_run": steps,
         "row_timed_as": timed_as,
         "rows_without_a_time": unknown,

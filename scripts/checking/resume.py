@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from delta_lora.protocols import Method
 from delta_lora.trainer import FitResult, Trainer
 from scripts.checking import children, models, steps, synthetic
 from scripts.checking.finding import Context, Deadline, Finding
-from scripts.checking.steps import EnoughError, Workload
+from scripts.checking.steps import Workload
 
 #: check 6: steps of the run, where it is stopped, where and how often it overflows.
 FP16_STEPS, FP16_STOP, FP16_OVERFLOW, FP16_REPEATS = 60, 30, 10, 3
@@ -105,7 +106,7 @@ def _fp16_run(
         )  # fmt: skip
     except KeyboardInterrupt:
         result = None
-    windows = [(b - a) * 1000 / window for a, b in zip(marks, marks[1:], strict=False)]
+    windows = [(b - a) * 1000 / window for a, b in pairwise(marks)]
     del model, trainer
     steps.clean_up(context.device)
     return result, min(windows, default=math.nan)
@@ -114,7 +115,10 @@ def _fp16_run(
 def killed(context: Context) -> Finding:
     """Kill a run, resume it, and compare its bits with those of a run that nobody killed."""
     finding = Finding()
-    arguments = {"device": context.device, "folder": str(context.folder / "killed")}
+    arguments = {
+        "device": context.device, "layers": 2 if context.is_small else 4,
+        "folder": str(context.folder / "killed"),
+    }  # fmt: skip
     where = context.folder / "children"
     straight = children.start(
         "straight_runs", {**arguments, "folder": str(context.folder / "straight")}, where
@@ -141,10 +145,12 @@ def _bits(run: dict[str, Any]) -> tuple[str, str]:
     return run["weights"], run["metrics"]
 
 
-def straight_runs(*, device: str, folder: str) -> dict[str, Any]:
+def straight_runs(*, device: str, layers: int, folder: str) -> dict[str, Any]:
     """Run to the end twice with deterministic kernels, and twice as torch chooses."""
     return {
-        name: run_to_kill(device=device, folder=f"{folder}-{name}", deterministic=deterministic)
+        name: run_to_kill(
+            device=device, layers=layers, folder=f"{folder}-{name}", deterministic=deterministic
+        )
         for name, deterministic in (
             ("deterministic", True), ("again", True), ("default", False), ("default_again", False),
         )
@@ -152,7 +158,7 @@ def straight_runs(*, device: str, folder: str) -> dict[str, Any]:
 
 
 def run_to_kill(
-    *, device: str, folder: str, kill_at: int | None = None, deterministic: bool = True
+    *, device: str, layers: int, folder: str, kill_at: int | None = None, deterministic: bool = True
 ) -> dict[str, Any]:
     """Train Delta-LoRA on a small GPT-2; at step `kill_at` the process kills itself."""
     run = Path(folder)
@@ -162,7 +168,7 @@ def run_to_kill(
         checkpoint_every_steps=CHECKPOINT_EVERY, device=device, deterministic=deterministic,
     )  # fmt: skip
     trainer.prepare_backend()
-    model = models.build("gpt2_medium", device, layers=4, small=True)
+    model = models.build("gpt2_medium", device, layers=layers, small=True)
     method = models.make_method("delta_lora", "gpt2_medium", start_step=3)
     method.inject(model, projections=None, head=(), total_steps=KILLED_STEPS, seed=1)
     seen: list[int] = []
@@ -222,7 +228,9 @@ def checkpoints(context: Context) -> Finding:
         }  # fmt: skip
         finding.values[name] = facts
         finding.cost("checkpoint", model=workload.model, method=name, **facts)
-        context.say(f"{name}: {size / 1e6:.0f} MB, saved in {saved_s:.2f} s, read in {loaded_s:.2f} s")
+        context.say(
+            f"{name}: {size / 1e6:.0f} MB, saved in {saved_s:.2f} s, read in {loaded_s:.2f} s"
+        )
         shutil.rmtree(folder)
         del method, tensors, stored
         steps.clean_up(context.device)

@@ -1,4 +1,4 @@
-"""Checks 4, 5, 11 and 13: what a step costs by method, precision and model, and who waits for whom."""
+"""Checks 4, 5, 11, 13: what a step costs by method, precision and model, and who waits for it."""
 
 from __future__ import annotations
 
@@ -82,6 +82,12 @@ def precisions(context: Context) -> Finding:
                 matmul_precision="tf32" if name == "tf32" else "fp32",
             ))  # fmt: skip
         context.say(f"{_line(name, cost)}, {new_shape_ms:.1f} ms more for a new shape")
+    for name in models.METHODS[1:]:
+        cost = steps.measure(context, workload, name, epochs=2, matmul_precision="tf32")
+        steps.clean_up(context.device)
+        found = steps.entry(workload, name, cost, precision="fp32", matmul_precision="tf32")
+        finding.cost("steps", **found)
+        context.say(_line(f"{name} tf32", cost))
     alone = 1000 / finding.values["tf32"]["best_ms_per_step"]
     shared = together(context, PROCESSES, {"matmul_precision": "tf32"}, {})
     finding.values["processes"] = {**shared, "alone_steps_per_s": alone}
@@ -173,7 +179,8 @@ def other_models(context: Context) -> Finding:
     cases = [
         (bart, name, matmul)
         for matmul in ("fp32", "tf32")
-        for name in ("lora", "delta_lora", "full")
+        for name in models.METHODS
+        if name != "delta_lora_closed_form"
     ] + [(roberta, name, "fp32") for name in models.METHODS]
     for workload, name, matmul in cases:
         if matmul == "tf32" and not context.is_cuda:

@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class StepCost:
 
     def facts(self) -> dict[str, Any]:
         """Return plain values for the report."""
-        facts = {
+        facts: dict[str, Any] = {
             "ms_per_step": round(self.ms_per_step, 3),
             "best_ms_per_step": round(self.best_ms, 3),
             "first_epoch_ms_per_step": round(self.first_epoch_ms, 3),
@@ -208,7 +209,7 @@ def measure(
     watch(method, after=after)
     run(context, model, method, task, workload, total, settings)
     # The first mark stands behind the first step, the others behind an epoch each.
-    times = [(b - a) * 1000 for a, b in zip(marks, marks[1:], strict=False)]
+    times = [(b - a) * 1000 for a, b in pairwise(marks)]
     cost.first_epoch_ms = times[0] / (per_epoch - 1)
     cost.ms = [each / per_epoch for each in times[1 : 1 + epochs]]
     cost.peak_bytes = memory.peak_bytes(torch.device(context.device))
@@ -282,9 +283,7 @@ def _profiler(context: Context) -> profile:
     return profile(activities=activities)
 
 
-def _read(
-    profiler: profile, steps: int, ms_per_step: float
-) -> tuple[float | None, float | None]:
+def _read(profiler: profile, steps: int, ms_per_step: float) -> tuple[float | None, float | None]:
     """Return launches a step and the share of the step in which a kernel ran."""
     averages = profiler.key_averages()
     launches = sum(e.count for e in averages if e.key.startswith(LAUNCHES))

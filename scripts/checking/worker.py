@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,8 +21,6 @@ from scripts.checking import catalogue
 from scripts.checking.finding import Context
 
 _SPAWN = multiprocessing.get_context("spawn")
-#: asks for the facts of the machine instead of a check.
-FACTS = 0
 STARTUP_TIMEOUT_S = 180.0
 
 
@@ -47,10 +46,12 @@ class Worker:
         """Return device, driver, versions and commit.
 
         Raises:
-            RuntimeError: the worker died or gave no answer.
+            RuntimeError: the device cannot be used, or the process gave no answer.
         """
-        facts: dict[str, Any] = self._ask(FACTS, STARTUP_TIMEOUT_S)
-        return facts
+        answer = self._ask(None, STARTUP_TIMEOUT_S)
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return dict(answer)
 
     def run(self, check: catalogue.Check, timeout_s: float) -> dict[str, Any]:
         """Run one check; a hanging or crashing one fails, and its process ends.
@@ -60,7 +61,7 @@ class Worker:
             timeout_s: seconds until it counts as hanging.
         """
         try:
-            entry, is_usable = self._ask(check.number, timeout_s)
+            entry, is_usable = self._ask(check, timeout_s)
         except RuntimeError as error:
             return catalogue.outcome(check, catalogue.FAIL, reason=str(error))
         if not is_usable:
@@ -84,7 +85,7 @@ class Worker:
             self._process.join()
         self._process = self._connection = None
 
-    def _ask(self, number: int, timeout_s: float) -> Any:
+    def _ask(self, check: catalogue.Check | None, timeout_s: float) -> Any:
         if self._process is None:
             self._connection, theirs = _SPAWN.Pipe()
             self._process = _SPAWN.Process(target=_serve, args=(theirs, self._context))
@@ -92,7 +93,7 @@ class Worker:
             theirs.close()
         assert self._connection is not None
         try:
-            self._connection.send(number)
+            self._connection.send(check)
             if not wait([self._connection, self._process.sentinel], timeout_s):
                 raise RuntimeError(f"no answer within {timeout_s:.0f} s")
             if not self._connection.poll():
@@ -115,21 +116,31 @@ def _serve(connection: Connection, context: Context) -> None:
     logging.basicConfig(level=logging.WARNING, format="      %(levelname)s %(name)s: %(message)s")
     while True:
         try:
-            number = connection.recv()
+            check: catalogue.Check | None = connection.recv()
         except EOFError:
             return
-        if number == FACTS:
-            from scripts.checking import environment
+        if check is None:
+            connection.send(_facts(context))
+            continue
+        entry = catalogue.run(check, context)
+        raised = entry["status"] == catalogue.FAIL and entry["reason"] is not None
+        connection.send((entry, not raised and _is_clean(context)))
 
-            connection.send(environment.facts(context))
-        else:
-            entry = catalogue.run(number, context)
-            raised = entry["status"] == catalogue.FAIL and entry["reason"] is not None
-            connection.send((entry, not raised and _is_clean(context)))
+
+def _facts(context: Context) -> dict[str, Any] | str:
+    """Return the facts of the machine, or why there are none."""
+    from scripts.checking import environment
+
+    try:
+        return environment.facts(context)
+    except RuntimeError as error:
+        return str(error)
 
 
 def _is_clean(context: Context) -> bool:
     """Free what the check left; False where the device does not work any more."""
+    if "torch" not in sys.modules:
+        return True
     from scripts.checking import steps
 
     try:

@@ -74,6 +74,7 @@ MAY_IMPORT = {
     "scripts/runs": ("delta_lora", "tasks"),
     "scripts/reporting": ("delta_lora", "scripts.runs"),
     "scripts/auditing": ("delta_lora", "scripts.runs", "scripts.reporting"),
+    "scripts/checking": ("delta_lora", "tasks", "scripts.runs.workers"),
     "examples": ("delta_lora",),
 }  # fmt: skip
 
