@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -39,6 +40,7 @@ def facts(context: Context) -> dict[str, Any]:
     return {
         "device": _device(context),
         "versions": versions,
+        "tf32_by_default": torch.get_float32_matmul_precision() != "highest",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "git": provenance.git_state(ROOT),
     }
@@ -91,10 +93,10 @@ def _driver() -> str | None:
     command = shutil.which("nvidia-smi")
     if command is not None:
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(  # noqa: S603 - found by name, no input
-            query, capture_output=True, text=True, timeout=30, check=False
-        )
-        if answer.returncode == 0 and answer.stdout.strip():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            answer = subprocess.run(  # noqa: S603 - found by name, no input
+                query, capture_output=True, text=True, timeout=30, check=True
+            )
             return answer.stdout.split("\n")[0].strip()
     version = Path("/proc/driver/nvidia/version")
     return version.read_text().split("\n")[0] if version.exists() else None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from delta_lora.projections import find_projections
 from delta_lora.trainer import Trainer
 from scripts.checking import children, lengths, models, speed, steps
-from scripts.checking.finding import Context, Finding
+from scripts.checking.finding import Context, Deadline, Finding
 
 SLOTS = (1, 4, 16, 64)
 RANK, SCALING, RATE = 4, 8.0, 2e-4
@@ -197,21 +197,32 @@ def _mps_daemon(context: Context) -> Iterator[dict[str, str]]:
     assert command is not None
     folder = context.folder / "mps"
     folder.mkdir(parents=True)
-    environment = {
-        "CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder),
-    }  # fmt: skip
-
-    def call(arguments: list[str], text: str) -> None:
-        subprocess.run(  # noqa: S603 - found by name
-            [command, *arguments], input=text, env={**os.environ, **environment},
-            check=True, timeout=20, text=True, capture_output=True,
-        )  # fmt: skip
-
-    call(["-d"], "")
+    pipes = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    environment = {**os.environ, **pipes}
+    # In the foreground, so that it ends with this process's group whatever happens.
+    daemon = subprocess.Popen(  # noqa: S603 - found by name
+        [command, "-f"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
-        yield environment
+        deadline = Deadline(15, MPS)
+        while not (folder / "control").exists():
+            deadline.check()
+            if daemon.poll() is not None:
+                raise RuntimeError(f"{MPS} ended with {daemon.returncode}")
+            time.sleep(0.1)
+        yield pipes
     finally:
-        call([], "quit\n")
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(  # noqa: S603 - found by name
+                [command], input="quit\n", env=environment, timeout=20, text=True,
+                capture_output=True, check=False,
+            )  # fmt: skip
+        daemon.terminate()
+        try:
+            daemon.wait(10)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
 
 
 def compiled_in_child(context: Context) -> dict[str, Any]:

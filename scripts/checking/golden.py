@@ -78,7 +78,7 @@ def golden(context: Context) -> Finding:
         "moved": moved, "telescoping_difference": telescoping, "frozen_changed": thawed,
     }  # fmt: skip
     finding.at_most("merged_difference", max(differences.values()), 1e-4)
-    finding.at_least("moved", min(moved.values()), 0.02)  # else equal weights would say little
+    finding.at_least("moved", min(moved.values()), 5e-3)  # else equal weights would say little
     finding.at_most("telescoping", max(telescoping.values()), 1e-5)
     finding.equal("frozen_changed", len(thawed), 0)
     return finding

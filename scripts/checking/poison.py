@@ -32,9 +32,9 @@ def run(job: str) -> None:
     from delta_lora.trainer import Trainer
 
     if job == POISON:
-        # An index out of range fails inside the kernel, and with it all that this process asks of
-        # the device from then on.
-        torch.zeros(2, device="cuda")[torch.tensor(5, device="cuda")].item()
+        # An index out of range fails inside the kernel (a list of them: a single one is read and
+        # refused on the host), and with it all that this process asks of the device from then on.
+        torch.zeros(2, device="cuda")[torch.tensor([5], device="cuda")].sum().item()
         return
     Trainer(batch_size=1, device="cuda", deterministic=True).prepare_backend()
     torch.manual_seed(0)

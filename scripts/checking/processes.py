@@ -36,7 +36,7 @@ def two_processes(context: Context) -> Finding:
                 "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                 # On CUDA both are process 0 of a device each, and it is the same one.
                 "LOCAL_RANK": "0" if context.is_cuda else str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
             },
         )
         for rank in range(2)

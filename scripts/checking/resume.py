@@ -68,7 +68,9 @@ def fp16(context: Context) -> Finding:
     finding.equal("steps_resumed", resumed.num_steps, straight.num_steps)
     losses = (straight.final_train_loss, resumed.final_train_loss)
     finding.equal("finite_losses", all(map(math.isfinite, losses)), True)
-    finding.at_most("ms_after_resume", round(resumed_ms / straight_ms, 3), 1.1)
+    finding.values["ms_after_resume"] = ratio = round(resumed_ms / straight_ms, 3)
+    if not context.is_small:  # else a step is too short to be timed
+        finding.at_most("ms_after_resume", ratio, 1.1)
     return finding
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -129,24 +130,25 @@ def _serve(connection: Connection, context: Context) -> None:
 
 def _facts(context: Context) -> dict[str, Any] | str:
     """Return the facts of the machine, or why there are none."""
-    from scripts.checking import environment
-
     try:
+        from scripts.checking import environment
+
         return environment.facts(context)
-    except RuntimeError as error:
-        return str(error)
+    except Exception as error:  # a package may be absent, or refuse to work with another
+        return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _is_clean(context: Context) -> bool:
     """Free what the check left; False where the device does not work any more."""
     if "torch" not in sys.modules:
         return True
-    from scripts.checking import steps
-
     try:
+        from scripts.checking import steps
+
         steps.clean_up(context.device)
         steps.synchronize(context.device)
-    except RuntimeError:
+    except Exception:
+        traceback.print_exc()
         return False
     return True
 
