@@ -15,6 +15,7 @@ from delta_lora.models import load_model
 from delta_lora.protocols import Method
 from scripts.checking import recipes
 
+#: the methods that differ in what they compute.
 METHODS = ("lora", "delta_lora", "delta_lora_closed_form", "full", "adalora", "dylora")
 #: what replaces the paper's sizes: a few layers, wide enough for every mechanism.
 _SMALL = {
@@ -87,7 +88,7 @@ def head(name: str) -> tuple[str, ...]:
 
 
 def make_method(name: str, model: str, **values: Any) -> Method:
-    """Return one of `METHODS` with the recipe of `model`; `values` replace some of it.
+    """Return one of `METHODS`, or ``lora_no_dropout``, with the recipe of `model` and `values`.
 
     Delta-LoRA updates W from the first step on, so that what is measured is its usual step.
     """
@@ -97,7 +98,8 @@ def make_method(name: str, model: str, **values: Any) -> Method:
     dropout = recipe["lora_dropout"]
     if name == "full":
         return Full(learning_rate=rates["full"])
-    if name == "lora":
+    if name in ("lora", "lora_no_dropout"):
+        dropout = dropout if name == "lora" else 0.0
         return Lora(**low_rank, dropout=dropout, learning_rate=rates["low_rank"])
     if name == "dylora":
         return DyLora(
@@ -116,4 +118,4 @@ def make_method(name: str, model: str, **values: Any) -> Method:
             start_step=values.get("start_step", -1),
             form=name.removeprefix("delta_lora_") if name != "delta_lora" else "in_place",
         )
-    raise ValueError(f"method {name!r}; allowed: {', '.join(METHODS)}")
+    raise ValueError(f"method {name!r}; allowed: {', '.join(METHODS)}, lora_no_dropout")

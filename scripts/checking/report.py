@@ -15,9 +15,10 @@ from scripts.checking import recipes
 
 SCHEMA = 1
 FORMAT = {
-    "costs.steps": "one optimiser step: ms_per_step in milliseconds (mean of the timed steps, "
-    "warm-up excluded), peak_bytes of device memory since the run began, batch_size in examples, "
-    "batch_tokens in input tokens without padding; random weights, W updated in every step",
+    "costs.steps": "one micro-batch with its share of the update: ms_per_step in milliseconds "
+    "(mean of the timed steps, warm-up excluded), batch_size in examples and batch_tokens in input "
+    "tokens (no padding) of a micro-batch; micro_batches make an optimiser step; peak_bytes of "
+    "device memory since the run began; random weights, W updated in every step",
     "costs.decoding": "one chunk of batch_size inputs, all new_tokens decoded: seconds, peak_bytes",
     "costs.checkpoint": "bytes per second, checksums and flush to disk included; entries by method",
     "costs.hours": "optimiser steps and decoding of every run of a table, one after the other on "
@@ -117,7 +118,7 @@ def _table_hours(
         for e in costs["steps"]
         if (e["model"], e["precision"], e["matmul_precision"]) == (model, precision, matmul)
     ]
-    times = {e["method"]: e["ms_per_step"] for e in timed}
+    times = {e["method"]: e["ms_per_step"] * e["micro_batches"] for e in timed}
     rows = [row["name"] for row in recipes.read(f"table/{table}")["rows"]]
     trained = [row for row in rows if row != "untrained"]
     timed_as = {row: measured_method(row, times) for row in trained}
@@ -137,7 +138,9 @@ def _table_hours(
         "training_hours": None if unknown else round(train_s / 3600, 2),
         "decoding_hours": None if decode_s is None or not chunk_s else round(decode_s / 3600, 2),
         "seeds": NUM_SEEDS,
-        "timed_with": {key: timed[0][key] for key in ("batch_size", "batch_tokens")},
+        "timed_with": {
+            key: timed[0][key] for key in ("batch_size", "batch_tokens", "micro_batches")
+        },
         "steps_of_a_run": steps,
         "row_timed_as": timed_as,
         "rows_without_a_time": unknown,
@@ -150,6 +153,9 @@ def measured_method(row: str, times: dict[str, float]) -> str | None:
     Controls of LoRA and Delta-LoRA have the same step. Where only some weights train, the step of
     full fine-tuning stands for it, which is an upper bound.
     """
+    without_dropout = ("lora_no_dropout", "lora_scaled")
+    if row in without_dropout and without_dropout[0] in times:
+        return without_dropout[0]
     for method in ("dylora", "adalora", "delta_lora", "lora", "full"):
         if row == method or row.startswith(f"{method}_"):
             return method if method in times else None

@@ -252,17 +252,20 @@ def run(
 def entry(
     workload: Workload, method: str, cost: StepCost, *, precision: str, matmul_precision: str
 ) -> dict[str, Any]:
-    """Return the planner's entry for a measured step."""
+    """Return the planner's entry for a measured step: all numbers are of one forward pass."""
+    parts = workload.groups_per_step
+    facts = cost.facts()
+    facts |= {name: round(ms / parts, 3) for name, ms in facts.items() if "ms_per_step" in name}
     return {
         "model": workload.model,
         "method": method,
         "precision": precision,
         "matmul_precision": matmul_precision,
-        "batch_size": workload.batch_size,
-        "micro_batch_size": workload.batch_size // workload.groups_per_step,
-        "batch_tokens": round(workload.batch_tokens, 1),
+        "batch_size": workload.batch_size // parts,
+        "batch_tokens": round(workload.batch_tokens / parts, 1),
+        "micro_batches": parts,
         "steps_timed": len(cost.ms) * workload.steps_per_epoch,
-        **cost.facts(),
+        **facts,
     }
 
 

@@ -150,6 +150,9 @@ def test_every_row_of_the_tables_has_the_step_of_a_timed_method() -> None:
         unknown = [row for row in rows if report.measured_method(row, times) is None]
         assert unknown == ["untrained"], table
     assert report.measured_method("lora_scaled", times) == "lora"
+    assert (
+        report.measured_method("lora_scaled", times | {"lora_no_dropout": 1}) == "lora_no_dropout"
+    )
     assert report.measured_method("delta_lora_dropout", times) == "delta_lora"
     assert report.measured_method("full_query_value", times) == "full"
     assert report.measured_method("adalora", {"lora": 1.0}) is None
@@ -158,7 +161,8 @@ def test_every_row_of_the_tables_has_the_step_of_a_timed_method() -> None:
 def _step(method: str, ms: float, **values: object) -> dict[str, object]:
     return {
         "model": "gpt2_medium", "method": method, "precision": "fp32", "matmul_precision": "fp32",
-        "batch_size": 8, "batch_tokens": 420.0, "ms_per_step": ms, "peak_bytes": 1, **values,
+        "batch_size": 8, "batch_tokens": 420.0, "ms_per_step": ms, "peak_bytes": 1,
+        "micro_batches": 1, **values,
     }  # fmt: skip
 
 
@@ -174,6 +178,25 @@ def test_hours_are_steps_times_seeds_times_rows() -> None:
     assert table["training_hours"] == pytest.approx(26_290 * 3 * ms / 1000 / 3600, abs=0.01)
     assert table["decoding_hours"] == pytest.approx(12 * 3 * 20 * 3 / 3600, abs=0.01)
     assert table["rows_without_a_time"] == []
+
+
+def test_hours_count_the_micro_batches_of_a_step() -> None:
+    methods = ("full", "lora", "dylora", "adalora", "delta_lora")
+    step = {"model": "bart_large", "batch_size": 8, "micro_batches": 8}
+    costs = {"steps": [_step(method, 100.0, **step) for method in methods], "decoding": []}
+    table = report.hours(costs)["table3"]["fp32, matmul fp32"]
+    assert table["training_hours"] == pytest.approx(8 * 3 * 79_725 * 0.8 / 3600, abs=0.01)
+
+
+def test_an_entry_is_of_one_micro_batch(context: Context) -> None:
+    workload = speed._bart(context)
+    cost = steps.StepCost(ms=[80.0, 120.0])
+    entry = steps.entry(workload, "lora", cost, precision="fp32", matmul_precision="tf32")
+    assert entry["micro_batches"] == 2
+    assert entry["ms_per_step"] == 50.0
+    assert entry["best_ms_per_step"] == 40.0
+    assert entry["batch_size"] == 2
+    assert entry["batch_tokens"] == 2 * (24 + 12)
 
 
 def test_hours_of_a_row_that_nobody_timed_are_unknown() -> None:
