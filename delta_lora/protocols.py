@@ -215,7 +215,12 @@ class Task(ABC):
         return ()
 
     def predict(
-        self, model: nn.Module, tokenizer: Any, split: str, done: Iterable[dict[str, Any]] = ()
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        split: str,
+        done: Iterable[dict[str, Any]] = (),
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[list[dict[str, Any]]]:
         """Yield chunks of predictions, JSON objects with at least ``id`` and ``prediction``.
 
@@ -225,6 +230,12 @@ class Task(ABC):
             split: ``test`` or ``validation``.
             done: predictions that an interrupted run already wrote; they are skipped without
                 changing the composition of the remaining chunks, so the result is the same.
+            share: index of this process, and number of processes. Of all chunks, finished or not,
+                in their one fixed order, a process yields those whose number modulo the number of
+                processes is its index; so the shares of all processes together are the whole.
+
+        Raises:
+            ValueError: `share` names no process.
         """
         return iter(())
 

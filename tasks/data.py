@@ -7,6 +7,7 @@ its path and line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -17,16 +18,22 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pooch
+import pyarrow
 from requests.exceptions import RequestException
+
+from tasks.rows import BLOCK
 
 logger = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
+#: bytes of a file that are text at a time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,24 @@ class Document:
     Attributes:
         path: where it was read, for messages.
         name: its name without ``.gz``.
-        text: its content, line ends as they are in the file.
-        sha256: of the unpacked bytes, hexadecimal.
-        num_bytes: size of the unpacked bytes.
+        data: its unpacked bytes, UTF-8.
+        sha256: of `data`, hexadecimal.
     """
 
     path: Path
     name: str
-    text: str
+    data: bytes = field(repr=False)
     sha256: str
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the unpacked file."""
+        return len(self.data)
+
+    @property
+    def text(self) -> str:
+        """The whole content, line ends as they are in the file; `read_lines` takes less memory."""
+        return self.data.decode("utf-8").removeprefix("\ufeff")
 
 
 @dataclass(frozen=True)
@@ -96,8 +111,7 @@ class Release:
             RuntimeError: a file cannot be downloaded.
             ValueError: what was downloaded is not the pinned file.
         """
-        root = Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
-        folder = root / self.repository.replace("/", "--") / self.commit
+        folder = cache_folder(cache_dir) / self.repository.replace("/", "--") / self.commit
         fetcher = pooch.create(
             path=folder,
             base_url=self.url.rstrip("/") + "/",
@@ -159,8 +173,8 @@ class HubDataset:
 
     def fetch(
         self, split: str, columns: Sequence[str], cache_dir: str | Path | None = None
-    ) -> tuple[list[dict[str, Any]], str]:
-        """Download a split, or read it from the cache.
+    ) -> tuple[pyarrow.Table, str]:
+        """Download a split, or read it from the cache, whose files are mapped into memory.
 
         Args:
             split: its name on the hub.
@@ -168,7 +182,7 @@ class HubDataset:
             cache_dir: None takes the cache of `datasets`.
 
         Returns:
-            The rows, and a sha256 over their values.
+            The columns, and a sha256 over the values of all rows.
 
         Raises:
             RuntimeError: it cannot be downloaded.
@@ -191,11 +205,12 @@ class HubDataset:
                 f"{self.repository}, {split}: no column {', '.join(missing)}; it has "
                 f"{', '.join(table.column_names)}"
             )
-        rows = [{column: row[column] for column in columns} for row in table]
+        found = table.with_format("arrow")[:].select(list(columns))
         digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-        return rows, digest.hexdigest()
+        for batch in found.to_batches(max_chunksize=BLOCK):
+            for row in batch.to_pylist():
+                digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+        return found, digest.hexdigest()
 
     def _advice(self, error: Exception) -> str:
         return (
@@ -203,6 +218,11 @@ class HubDataset:
             "where there is no network, take a copy of the files and use task.source=files "
             "task.data_dir=FOLDER"
         )
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return `cache_dir`, or the suite's folder in the user's cache where it is None."""
+    return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
 
 
 def open_folder(data_dir: str | Path) -> Path:
@@ -265,18 +285,26 @@ def read_document(path: Path) -> Document:
             raise ValueError(
                 f"{path}: the gzip stream is damaged ({error}); copy it again"
             ) from error
-    if not data.strip():
+    if not data or data.isspace():
         raise ValueError(f"{path} is empty ({len(data)} bytes)")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}); "
-            "the official files are UTF-8, convert this one"
-        ) from error
-    name = path.name.removesuffix(".gz")
-    return Document(path, name, text, hashlib.sha256(data).hexdigest(), len(data))
+    _check_utf8(data, path)
+    return Document(path, path.name.removesuffix(".gz"), data, hashlib.sha256(data).hexdigest())
+
+
+def _check_utf8(data: bytes, path: Path) -> None:
+    """Decode `data` piece by piece: as one Python string it would take up to four times as much."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), _PIECE):
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the piece before cut
+        try:
+            decoder.decode(data[start : start + _PIECE], final=start + _PIECE >= len(data))
+        except UnicodeDecodeError as error:
+            at = start - waiting + error.start
+            line = data.count(b"\n", 0, at) + 1
+            raise ValueError(
+                f"{path}, line {line}: byte 0x{data[at]:02x} is not UTF-8 ({error.reason}); the "
+                "official files are UTF-8, convert this one"
+            ) from error
 
 
 def read_lines(document: Document) -> Iterator[tuple[int, str]]:
@@ -285,11 +313,14 @@ def read_lines(document: Document) -> Iterator[tuple[int, str]]:
     Only a line feed (with or without a carriage return before it) ends a line; `str.splitlines`
     would also split at characters that texts may contain.
     """
-    lines = document.text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        yield number, line.removesuffix("\r")
+    data, number = document.data, 0
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        yield number, data[start:end].decode("utf-8").removesuffix("\r")
+        start = end + 1
 
 
 def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -371,19 +402,20 @@ def read_parquet(
     Raises:
         ValueError: it is no Parquet file, or a required column is missing.
     """
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file: {error}") from error
-    if missing := [column for column in required if column not in table.column_names]:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
-    wanted = [column for column in (*required, *optional) if column in table.column_names]
-    yield from enumerate(table.select(wanted).to_pylist(), start=1)
+    names = file.schema_arrow.names
+    if missing := [column for column in required if column not in names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+    wanted = [column for column in (*required, *optional) if column in names]
+    batches = file.iter_batches(BLOCK, columns=wanted)
+    # The file's order of columns is not the wanted one.
+    rows = chain.from_iterable(batch.select(wanted).to_pylist() for batch in batches)
+    yield from enumerate(rows, start=1)
 
 
 def read_jsonl(

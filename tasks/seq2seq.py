@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,18 +62,24 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         raise ValueError("a batch needs at least one example")
     sources = [pair.source for pair in pairs]
     targets = [pair.target for pair in pairs]
+    lengths = [len(source) for source in sources]
     tensors = {
         "input_ids": _pad(sources, PADDING),
-        "attention_mask": _pad([torch.ones_like(source) for source in sources], 0),
+        "attention_mask": torch.from_numpy(
+            (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+        ),
         "labels": _pad(targets, IGNORED),
     }
     num_targets = sum(map(len, targets))
-    num_tokens = sum(map(len, sources)) + num_targets
+    num_tokens = sum(lengths) + num_targets
     return Batch(tensors, num_targets, num_tokens, [pair.id for pair in pairs])
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value).long()
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row.numpy()
+    return torch.from_numpy(padded)
 
 
 def seq2seq_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:

@@ -300,7 +300,9 @@ def test_a_hub_dataset_is_read_from_parquet_and_hashed(
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HubDataset("owner/data", COMMIT, "en")
     rows, sha256 = source.fetch("test", ["a", "b"], tmp_path)
-    assert rows == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    assert rows.to_pylist() == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    values = b'{"a": 1, "b": "x"}\n{"a": 2, "b": "y"}\n'
+    assert sha256 == hashlib.sha256(values).hexdigest()
     assert (asked["path"], asked["name"], asked["split"]) == ("owner/data", "en", "test")
     assert asked["revision"] == COMMIT
     assert source.fetch("test", ["a", "b"])[1] == sha256 != source.fetch("test", ["a"])[1]

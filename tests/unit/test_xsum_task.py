@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -197,7 +198,7 @@ class FakeHub:
 
         def fetch(hub: HubDataset, split: str, columns: Any, cache_dir: Any) -> Any:
             self.revisions.append(hub.revision)
-            return self.rows[split], "0" * 64
+            return pyarrow.Table.from_pylist(self.rows[split]), "0" * 64
 
         monkeypatch.setattr(HubDataset, "resolve", lambda hub: f"{hub.repository}@{'a' * 40}")
         monkeypatch.setattr(HubDataset, "fetch", fetch)
