@@ -447,6 +447,13 @@ def read_jsonl(
         for key in required:
             if not isinstance(row[key], str):
                 raise ValueError(f"{place}: {key!r} is {shorten(row[key])}; expected a text")
+            try:
+                row[key].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place}: {key!r} has half of a character ({error.object[error.start]!a}); "
+                    f"remove or mend the row: {shorten(row[key])}"
+                ) from error
         values = {key: row[key] for key in required}
         for key in optional:
             if row.get(key) is not None:

@@ -88,8 +88,8 @@ class EncodedSplit:
     """Token ids of a split.
 
     Args:
-        blocks: column -> (values, offsets) for `BLOCK` rows each, the last one fewer; both int32,
-            row i of a block is ``values[offsets[i]:offsets[i + 1]]``.
+        blocks: column -> (values, offsets) for equally many rows each, the last one fewer; both
+            int32, row i of a block is ``values[offsets[i]:offsets[i + 1]]``.
         is_cut: (rows,) 1 where a row lost its end.
     """
 
@@ -100,13 +100,15 @@ class EncodedSplit:
         self.num_cut = int(is_cut.sum())
         self.first_cut = int(is_cut.argmax()) if self.num_cut else None
         self._num_rows = len(is_cut)
+        _, offsets = next(iter(blocks[0].values()))
+        self._block = len(offsets) - 1
 
     def __len__(self) -> int:
         return self._num_rows
 
     def row(self, column: str, index: int) -> np.ndarray:
         """Return (tokens,) int32, not to be written to."""
-        block, at = divmod(index, BLOCK)
+        block, at = divmod(index, self._block)
         values, offsets = self.columns[column][block]
         return values[offsets[at] : offsets[at + 1]]
 
@@ -226,7 +228,6 @@ def _describe(split: Split, tokenizer: str) -> str:
             digest.update(data)
     about = {
         "format": FORMAT,
-        "block": BLOCK,
         "name": split.name,
         "version": split.version,
         "rows": len(split.texts),
