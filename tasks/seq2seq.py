@@ -26,19 +26,23 @@ IGNORED = -100
 PADDING = 0
 
 
+Tokens = np.ndarray | Tensor
+
+
 @dataclass(frozen=True)
 class Pair:
     """Tokens of one example, special tokens included.
 
     Attributes:
         id: name of the example, for messages.
-        source: (S,) tokens that the encoder reads, int32 to save memory.
-        target: (T,) tokens that the decoder learns to write, with the end token, int32.
+        source: (S,) tokens that the encoder reads, int32 to save memory; an array or a tensor on
+            the CPU.
+        target: (T,) tokens that the decoder learns to write, with the end token, likewise.
     """
 
     id: str
-    source: Tensor
-    target: Tensor
+    source: Tokens
+    target: Tokens
 
     def __post_init__(self) -> None:
         if not len(self.source) or not len(self.target):
@@ -75,10 +79,11 @@ def collate(pairs: Sequence[Pair]) -> Batch:
     return Batch(tensors, num_targets, num_tokens, [pair.id for pair in pairs])
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+def _pad(rows: Sequence[Tokens], value: int) -> Tensor:
+    """Return (rows, longest) int64, filled up with `value` on the right."""
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row.numpy()
+        line[: len(row)] = row
     return torch.from_numpy(padded)
 
 

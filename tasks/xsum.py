@@ -322,8 +322,8 @@ class XSum(Task):
         places = table["place"].combine_chunks()
 
         def make(index: int) -> Pair:
-            source, target = _tensor(sources, index), _tensor(targets, index)
-            return Pair(places[index].as_py(), source, target)
+            place: str = places[index].as_py()
+            return Pair(place, sources.row("tokens", index), targets.row("tokens", index))
 
         return Examples(len(sources), make)
 
