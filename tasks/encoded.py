@@ -9,7 +9,7 @@ A file is found by a hash of all that decides its content: every text, the whole
 tokenizer, the length limit, the task and its version. It says so itself, and its checksum stands
 beside it (``<file>.sha256``, as ``sha256sum`` writes it), so a damaged or foreign file is made
 again. Nothing here can stop a run: what cannot be kept on disk is encoded in memory, with one
-warning. The folder may be removed whenever no run is reading it.
+warning. The folder may be removed at any time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 #: rows encoded at once: the lists of numbers, words and places of a tokenizer are large.
 BLOCK = 1000
-#: splits with fewer rows are encoded in every process; that takes a second or two.
+#: splits with fewer rows are encoded in every process, which takes seconds.
 MIN_ROWS_ON_DISK = 5000
 #: key of the file's own description in the metadata of its schema.
 _ABOUT = b"delta_lora"

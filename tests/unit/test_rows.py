@@ -46,3 +46,24 @@ def test_rows_are_equal_to_what_has_the_same_objects(found: Rows[tuple[object, .
 def test_no_rows_give_an_empty_table() -> None:
     assert gather([], SCHEMA).schema == SCHEMA
     assert list(Rows(gather([], SCHEMA), make)) == []
+
+
+class Counted(dict):
+    """A row that counts how many of its kind exist at once."""
+
+    alive = most = 0
+
+    def __init__(self, **values: object) -> None:
+        super().__init__(values)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+def test_rows_are_objects_only_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "BLOCK", 5)
+    table = gather((Counted(name=str(n), number=n) for n in range(100)), SCHEMA)
+    assert len(table) == 100
+    assert 5 <= Counted.most <= 10

@@ -94,6 +94,19 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoded, "BLOCK", 7)
 
 
+def count_calls(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of texts of every call of the tokenizer."""
+    sizes: list[int] = []
+    whole = type(tokenizer).__call__
+
+    def call(self: Any, texts: Any, *more: Any, **settings: Any) -> Any:
+        sizes.append(len(texts))
+        return whole(self, texts, *more, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    return sizes
+
+
 def seen(task: Any, tokenizer: Any) -> Iterator[tuple[Any, ...]]:
     """Yield all that a trainer sees of train and validation set."""
     for split in ("train", "validation"):
@@ -134,6 +147,18 @@ def test_batches_from_disk_are_those_from_memory(
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_no_more_than_a_block_is_encoded_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, tokenizer = from_files(name, write(name, tmp_path), tmp_path), tokenizer_for(name)
+    sizes = count_calls(tokenizer, monkeypatch)
+    monkeypatch.setattr(encoded, "BLOCK", 7)
+    num_examples = len(task.examples("train", tokenizer))
+    assert max(sizes) == 7
+    assert sum(sizes) >= num_examples
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_the_embedded_corpora_and_small_files_write_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,14 +173,7 @@ def test_documents_and_summaries_are_encoded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: None
 ) -> None:
     folder, tokenizer = write("xsum", tmp_path / "data"), tokenizer_for("xsum")
-    calls = []
-    whole = type(tokenizer).__call__
-
-    def call(self: Any, texts: Any, **settings: Any) -> Any:
-        calls.append(len(texts))
-        return whole(self, texts, **settings)
-
-    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    calls = count_calls(tokenizer, monkeypatch)
     model = SimpleNamespace(
         config=SimpleNamespace(), generation_config=SimpleNamespace(
             decoder_start_token_id=2, eos_token_id=2, bos_token_id=0, pad_token_id=1, to_dict=dict
