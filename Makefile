@@ -118,7 +118,7 @@ SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= 
 	@touch $@
 
 # What an environment given by PYTHON= must have.
-NEEDED := accelerate datasets evaluate hydra matplotlib nltk numpy pooch pycocoevalcap rouge_score sacrebleu \
+NEEDED := accelerate datasets evaluate hydra matplotlib nltk numpy pooch pyarrow pycocoevalcap rouge_score sacrebleu \
   safetensors scipy sklearn torch tqdm transformers wandb
 
 check-python:

@@ -250,8 +250,12 @@ class Task(ABC):
             split: ``test`` or ``validation``.
             done: predictions that an interrupted run already wrote; they are skipped without
                 changing the composition of the remaining chunks, so the result is the same.
-            share: index of this process and number of processes. Of all chunks, finished ones
-                included, those come whose number modulo the number of processes is the index.
+            share: index of this process, and number of processes. Of all chunks, finished or not,
+                in their one fixed order, a process yields those whose number modulo the number of
+                processes is its index; so the shares of all processes together are the whole.
+
+        Raises:
+            ValueError: `share` names no process.
         """
         return iter(())
 

@@ -7,6 +7,7 @@ its path and line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -18,13 +19,16 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pooch
 import requests
 from requests.exceptions import RequestException
+
+from tasks.rows import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ _ADVICE = (
     "where there is no network, take a copy of the files and use task.source=files "
     "task.data_dir=FOLDER"
 )
+#: bytes of a file that are text at a time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,24 @@ class Document:
     Attributes:
         path: where it was read, for messages.
         name: its name without ``.gz``.
-        text: its content, line ends as they are in the file.
-        sha256: of the unpacked bytes, hexadecimal.
-        num_bytes: size of the unpacked bytes.
+        data: its unpacked bytes, UTF-8.
+        sha256: of `data`, hexadecimal.
     """
 
     path: Path
     name: str
-    text: str
+    data: bytes = field(repr=False)
     sha256: str
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the unpacked file."""
+        return len(self.data)
+
+    @property
+    def text(self) -> str:
+        """The whole content, line ends as they are in the file; `read_lines` takes less memory."""
+        return self.data.decode("utf-8").removeprefix("\ufeff")
 
 
 @dataclass(frozen=True)
@@ -166,8 +180,7 @@ class Release:
         return f"{mirror}{url.removeprefix(_HUB)}" if mirror and is_hub else url
 
     def _folder(self, cache_dir: str | Path | None) -> Path:
-        root = Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
-        return root / self.repository.replace("/", "--") / self.commit
+        return cache_folder(cache_dir) / self.repository.replace("/", "--") / self.commit
 
 
 def remote_size(url: str, *, timeout_s: float) -> int | None:
@@ -193,6 +206,11 @@ def remote_size(url: str, *, timeout_s: float) -> int | None:
         header = answer.headers.get("Content-Range" if is_part else "Content-Length", "")
     size = header.rpartition("/")[2]  # bytes 0-0/123, or 123
     return int(size) if size.isdecimal() else None
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return `cache_dir`, or the suite's folder in the user's cache where it is None."""
+    return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
 
 
 def open_folder(data_dir: str | Path) -> Path:
@@ -255,18 +273,26 @@ def read_document(path: Path) -> Document:
             raise ValueError(
                 f"{path}: the gzip stream is damaged ({error}); copy it again"
             ) from error
-    if not data.strip():
+    if not data or data.isspace():
         raise ValueError(f"{path} is empty ({len(data)} bytes)")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}); "
-            "the official files are UTF-8, convert this one"
-        ) from error
-    name = path.name.removesuffix(".gz")
-    return Document(path, name, text, hashlib.sha256(data).hexdigest(), len(data))
+    _check_utf8(data, path)
+    return Document(path, path.name.removesuffix(".gz"), data, hashlib.sha256(data).hexdigest())
+
+
+def _check_utf8(data: bytes, path: Path) -> None:
+    """Decode `data` piece by piece: as one Python string it would take up to four times as much."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), _PIECE):
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the piece before cut
+        try:
+            decoder.decode(data[start : start + _PIECE], final=start + _PIECE >= len(data))
+        except UnicodeDecodeError as error:
+            at = start - waiting + error.start
+            line = data.count(b"\n", 0, at) + 1
+            raise ValueError(
+                f"{path}, line {line}: byte 0x{data[at]:02x} is not UTF-8 ({error.reason}); the "
+                "official files are UTF-8, convert this one"
+            ) from error
 
 
 def read_lines(document: Document) -> Iterator[tuple[int, str]]:
@@ -275,11 +301,14 @@ def read_lines(document: Document) -> Iterator[tuple[int, str]]:
     Only a line feed (with or without a carriage return before it) ends a line; `str.splitlines`
     would also split at characters that texts may contain.
     """
-    lines = document.text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        yield number, line.removesuffix("\r")
+    data, number = document.data, 0
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        number += 1
+        yield number, data[start:end].decode("utf-8").removesuffix("\r")
+        start = end + 1
 
 
 def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -361,7 +390,6 @@ def read_parquet(
     Raises:
         ValueError: it is no Parquet file, or a required column is missing.
     """
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -372,9 +400,10 @@ def read_parquet(
     if missing := [column for column in required if column not in names]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
     wanted = [column for column in (*required, *optional) if column in names]
-    # A few rows at a time: a whole file and its Python objects are several times its text.
-    parts = file.iter_batches(batch_size=1000, columns=wanted)
-    yield from enumerate((row for part in parts for row in part.to_pylist()), start=1)
+    batches = file.iter_batches(BLOCK, columns=wanted)
+    # The file's order of columns is not the wanted one.
+    rows = chain.from_iterable(batch.select(wanted).to_pylist() for batch in batches)
+    yield from enumerate(rows, start=1)
 
 
 def read_jsonl(
@@ -406,6 +435,13 @@ def read_jsonl(
         for key in required:
             if not isinstance(row[key], str):
                 raise ValueError(f"{place}: {key!r} is {shorten(row[key])}; expected a text")
+            try:
+                row[key].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place}: {key!r} has half of a character ({error.object[error.start]!a}); "
+                    f"remove or mend the row: {shorten(row[key])}"
+                ) from error
         values = {key: row[key] for key in required}
         for key in optional:
             if row.get(key) is not None:

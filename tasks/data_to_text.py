@@ -30,10 +30,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, Scores, Task
-from tasks.data import Document, Release, file_facts, open_folder, read_document
+from tasks.data import Document, Release, cache_folder, file_facts, open_folder, read_document
+from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
-from tasks.predictions import align
+from tasks.predictions import align, own_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class DataToText(Task):
         protocol: which texts or scorers are used; recorded.
         release: the pinned official files.
         data_dir: folder with the task's files, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
+            files; None takes the user's cache folder.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
@@ -132,6 +134,7 @@ class DataToText(Task):
         self.embedded_seed = embedded_seed
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
+        self._store = self._new_store()
         self._provenance: dict[str, Any] = {}
 
     # What differs between the tasks
@@ -200,7 +203,7 @@ class DataToText(Task):
                     official,
                 )
             files.append(facts)
-        self._rows, self._inputs = rows, inputs
+        self._rows, self._inputs, self._store = rows, inputs, self._new_store()
         self._warn_of_overlap()
         is_release = self.source != "embedded" and all(file["official"] for file in files)
         self._provenance = {
@@ -223,6 +226,10 @@ class DataToText(Task):
                 for split in rows
             ),
         )
+
+    def _new_store(self) -> Store:
+        is_embedded = self.source == "embedded"
+        return Store(self.title, None if is_embedded else cache_folder(self.cache_dir) / "encoded")
 
     def _warn_of_overlap(self) -> None:
         contexts = {split: {i.context for i in items} for split, items in self._inputs.items()}
@@ -251,27 +258,67 @@ class DataToText(Task):
 
     # Training
 
-    def examples(self, split: str, tokenizer: Any) -> list[TokenSequence]:
+    def examples(self, split: str, tokenizer: Any) -> Examples[TokenSequence]:
         """Encode a split, see the module's text for the layout.
 
         Args:
             split: ``train``, ``validation`` or ``test``.
             tokenizer: a fast tokenizer; its `model_max_length` (the positions of its model) limits
                 the length as `max_length` does.
+
+        Raises:
+            ValueError: a context leaves no room for its text, or the tokenizer has no end token.
         """
         rows = self._of_split(self._rows, split)
-        distinct = list(dict.fromkeys(row.context for row in rows))
-        contexts = dict(zip(distinct, self._prompts(distinct, tokenizer), strict=True))
-        completions = _encode([" " + row.completion for row in rows], tokenizer)
-        sequences = [
-            TokenSequence(
-                row.place,
-                [*contexts[row.context], *completion, tokenizer.eos_token_id],
-                len(contexts[row.context]),
+        limit = self._limit(tokenizer)
+
+        def encode(texts: Sequence[Texts], start: int) -> Block:
+            places = [row.place for row in rows[start : start + len(texts)]]
+            sequences = self._sequences(texts, places, tokenizer)
+            kept = [truncate(sequence, limit) for sequence in sequences]
+            return Block(
+                {
+                    "context": [sequence.tokens[: sequence.num_context] for sequence in kept],
+                    "target": [sequence.tokens[sequence.num_context :] for sequence in kept],
+                },
+                [n for n, sequence in enumerate(sequences) if len(sequence.tokens) > limit],
             )
-            for row, completion in zip(rows, completions, strict=True)
+
+        encoded = self._store.get(
+            Split(
+                name=f"{self.name}-{split}",
+                what=f"sequences of {split}",
+                version=self.version,
+                texts=[(row.context, " " + row.completion) for row in rows],
+                encode=encode,
+                limit=limit,
+                place=lambda index: rows[index].place,
+            ),
+            tokenizer,
+        )
+
+        def make(index: int) -> TokenSequence:
+            context = encoded.row("context", index).tolist()
+            target = encoded.row("target", index).tolist()
+            return TokenSequence(rows[index].place, context + target, len(context))
+
+        return Examples(len(rows), make)
+
+    def _sequences(
+        self, texts: Sequence[Texts], places: Sequence[str], tokenizer: Any
+    ) -> list[TokenSequence]:
+        """Encode pairs of a context and a completion; equal contexts are encoded once."""
+        contexts, completions = zip(*texts, strict=True)
+        distinct = list(dict.fromkeys(contexts))
+        prompts = dict(zip(distinct, self._prompts(distinct, tokenizer), strict=True))
+        return [
+            TokenSequence(
+                place, [*prompts[context], *tokens, tokenizer.eos_token_id], len(prompts[context])
+            )
+            for place, context, tokens in zip(
+                places, contexts, _encode(completions, tokenizer), strict=True
+            )
         ]
-        return truncate(sequences, self._limit(tokenizer))
 
     def _limit(self, tokenizer: Any) -> int:
         return min(self.max_length, tokenizer.model_max_length)
@@ -325,7 +372,7 @@ class DataToText(Task):
         finished = {prediction["id"] for prediction in done}
         chunks = self.decoding.chunks([len(prompt) for prompt in prompts])
         logger.info("decoding %d inputs of %s in %d chunks", len(items), split, len(chunks))
-        for chunk in chunks[share[0] :: share[1]]:
+        for chunk in own_chunks(chunks, share):
             if any(items[index].id not in finished for index in chunk):
                 outputs = self.decoding.generate(
                     model, [prompts[index] for index in chunk], end_tokens

@@ -27,6 +27,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
 from tasks.data import (
     Release,
+    cache_folder,
     find_file,
     listing,
     open_folder,
@@ -44,8 +47,10 @@ from tasks.data import (
     shorten,
 )
 from tasks.embedded import glue as embedded
+from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.metrics import glue as metrics
-from tasks.predictions import align
+from tasks.predictions import align, own_chunks
+from tasks.rows import Rows, gather
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +85,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids (and token types, where the model has them)."""
+    """One example as token ids (and token types, where the model has them), (tokens,) int32."""
 
     id: str
-    fields: Mapping[str, Sequence[int]]
+    fields: Mapping[str, np.ndarray]
     label: float | None
 
 
@@ -102,7 +107,8 @@ class Glue(Task):
             is then also given for each part.
         source: ``hub``, ``files`` (reads `data_dir`) or ``embedded`` (the suite's own grammar).
         data_dir: folder with the files, or with a folder of the task's name; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
+            files; None takes the user's cache folder.
         max_length: tokens of an example; the longer sentence is cut first, which is logged.
         scored_split: ``validation``, as papers do, or ``test``, whose labels may be hidden.
         predict_batch_size: examples at once when predicting; changes nothing but speed.
@@ -196,8 +202,8 @@ class Glue(Task):
                 "label2id": {label: number for number, label in enumerate(self.labels)},
             }
         )
-        self._rows: dict[str, list[Row]] = {}
-        self._encoded: dict[str, list[Encoded]] = {}
+        self._rows: dict[str, Rows[Row]] = {}
+        self._store = self._new_store()
         self._padding: dict[str, int] = {}
         self._provenance: dict[str, Any] = {}
 
@@ -217,7 +223,7 @@ class Glue(Task):
         """Read train and dev set, and the test set where it is scored; see `Task.load`."""
         splits = self._splits()
         files: list[dict[str, Any]] = []
-        rows: dict[str, list[Row]] = {}
+        rows: dict[str, Rows[Row]] = {}
         if self.source == "hub":
             folder = self.release.fetch(self.cache_dir)
             for split in splits:
@@ -234,7 +240,7 @@ class Glue(Task):
                 for split in splits:
                     rows[split] = self._read_split(split, Path(temporary) / self.task, files)
         self._rows = rows
-        self._encoded = {}
+        self._store = self._new_store()
         self._provenance = {
             "source": self.source,
             "revision": self.release.revision if self.source == "hub" else None,
@@ -262,52 +268,77 @@ class Glue(Task):
         parts = self.parts if self.parts and split != "train" else ("",)
         return [f"{TSV_NAMES[split]}_{part}" if part else TSV_NAMES[split] for part in parts]
 
+    def _new_store(self) -> Store:
+        is_embedded = self.source == "embedded"
+        folder = None if is_embedded else cache_folder(self.cache_dir) / "encoded"
+        return Store(f"GLUE {self.task}", folder)
+
     def _read_split(
         self, split: str, folder: Path, files: list[dict[str, Any]], *, is_hub: bool = False
-    ) -> list[Row]:
+    ) -> Rows[Row]:
         """Read all parts of a split; what was read is added to `files`."""
-        rows: list[Row] = []
+        tables = []
         for name in self._names(split):
             part = name.removeprefix(TSV_NAMES[split]).removeprefix("_")
-            if is_hub:
-                found, facts = self._read_hub(name, folder)
-            else:
-                found, facts = self._read_file(name, folder)
-            width = math.floor(math.log10(max(len(found), 1))) + 1
-            for index, (place, values) in enumerate(found):
-                label = self._label(values, split, place)
-                texts = tuple(values[column] for column in self.columns)
-                rows.append(Row(f"{name}-{index:0{width}d}", texts, label, part))
+            read = self._read_hub if is_hub else self._read_file
+            found, facts = read(name, folder)
+            table = self._table(name, part, split, found)
             # None: of a test set with labels, GLUE gives no number of rows to compare with.
-            is_complete = len(found) == self.num_rows[name] if name in self.num_rows else None
+            is_complete = len(table) == self.num_rows[name] if name in self.num_rows else None
             if is_complete is False and self.source == "files":
                 logger.warning(
                     "GLUE %s: %s has %d rows, the complete one %d: its scores are no GLUE scores",
-                    self.task, facts["name"], len(found), self.num_rows[name],
+                    self.task, facts["name"], len(table), self.num_rows[name],
                 )  # fmt: skip
-            files.append({**facts, "rows": len(found), "complete": is_complete})
+            files.append({**facts, "rows": len(table), "complete": is_complete})
+            tables.append(table)
+        rows = Rows(pa.concat_tables(tables), _make_row)
         if split == "test":
             self._check_hidden(rows)
         return rows
 
+    def _table(
+        self, name: str, part: str, split: str, found: Iterable[tuple[str, Mapping[str, Any]]]
+    ) -> pa.Table:
+        """Return the rows of a part, with the columns that `_make_row` takes."""
+        texts = _text_columns(len(self.columns))
+        label = pa.float64() if self.labels is None else pa.int64()
+        schema = pa.schema([*((text, pa.string()) for text in texts), ("label", label)])
+        table = gather(
+            (
+                {
+                    **{text: values[c] for text, c in zip(texts, self.columns, strict=True)},
+                    "label": self._label(values, split, place),
+                }
+                for place, values in found
+            ),
+            schema,
+        )
+        width = math.floor(math.log10(max(len(table), 1))) + 1
+        ids = pa.array([f"{name}-{index:0{width}d}" for index in range(len(table))], pa.string())
+        table = table.add_column(0, "part", pa.repeat(part, len(table)))
+        return table.add_column(0, "id", ids)
+
     def _read_file(
         self, name: str, folder: Path
-    ) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    ) -> tuple[Iterator[tuple[str, dict[str, Any]]], dict[str, Any]]:
         document = read_document(self._find_file(name, folder))
         is_test = name.startswith(TSV_NAMES["test"])
         required = self.columns if is_test else (*self.columns, "label")
-        rows = [
-            (f"{document.path}, line {number}", values)
-            for number, values in read_tsv(document, required, optional=("label",))
-        ]
-        if not rows:
-            raise ValueError(f"{document.path} has a header but no rows")
-        for place, values in rows:
-            for column in self.columns:
-                if not values[column].strip():
-                    raise ValueError(f"{place}: {column} is empty; the row is truncated")
+
+        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+            number = None
+            for number, values in read_tsv(document, required, optional=("label",)):
+                place = f"{document.path}, line {number}"
+                for column in self.columns:
+                    if not values[column].strip():
+                        raise ValueError(f"{place}: {column} is empty; the row is truncated")
+                yield place, values
+            if number is None:
+                raise ValueError(f"{document.path} has a header but no rows")
+
         facts = {"name": document.name, "sha256": document.sha256, "bytes": document.num_bytes}
-        return rows, facts
+        return rows(), facts
 
     def _find_file(self, name: str, folder: Path) -> Path:
         path = find_file(folder, f"{name}.tsv") or find_file(folder, f"{name}_subset.tsv")
@@ -320,14 +351,14 @@ class Glue(Task):
 
     def _read_hub(
         self, name: str, folder: Path
-    ) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    ) -> tuple[Iterator[tuple[str, dict[str, Any]]], dict[str, Any]]:
         hub_name = name.replace(TSV_NAMES["validation"], "validation")
         file = f"{self.task}/{hub_name}-00000-of-00001.parquet"
         path = folder / file
-        rows = [
+        rows = (
             (f"{path}, row {number}", values)
             for number, values in read_parquet(path, (*self.columns, "label"))
-        ]
+        )
         facts = {"name": file, "sha256": self.release.files[file], "bytes": path.stat().st_size}
         return rows, facts
 
@@ -372,7 +403,7 @@ class Glue(Task):
         self._of_split("train")
         return self._provenance
 
-    def _of_split(self, split: str) -> list[Row]:
+    def _of_split(self, split: str) -> Rows[Row]:
         if not self._rows:
             raise RuntimeError("the data are not loaded; call load() first")
         if split not in self._rows:
@@ -381,7 +412,7 @@ class Glue(Task):
 
     # Training
 
-    def examples(self, split: str, tokenizer: Any) -> list[Encoded]:
+    def examples(self, split: str, tokenizer: Any) -> Examples[Encoded]:
         """Encode a split: ``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` in the model's own form.
 
         Args:
@@ -389,33 +420,50 @@ class Glue(Task):
             tokenizer: a fast tokenizer with a padding token; its `model_max_length` limits the
                 length as `max_length` does.
         """
-        rows = self._of_split(split)
-        if split in self._encoded:
-            return self._encoded[split]
-        limit = min(self.max_length, tokenizer.model_max_length)
-        columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-        fields = _encode(columns, tokenizer)
-        too_long = [i for i, ids in enumerate(fields["input_ids"]) if len(ids) > limit]
-        if too_long:
-            cut = _encode([[c[i] for i in too_long] for c in columns], tokenizer, limit=limit)
-            for name, values in cut.items():
-                for index, value in zip(too_long, values, strict=True):
-                    fields[name][index] = value
-            logger.warning(
-                "GLUE %s: %d of %d examples of %s are longer than %d tokens and lose their end "
-                "(first: %s)",
-                self.task, len(too_long), len(rows), split, limit, rows[too_long[0]].id,
-            )  # fmt: skip
+        table = self._of_split(split).table
+        encoded = self._tokens(split, tokenizer)
+        names = tuple(encoded.columns)
+        ids, labels = table["id"].combine_chunks(), table["label"].to_pylist()
         self._padding = {
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
         }
-        encoded = [
-            Encoded(row.id, {name: values[index] for name, values in fields.items()}, row.label)
-            for index, row in enumerate(rows)
-        ]
-        self._encoded[split] = encoded
-        return encoded
+
+        def make(index: int) -> Encoded:
+            fields = {name: encoded.row(name, index) for name in names}
+            return Encoded(ids[index].as_py(), fields, labels[index])
+
+        return Examples(len(encoded), make)
+
+    def _tokens(self, split: str, tokenizer: Any) -> EncodedSplit:
+        """Return the fields of all examples of a split."""
+        rows = self._of_split(split)
+        limit = min(self.max_length, tokenizer.model_max_length)
+
+        def encode(texts: Sequence[Texts], start: int) -> Block:
+            columns = [list(column) for column in zip(*texts, strict=True)]
+            fields = _encode(columns, tokenizer)
+            too_long = [i for i, ids in enumerate(fields["input_ids"]) if len(ids) > limit]
+            if too_long:
+                cut = _encode([[c[i] for i in too_long] for c in columns], tokenizer, limit=limit)
+                for name, values in cut.items():
+                    for index, value in zip(too_long, values, strict=True):
+                        fields[name][index] = value
+            return Block(fields, too_long)
+
+        texts = rows.table.select(_text_columns(len(self.columns)))
+        return self._store.get(
+            Split(
+                name=f"{self.name}-{split}",
+                what=f"examples of {split}",
+                version=self.version,
+                texts=Rows(texts, lambda *texts: texts),
+                encode=encode,
+                limit=limit,
+                place=lambda index: rows[index].id,
+            ),
+            tokenizer,
+        )
 
     def length(self, example: Encoded) -> int:
         """Return the number of tokens of an example."""
@@ -428,19 +476,16 @@ class Glue(Task):
             A batch with ``input_ids``, ``attention_mask`` (and ``token_type_ids``) of (B, T) in
             int64, and ``labels`` (B,), int64 for classes and float32 for a regression.
         """
-        lengths = torch.tensor([self.length(example) for example in examples])
+        lengths = np.array([self.length(example) for example in examples])
         longest = int(lengths.max())
-        tensors = {
-            name: torch.tensor(
-                [
-                    [*example.fields[name], *[fill] * (longest - len(example.fields[name]))]
-                    for example in examples
-                ]
-            )
-            for name, fill in self._padding.items()
-            if name in examples[0].fields
-        }
-        tensors["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        arrays: dict[str, np.ndarray] = {}
+        for name, fill in self._padding.items():
+            if name in examples[0].fields:
+                arrays[name] = np.full((len(examples), longest), fill, dtype=np.int64)
+                for line, example in zip(arrays[name], examples, strict=True):
+                    line[: len(example.fields[name])] = example.fields[name]
+        arrays["attention_mask"] = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if examples[0].label is not None:
             dtype = torch.float32 if self.labels is None else torch.int64
             tensors["labels"] = torch.tensor([example.label for example in examples], dtype=dtype)
@@ -465,7 +510,7 @@ class Glue(Task):
 
     # Prediction
 
-    def inputs(self, split: str = "validation") -> list[Row]:
+    def inputs(self, split: str = "validation") -> Rows[Row]:
         """Return the rows of a split."""
         return self._of_split(split)
 
@@ -484,16 +529,17 @@ class Glue(Task):
             Lists of ``{"id", "input", "prediction"}``: the class number, or the real number of a
             regression; see `Task.predict` for `done` and `share`.
         """
-        rows, encoded = self._of_split(split), self.examples(split, tokenizer)
+        rows, examples = list(self._of_split(split)), self.examples(split, tokenizer)
         finished = {prediction["id"] for prediction in done}
-        order = sorted(range(len(rows)), key=lambda i: -self.length(encoded[i]))
+        lengths = self._tokens(split, tokenizer).lengths("input_ids")
+        order = np.argsort(-lengths, kind="stable").tolist()
+        size = self.predict_batch_size
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
         device = next(model.parameters()).device
-        size, (index, number) = self.predict_batch_size, share
-        for start in range(index * size, len(order), number * size):
-            chunk = order[start : start + size]
+        for chunk in own_chunks(chunks, share):
             if all(rows[i].id in finished for i in chunk):
                 continue
-            logits_BC = self._logits(model, self.collate([encoded[i] for i in chunk]).to(device))
+            logits_BC = self._logits(model, self.collate([examples[i] for i in chunk]).to(device))
             values = logits_BC[:, 0] if self.labels is None else logits_BC.argmax(1)
             yield [
                 {"id": rows[i].id, "input": _joined(rows[i]), "prediction": value}
@@ -561,6 +607,15 @@ def _encode(
         verbose=False,
     )
     return {name: batch[name] for name in ("input_ids", "token_type_ids") if name in batch}
+
+
+def _text_columns(count: int) -> list[str]:
+    return [f"text_{number}" for number in range(count)]
+
+
+def _make_row(id: str, part: str, *values: Any) -> Row:
+    *texts, label = values
+    return Row(id, tuple(texts), label, part)
 
 
 def _joined(row: Row) -> str:

@@ -11,17 +11,15 @@ Shapes: T tokens of a batch, N positions with a loss, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,36 +45,21 @@ class TokenSequence:
             )
 
 
-def truncate(sequences: Sequence[TokenSequence], limit: int) -> list[TokenSequence]:
-    """Cut sequences to their first `limit` tokens and log how many were cut.
+def truncate(sequence: TokenSequence, limit: int) -> TokenSequence:
+    """Return a sequence cut to its first `limit` tokens.
 
     Raises:
-        ValueError: a context alone fills `limit`, so that no target would be left.
+        ValueError: the context alone fills `limit`, so that no target would be left.
     """
-    too_long = [sequence for sequence in sequences if len(sequence.tokens) > limit]
-    if not too_long:
-        return list(sequences)
-    for sequence in too_long:
-        if sequence.num_context >= limit:
-            raise ValueError(
-                f"{sequence.id}: its context has {sequence.num_context} tokens, so a length of "
-                f"{limit} leaves no target; raise max_length (or take a model with more positions) "
-                "or remove the example"
-            )
-    logger.warning(
-        "%d of %d sequences are longer than %d tokens and lose their end (first: %s, %d tokens)",
-        len(too_long),
-        len(sequences),
-        limit,
-        too_long[0].id,
-        len(too_long[0].tokens),
-    )
-    return [
-        sequence
-        if len(sequence.tokens) <= limit
-        else TokenSequence(sequence.id, sequence.tokens[:limit], sequence.num_context)
-        for sequence in sequences
-    ]
+    if len(sequence.tokens) <= limit:
+        return sequence
+    if sequence.num_context >= limit:
+        raise ValueError(
+            f"{sequence.id}: its context has {sequence.num_context} tokens, so a length of "
+            f"{limit} leaves no target; raise max_length (or take a model with more positions) "
+            "or remove the example"
+        )
+    return TokenSequence(sequence.id, sequence.tokens[:limit], sequence.num_context)
 
 
 def collate(sequences: Sequence[TokenSequence]) -> Batch:
@@ -92,22 +75,24 @@ def collate(sequences: Sequence[TokenSequence]) -> Batch:
     """
     if not sequences:
         raise ValueError("a batch needs at least one sequence")
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    loss_positions: list[int] = []
-    targets: list[int] = []
-    for sequence in sequences:
-        start = len(input_ids)
-        length = len(sequence.tokens) - 1
-        input_ids += sequence.tokens[:-1]
-        position_ids += range(length)
-        loss_positions += range(start + sequence.num_context - 1, start + length)
-        targets += sequence.tokens[sequence.num_context :]
+    tokens = [np.asarray(sequence.tokens, dtype=np.int64) for sequence in sequences]
+    contexts = [sequence.num_context for sequence in sequences]
+    lengths = [len(part) - 1 for part in tokens]  # of what the model reads
+    starts = np.cumsum([0, *lengths[:-1]])
+    input_ids = np.concatenate([part[:-1] for part in tokens])
+    targets = np.concatenate([part[n:] for part, n in zip(tokens, contexts, strict=True)])
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    loss_positions = np.concatenate(
+        [
+            np.arange(start + num_context - 1, start + length)
+            for start, num_context, length in zip(starts, contexts, lengths, strict=True)
+        ]
+    )
     tensors = {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([position_ids]),
-        "loss_positions": torch.tensor(loss_positions),
-        "targets": torch.tensor(targets),
+        "input_ids": torch.from_numpy(input_ids[None]),
+        "position_ids": torch.from_numpy(position_ids[None]),
+        "loss_positions": torch.from_numpy(loss_positions),
+        "targets": torch.from_numpy(targets),
     }
     return Batch(tensors, len(targets), len(input_ids), [sequence.id for sequence in sequences])
 

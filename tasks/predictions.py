@@ -1,10 +1,15 @@
-"""Bring predictions and inputs together: exactly one prediction for each input, in its order."""
+"""Bring predictions and inputs together: exactly one prediction for each input, in its order.
+
+Also which chunks of the inputs one of several processes predicts.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 #: how many names an error message lists.
 NUM_LISTED = 5
@@ -48,3 +53,22 @@ def align(
                 f"{expected!r}: it was made from other data"
             )
     return [by_id[name] for name in ids]
+
+
+def own_chunks(chunks: Sequence[T], share: tuple[int, int]) -> Iterator[T]:
+    """Yield the chunks of one process, see `Task.predict`.
+
+    Args:
+        chunks: all of them, in the order that every process has.
+        share: index of the process, and number of processes.
+
+    Raises:
+        ValueError: `share` names no process.
+    """
+    index, count = share
+    if not 0 <= index < count:
+        raise ValueError(
+            f"share={share}; allowed: (index of a process, number of processes), the index from 0 "
+            "to one less than the number"
+        )
+    yield from chunks[index::count]

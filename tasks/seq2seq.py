@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,19 +26,23 @@ IGNORED = -100
 PADDING = 0
 
 
+Tokens = np.ndarray | Tensor
+
+
 @dataclass(frozen=True)
 class Pair:
     """Tokens of one example, special tokens included.
 
     Attributes:
         id: name of the example, for messages.
-        source: (S,) tokens that the encoder reads, int32 to save memory.
-        target: (T,) tokens that the decoder learns to write, with the end token, int32.
+        source: (S,) tokens that the encoder reads, int32 to save memory; an array or a tensor on
+            the CPU.
+        target: (T,) tokens that the decoder learns to write, with the end token, likewise.
     """
 
     id: str
-    source: Tensor
-    target: Tensor
+    source: Tokens
+    target: Tokens
 
     def __post_init__(self) -> None:
         if not len(self.source) or not len(self.target):
@@ -61,18 +66,25 @@ def collate(pairs: Sequence[Pair]) -> Batch:
         raise ValueError("a batch needs at least one example")
     sources = [pair.source for pair in pairs]
     targets = [pair.target for pair in pairs]
+    lengths = [len(source) for source in sources]
     tensors = {
         "input_ids": _pad(sources, PADDING),
-        "attention_mask": _pad([torch.ones_like(source) for source in sources], 0),
+        "attention_mask": torch.from_numpy(
+            (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+        ),
         "labels": _pad(targets, IGNORED),
     }
     num_targets = sum(map(len, targets))
-    num_tokens = sum(map(len, sources)) + num_targets
+    num_tokens = sum(lengths) + num_targets
     return Batch(tensors, num_targets, num_tokens, [pair.id for pair in pairs])
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value).long()
+def _pad(rows: Sequence[Tokens], value: int) -> Tensor:
+    """Return (rows, longest) int64, filled up with `value` on the right."""
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def seq2seq_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:

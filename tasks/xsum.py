@@ -23,12 +23,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.data import (
+    Document,
     Release,
+    cache_folder,
     file_facts,
     find_file,
     listing,
@@ -38,9 +41,11 @@ from tasks.data import (
     read_parquet,
 )
 from tasks.embedded import xsum as embedded
+from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.generation import Seq2SeqBeamSearch
 from tasks.metrics import rouge
-from tasks.predictions import align
+from tasks.predictions import align, own_chunks
+from tasks.rows import Rows, gather
 from tasks.seq2seq import Pair, collate, seq2seq_loss
 
 logger = logging.getLogger(__name__)
@@ -50,8 +55,8 @@ SOURCES = ("hub", "files", "embedded")
 OFFICIAL_ROWS: dict[str, int] = {"train": 204_045, "validation": 11_332, "test": 11_334}
 #: split -> file of the hub's Parquet conversion.
 HUB_FILES = {split: f"default/xsum-{split}.parquet" for split in OFFICIAL_ROWS}
-#: texts encoded at once: their Python lists of numbers are large.
-_CHUNK = 1000
+#: columns of a split, in the order of `Row`.
+_COLUMNS = ("id", "document", "summary", "place")
 #: characters of a document that a prediction repeats.
 _KEY_LENGTH = 80
 
@@ -88,7 +93,8 @@ class XSum(Task):
         release: the pinned Parquet files of the hub, `HUB_FILES`.
         data_dir: folder with ``train``, ``validation`` and ``test``, each as ``.jsonl`` or
             ``_subset.jsonl``, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
+            files; None takes the user's cache folder.
         max_source_length: tokens of a document; longer ones lose their end, which is logged.
         max_target_length: tokens of a summary, likewise.
         decoding: settings of the beam search.
@@ -164,7 +170,8 @@ class XSum(Task):
         self.aggregate = aggregate
         self.embedded_seed = embedded_seed
         self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, Rows[Row]] = {}
+        self._store = self._new_store()
         self._provenance: dict[str, Any] = {}
         self._truncated: dict[str, int] = {}
 
@@ -189,7 +196,7 @@ class XSum(Task):
                 rows[split] = rows[split][:count]
         for split, items in rows.items():
             _check_ids(items, split)
-        self._rows = rows
+        self._rows, self._store, self._truncated = rows, self._new_store(), {}
         self._warn_of_overlap()
         self._provenance = {
             "source": self.source,
@@ -205,28 +212,23 @@ class XSum(Task):
         if not self._has_references("test"):
             logger.warning("the test split has no summaries: predictions only, no scores")
 
-    def _read(self, folder: Path) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
-        rows: dict[str, list[Row]] = {}
+    def _new_store(self) -> Store:
+        is_embedded = self.source == "embedded"
+        return Store("XSum", None if is_embedded else cache_folder(self.cache_dir) / "encoded")
+
+    def _read(self, folder: Path) -> tuple[dict[str, Rows[Row]], list[dict[str, Any]]]:
+        rows: dict[str, Rows[Row]] = {}
         files = []
         for split, path in _find(folder).items():
-            document = read_document(path)
-            needed = ("document",) if split == "test" else ("document", "summary")
-            rows[split] = []
-            for number, values in read_jsonl(document, needed, ("summary", "id")):
-                place = f"{path}, line {number}"
-                for key in ("document", "summary"):
-                    if key in values and not values[key].strip():
-                        raise ValueError(f"{place}: the {key} is empty; remove or mend the row")
-                if rows[split] and ("summary" in values) != (rows[split][0].summary is not None):
-                    raise ValueError(
-                        f"{place}: {'a' if 'summary' in values else 'no'} summary, but the rows "
-                        "before it are different; give all of a test split, or none"
-                    )
-                name = values.get("id", f"{split}-{number:06d}")
-                place = f"{document.name}:{number}"
-                rows[split].append(Row(name, values["document"], values.get("summary"), place))
-            files.append(self._facts_of(document, split, len(rows[split])))
+            rows[split], facts = self._read_split(split, path)
+            files.append(facts)
         return rows, files
+
+    def _read_split(self, split: str, path: Path) -> tuple[Rows[Row], dict[str, Any]]:
+        document = read_document(path)
+        schema = pa.schema([(column, pa.string()) for column in _COLUMNS])
+        rows = Rows(gather(_parse(split, document), schema), Row)
+        return rows, self._facts_of(document, split, len(rows))
 
     def _facts_of(self, document: Any, split: str, num_rows: int) -> dict[str, Any]:
         official = OFFICIAL_ROWS[split]
@@ -250,32 +252,37 @@ class XSum(Task):
             assert self.data_dir is not None
             _find(open_folder(self.data_dir))
 
-    def _download(self) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+    def _download(self) -> tuple[dict[str, Rows[Row]], list[dict[str, Any]]]:
         folder = self.release.fetch(self.cache_dir)
         revision = self.release.revision
-        rows: dict[str, list[Row]] = {}
+        schema = pa.schema([(column, pa.string()) for column in _COLUMNS])
+        rows: dict[str, Rows[Row]] = {}
         files = []
         for split, official in OFFICIAL_ROWS.items():
             name = HUB_FILES[split]
-            found = list(read_parquet(folder / name, ("document", "summary", "id")))
+            stream = read_parquet(folder / name, ("document", "summary", "id"))
+            found = gather(
+                (
+                    {**row, "id": str(row["id"]), "place": f"{split}:{number}"}
+                    for number, row in stream
+                ),
+                schema,
+            )
             if len(found) != official:
                 raise ValueError(
                     f"{revision}: {len(found):,} rows in {split}, officially {official:,}; another "
                     "revision of the data set, or a download that ended early"
                 )
-            for number, row in found:
-                if not row["summary"].strip():
+            for number, summary in enumerate(_texts(found, "summary"), start=1):
+                if not summary.strip():
                     raise ValueError(f"{revision}, {split}, row {number}: the summary is empty")
-            if num_empty := sum(not row["document"].strip() for _, row in found):
+            if num_empty := sum(not document.strip() for document in _texts(found, "document")):
                 logger.warning(
                     "%d documents of the official %s split are empty; they are kept",
                     num_empty,
                     split,
                 )
-            rows[split] = [
-                Row(str(row["id"]), row["document"], row["summary"], f"{split}:{number}")
-                for number, row in found
-            ]
+            rows[split] = Rows(found, Row)
             files.append(
                 {
                     "name": name,
@@ -288,12 +295,15 @@ class XSum(Task):
         return rows, files
 
     def _warn_of_overlap(self) -> None:
-        train = {row.document for row in self._rows["train"]}
+        train = set(map(_digest, _texts(self._rows["train"].table, "document")))
         for split in ("validation", "test"):
-            rows = self._rows[split]
-            if shared := sum(row.document in train for row in rows):
+            documents = _texts(self._rows[split].table, "document")
+            if shared := sum(_digest(document) in train for document in documents):
                 logger.warning(
-                    "%d of %d documents of %s also occur in train", shared, len(rows), split
+                    "%d of %d documents of %s also occur in train",
+                    shared,
+                    len(self._rows[split]),
+                    split,
                 )
 
     def provenance(self) -> dict[str, Any]:
@@ -301,7 +311,7 @@ class XSum(Task):
         self.inputs("train")
         return self._provenance
 
-    def inputs(self, split: str = "test") -> Sequence[Row]:
+    def inputs(self, split: str = "test") -> Rows[Row]:
         """Return the rows of a split, which `predict` reads.
 
         Raises:
@@ -319,7 +329,7 @@ class XSum(Task):
 
     # Training
 
-    def examples(self, split: str, tokenizer: Any) -> list[Pair]:
+    def examples(self, split: str, tokenizer: Any) -> Examples[Pair]:
         """Encode a split, see the module's text for the layout.
 
         Args:
@@ -330,51 +340,55 @@ class XSum(Task):
         Raises:
             ValueError: the split has no summaries, or the tokenizer adds no end token.
         """
-        rows = self.inputs(split)
-        summaries = [row.summary for row in rows if row.summary is not None]
-        if len(summaries) < len(rows):
+        table = self.inputs(split).table
+        if table["summary"].null_count:
             raise ValueError(f"the {split} split has no summaries, so there is no loss on it")
-        sources = self._sources(split, tokenizer)
-        targets = self._encode(summaries, tokenizer, self.max_target_length, f"{split} summaries")
-        return [
-            Pair(row.place, source, target)
-            for row, source, target in zip(rows, sources, targets, strict=True)
-        ]
+        sources = self._documents(split, tokenizer)
+        targets = self._encoded(split, "summary", "summaries", self.max_target_length, tokenizer)
+        places = table["place"].combine_chunks()
 
-    def _sources(self, split: str, tokenizer: Any) -> list[Tensor]:
-        documents = [row.document for row in self.inputs(split)]
-        return self._encode(documents, tokenizer, self.max_source_length, f"{split} documents")
+        def make(index: int) -> Pair:
+            place: str = places[index].as_py()
+            return Pair(place, sources.row("tokens", index), targets.row("tokens", index))
 
-    def _encode(
-        self, texts: Sequence[str], tokenizer: Any, max_length: int, what: str
-    ) -> list[Tensor]:
-        """Return int32 token ids of each text, cut to `max_length` with its end token kept."""
+        return Examples(len(sources), make)
+
+    def _documents(self, split: str, tokenizer: Any) -> EncodedSplit:
+        return self._encoded(split, "document", "documents", self.max_source_length, tokenizer)
+
+    def _encoded(
+        self, split: str, column: str, plural: str, max_length: int, tokenizer: Any
+    ) -> EncodedSplit:
+        """Return the token ids of each text of a column, cut with their end token kept."""
+        rows = self.inputs(split)
         limit = min(max_length, tokenizer.model_max_length)
-        encoded: list[Tensor] = []
-        num_cut = 0
-        for start in range(0, len(texts), _CHUNK):
+
+        def encode(texts: Sequence[Texts], start: int) -> Block:
             batch = tokenizer(
-                list(texts[start : start + _CHUNK]),
-                truncation=True,
-                max_length=limit,
-                return_attention_mask=False,
+                list(texts), truncation=True, max_length=limit, return_attention_mask=False
             )
-            num_cut += sum(bool(encoding.overflowing) for encoding in batch.encodings)
-            encoded += [torch.tensor(ids, dtype=torch.int32) for ids in batch["input_ids"]]
-        if not len(encoded[0]) or encoded[0][-1] != tokenizer.eos_token_id:
-            raise ValueError(
-                "the tokenizer puts no end token behind a text, so that the decoder would never "
-                "learn to stop; take the tokenizer of an encoder-decoder model"
-            )
-        if num_cut and what not in self._truncated:
-            logger.warning(
-                "%d of %d %s are longer than %d tokens and lose their end",
-                num_cut,
-                len(texts),
-                what,
-                limit,
-            )
-        self._truncated[what] = num_cut
+            ids = batch["input_ids"]
+            if not ids[0] or ids[0][-1] != tokenizer.eos_token_id:
+                raise ValueError(
+                    "the tokenizer puts no end token behind a text, so that the decoder would "
+                    "never learn to stop; take the tokenizer of an encoder-decoder model"
+                )
+            cut = [n for n, encoding in enumerate(batch.encodings) if encoding.overflowing]
+            return Block({"tokens": ids}, cut)
+
+        encoded = self._store.get(
+            Split(
+                name=f"{self.name}-{split}-{plural}",
+                what=f"{split} {plural}",
+                version=self.version,
+                texts=_texts(rows.table, column),
+                encode=encode,
+                limit=limit,
+                place=lambda index: rows[index].place,
+            ),
+            tokenizer,
+        )
+        self._truncated[f"{split} {plural}"] = encoded.num_cut
         return encoded
 
     def length(self, example: Pair) -> int:
@@ -406,13 +420,15 @@ class XSum(Task):
             `Task.predict` for `done` and `share`.
         """
         rows = self.inputs(split)
-        sources = self._sources(split, tokenizer)
+        ids = rows.table["id"].to_pylist()
+        sources = self._documents(split, tokenizer)
         same: dict[bytes, list[int]] = {}
-        for index, source in enumerate(sources):
-            same.setdefault(source.numpy().tobytes(), []).append(index)
+        for index in range(len(sources)):
+            same.setdefault(sources.row("tokens", index).tobytes(), []).append(index)
         groups = list(same.values())
         finished = {prediction["id"] for prediction in done}
-        chunks = self.decoding.chunks([len(sources[group[0]]) for group in groups])
+        lengths = sources.lengths("tokens").tolist()
+        chunks = self.decoding.chunks([lengths[group[0]] for group in groups])
         logger.info(
             "decoding %d documents of %s (%d different) in %d chunks",
             len(rows),
@@ -420,14 +436,15 @@ class XSum(Task):
             len(groups),
             len(chunks),
         )
-        for chunk in chunks[share[0] :: share[1]]:
+        for chunk in own_chunks(chunks, share):
             members = [groups[number] for number in chunk]
-            if all(rows[index].id in finished for group in members for index in group):
+            if all(ids[index] in finished for group in members for index in group):
                 continue
-            outputs = self.decoding.generate(model, [sources[group[0]] for group in members])
+            texts = [_tensor(sources, group[0]) for group in members]
+            outputs = self.decoding.generate(model, texts)
             yield [
                 {
-                    "id": rows[index].id,
+                    "id": ids[index],
                     "input": rows[index].key,
                     "prediction": tokenizer.decode(
                         output, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -435,12 +452,12 @@ class XSum(Task):
                 }
                 for group, output in zip(members, outputs, strict=True)
                 for index in group
-                if rows[index].id not in finished
+                if ids[index] not in finished
             ]
 
     def describe(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Return how many texts lose their end, and the settings of decoding with their origin."""
-        self._sources(self.scored_split, tokenizer)
+        self._documents(self.scored_split, tokenizer)
         return {
             "truncated": dict(sorted(self._truncated.items())),
             "generation": self.decoding.settings(model)[1],
@@ -491,12 +508,45 @@ def _find(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _check_ids(rows: Sequence[Row], split: str) -> None:
-    places: dict[str, str] = {}
-    for row in rows:
-        if row.id in places:
+def _parse(split: str, document: Document) -> Iterator[dict[str, str]]:
+    """Yield the values of each line by column; a summary that is not there is left out."""
+    needed = ("document",) if split == "test" else ("document", "summary")
+    has_summaries = None
+    for number, values in read_jsonl(document, needed, ("summary", "id")):
+        place = f"{document.path}, line {number}"
+        for key in ("document", "summary"):
+            if key in values and not values[key].strip():
+                raise ValueError(f"{place}: the {key} is empty; remove or mend the row")
+        if has_summaries is None:
+            has_summaries = "summary" in values
+        if ("summary" in values) != has_summaries:
             raise ValueError(
-                f"{row.place}: id {row.id!r} of {split} is also that of {places[row.id]}; each "
-                "article needs its own, or none"
+                f"{place}: {'a' if 'summary' in values else 'no'} summary, but the rows before it "
+                "are different; give all of a test split, or none"
             )
-        places[row.id] = row.place
+        yield {"id": f"{split}-{number:06d}", **values, "place": f"{document.name}:{number}"}
+
+
+def _check_ids(rows: Rows[Row], split: str) -> None:
+    seen: dict[str, int] = {}
+    for index, name in enumerate(_texts(rows.table, "id")):
+        if name in seen:
+            raise ValueError(
+                f"{rows[index].place}: id {name!r} of {split} is also that of "
+                f"{rows[seen[name]].place}; each article needs its own, or none"
+            )
+        seen[name] = index
+
+
+def _texts(table: pa.Table, column: str) -> Rows[str]:
+    """Return one column of texts."""
+    return Rows(table.select([column]), lambda text: text)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _tensor(encoded: EncodedSplit, index: int) -> Tensor:
+    """Return (tokens,) int32, a copy: what is mapped from a file cannot be a tensor."""
+    return torch.from_numpy(encoded.row("tokens", index).copy())

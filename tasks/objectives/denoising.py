@@ -143,6 +143,6 @@ class Denoising(Objective):
 
     def initialise(self, model: Any, examples: Sequence[Pair]) -> None:
         """Give `model` the weights of `tasks.mimetic`, with the frequencies of the texts."""
-        tokens = torch.cat([pair.target for pair in examples])
+        tokens = torch.cat([torch.as_tensor(pair.target) for pair in examples])
         counts_V = torch.bincount(tokens, minlength=model.config.vocab_size)
         initialise_encoder_decoder(model, counts_V)

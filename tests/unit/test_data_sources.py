@@ -74,6 +74,18 @@ def test_damaged_files(tmp_path: Path) -> None:
             read_document(write(tmp_path / name, data))
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 5])
+def test_a_character_may_lie_across_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr("tasks.data._PIECE", piece)
+    text = "é\n\u2013 \U0001f600\n"
+    assert read_document(write(tmp_path / "a.txt", text)).text == text
+    for end, byte in ((b"ab\xe9", "e9"), (b"\xe2\x80", "e2"), (b"\xe2\x80\x80\xff\n", "ff")):
+        with pytest.raises(ValueError, match=f"a.txt, line 3: byte 0x{byte} is not UTF-8"):
+            read_document(write(tmp_path / "a.txt", text.encode() + end))
+
+
 def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
     assert read_document(write(tmp_path / "a.txt", gzip.compress(b"hi\n"))).text == "hi\n"
 
@@ -292,6 +304,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ("[1]\n", r"line 1: expected a JSON object, got '\[1\]'"),
         ('{"b": "x"}\n', "line 1: no 'a'; the object has 'b'"),
         ('{"a": null}\n', "line 1: 'a' is None; expected a text"),
+        ('{"a": "x\\ud83d"}\n', r"line 1: 'a' has half of a character \('\\ud83d'\)"),
     ],
 )
 def test_wrong_json_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
