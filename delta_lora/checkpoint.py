@@ -70,7 +70,16 @@ def sha256_file(path: Path) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file and flush it to disk."""
-    plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        storage = value.untyped_storage()
+        is_whole = storage.nbytes() == value.numel() * value.element_size()
+        if not (value.is_cpu and value.is_contiguous() and is_whole) or storage._cdata in storages:
+            value = value.to("cpu", copy=True).contiguous()  # a file holds no views
+        storages.add(value.untyped_storage()._cdata)
+        plain[name] = value
     save_file(plain, path)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

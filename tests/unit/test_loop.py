@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.methods.delta_lora import DeltaLora
@@ -115,6 +116,19 @@ def test_a_checkpoint_is_of_the_moment_and_does_not_hold_up_the_loop(
     assert first is not None
     assert torch.equal(first.tensors["weights"]["w"], torch.arange(6.0).view(2, 3).T)
     assert first.state["list"] == [1]
+
+
+def test_views_transposes_and_shared_tensors_are_written_whole(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "whole": whole, "again": whole, "row": whole[1], "transposed": whole.T,
+        "reversed": whole.flatten().view(4, 3), "scalar": torch.tensor(3), "empty": whole[:0],
+    }  # fmt: skip
+    checkpoint.write_tensors(tmp_path / "all.safetensors", tensors)
+    found = load_file(tmp_path / "all.safetensors")
+    assert sorted(found) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_a_write_that_fails_stops_the_run_and_leaves_no_litter(
