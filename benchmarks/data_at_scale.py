@@ -1,6 +1,6 @@
 """Seconds and memory of reading and encoding data of the size of MNLI and of XSum.
 
-    python benchmarks/data_at_scale.py                      # both, at full size: some 15 minutes
+    python benchmarks/data_at_scale.py                      # both, at full size: many minutes
     python benchmarks/data_at_scale.py mnli --share 0.1 --source files
 
 Writes synthetic rows of that size (made-up words with the frequencies of a language, the lengths of
