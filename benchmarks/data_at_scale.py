@@ -1,6 +1,6 @@
 """Seconds and memory of reading and encoding data of the size of MNLI and of XSum.
 
-    python benchmarks/data_at_scale.py                      # both, at full size: some 15 minutes
+    python benchmarks/data_at_scale.py                      # both, at full size: many minutes
     python benchmarks/data_at_scale.py mnli --share 0.1 --source files
 
 Writes synthetic rows of that size (made-up words with the frequencies of a language, the lengths of
@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -265,14 +264,19 @@ def _as_hub(task: Any, folder: Path, cache: Path) -> None:
 
 
 def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not getrusage: its peak is that of the process that started this one, where that was higher.
+    return _status_gib("VmHWM")
 
 
 def _private_gib() -> float:
+    return _status_gib("RssAnon")
+
+
+def _status_gib(name: str) -> float:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 2**20
-    raise RuntimeError("/proc/self/status has no RssAnon; this needs Linux 4.5 or newer")
+    raise RuntimeError(f"/proc/self/status has no {name}; this needs Linux 4.5 or newer")
 
 
 if __name__ == "__main__":

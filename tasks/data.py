@@ -213,6 +213,11 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
 
 
+def encoded_folder(source: str, cache_dir: str | Path | None) -> Path | None:
+    """Return where `tasks.encoded` keeps a task's tokens; None for the small ``embedded`` data."""
+    return None if source == "embedded" else cache_folder(cache_dir) / "encoded"
+
+
 def open_folder(data_dir: str | Path) -> Path:
     """Return `data_dir` as an absolute path; a relative one starts at the working folder.
 

@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, Scores, Task
-from tasks.data import Document, Release, cache_folder, file_facts, open_folder, read_document
+from tasks.data import Document, Release, encoded_folder, file_facts, open_folder, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
@@ -134,7 +134,7 @@ class DataToText(Task):
         self.embedded_seed = embedded_seed
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
-        self._store = self._new_store()
+        self._store = Store(self.title, encoded_folder(self.source, self.cache_dir))
         self._provenance: dict[str, Any] = {}
 
     # What differs between the tasks
@@ -203,7 +203,8 @@ class DataToText(Task):
                     official,
                 )
             files.append(facts)
-        self._rows, self._inputs, self._store = rows, inputs, self._new_store()
+        self._rows, self._inputs = rows, inputs
+        self._store = Store(self.title, encoded_folder(self.source, self.cache_dir))
         self._warn_of_overlap()
         is_release = self.source != "embedded" and all(file["official"] for file in files)
         self._provenance = {
@@ -226,10 +227,6 @@ class DataToText(Task):
                 for split in rows
             ),
         )
-
-    def _new_store(self) -> Store:
-        is_embedded = self.source == "embedded"
-        return Store(self.title, None if is_embedded else cache_folder(self.cache_dir) / "encoded")
 
     def _warn_of_overlap(self) -> None:
         contexts = {split: {i.context for i in items} for split, items in self._inputs.items()}

@@ -37,7 +37,7 @@ from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
 from tasks.data import (
     Release,
-    cache_folder,
+    encoded_folder,
     find_file,
     listing,
     open_folder,
@@ -203,7 +203,7 @@ class Glue(Task):
             }
         )
         self._rows: dict[str, Rows[Row]] = {}
-        self._store = self._new_store()
+        self._store = Store(f"GLUE {self.task}", encoded_folder(self.source, self.cache_dir))
         self._padding: dict[str, int] = {}
         self._provenance: dict[str, Any] = {}
 
@@ -240,7 +240,7 @@ class Glue(Task):
                 for split in splits:
                     rows[split] = self._read_split(split, Path(temporary) / self.task, files)
         self._rows = rows
-        self._store = self._new_store()
+        self._store = Store(f"GLUE {self.task}", encoded_folder(self.source, self.cache_dir))
         self._provenance = {
             "source": self.source,
             "revision": self.release.revision if self.source == "hub" else None,
@@ -267,11 +267,6 @@ class Glue(Task):
         """Return the names of the files of a split, without their endings."""
         parts = self.parts if self.parts and split != "train" else ("",)
         return [f"{TSV_NAMES[split]}_{part}" if part else TSV_NAMES[split] for part in parts]
-
-    def _new_store(self) -> Store:
-        is_embedded = self.source == "embedded"
-        folder = None if is_embedded else cache_folder(self.cache_dir) / "encoded"
-        return Store(f"GLUE {self.task}", folder)
 
     def _read_split(
         self, split: str, folder: Path, files: list[dict[str, Any]], *, is_hub: bool = False

@@ -31,7 +31,7 @@ from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
     Release,
-    cache_folder,
+    encoded_folder,
     file_facts,
     find_file,
     listing,
@@ -171,7 +171,7 @@ class XSum(Task):
         self.embedded_seed = embedded_seed
         self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
         self._rows: dict[str, Rows[Row]] = {}
-        self._store = self._new_store()
+        self._store = Store("XSum", encoded_folder(self.source, self.cache_dir))
         self._provenance: dict[str, Any] = {}
         self._truncated: dict[str, int] = {}
 
@@ -196,7 +196,8 @@ class XSum(Task):
                 rows[split] = rows[split][:count]
         for split, items in rows.items():
             _check_ids(items, split)
-        self._rows, self._store, self._truncated = rows, self._new_store(), {}
+        self._rows, self._truncated = rows, {}
+        self._store = Store("XSum", encoded_folder(self.source, self.cache_dir))
         self._warn_of_overlap()
         self._provenance = {
             "source": self.source,
@@ -211,10 +212,6 @@ class XSum(Task):
         logger.info("XSum (%s): %s rows", self.source, counts)
         if not self._has_references("test"):
             logger.warning("the test split has no summaries: predictions only, no scores")
-
-    def _new_store(self) -> Store:
-        is_embedded = self.source == "embedded"
-        return Store("XSum", None if is_embedded else cache_folder(self.cache_dir) / "encoded")
 
     def _read(self, folder: Path) -> tuple[dict[str, Rows[Row]], list[dict[str, Any]]]:
         rows: dict[str, Rows[Row]] = {}
