@@ -130,7 +130,9 @@ def _decode_bart(context: Context) -> tuple[str, float, int, dict[str, Any]]:
     size: dict[str, Any] = {"layers": 2, "small": True} if context.is_small else {}
     model = models.build("bart_large", context.device, **size).eval()
     count, beams, new, length = (2, 2, 8, 24) if context.is_small else (16, 8, 64, 768)
-    sources = [pair.source for pair in synthetic.pairs(count, length, 4, 160, seed=8)]
+    sources = [
+        torch.as_tensor(pair.source) for pair in synthetic.pairs(count, length, 4, 160, seed=8)
+    ]
     search = Seq2SeqBeamSearch(num_beams=beams, max_length=new, batch_size=count)
     seconds, peak, texts = _time(context, partial(search.generate, model, sources))
     del model
@@ -160,7 +162,7 @@ def _small_texts(device: str, dtype: torch.dtype) -> list[list[int]]:
     Weights are drawn wide, so that no two candidates of the search are a rounding apart.
     """
     prompts = [s.tokens[: s.num_context] for s in synthetic.sequences(12, 160, seed=9)]
-    sources = [pair.source for pair in synthetic.pairs(12, 20, 4, 160, seed=10)]
+    sources = [torch.as_tensor(pair.source) for pair in synthetic.pairs(12, 20, 4, 160, seed=10)]
     causal = _small("gpt2_medium", {"initializer_range": 0.2}, device, dtype)
     seq2seq = _small("bart_large", {"init_std": 0.2}, device, dtype)
     search = BeamSearch(num_beams=4, max_new_tokens=16, batch_size=4)

@@ -1,4 +1,4 @@
-"""Synthetic sequences as long as those of E2E NLG.
+"""Synthetic sequences as long as those of E2E NLG, and articles as long as XSum's.
 
 `PAIRS` are (context, target) lengths in tokens of GPT-2's vocabulary. The 42,061 training examples
 (microsoft/LoRA's text, separator and end token counted) were put in the order of their whole
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+
+import numpy as np
 
 # fmt: off
 PAIRS: tuple[tuple[int, int], ...] = (
@@ -50,3 +52,14 @@ def fill(total: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
             return [*lengths, left] if left else lengths
         lengths.append(context + target)
     raise ValueError(f"{len(pairs)} sequences have fewer than {total} tokens")
+
+
+#: tokens of XSum's articles, cut at 768, at these shares of the sorted training articles.
+ARTICLE_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+ARTICLE_TOKENS = (14, 93, 124, 245, 398, 630, 768, 768)
+
+
+def sorted_articles(number: int) -> list[int]:
+    """Return the longest article of each of `number` micro-batches of a step sorted by length."""
+    ends = [(index + 1) / number for index in range(number)]
+    return [round(float(x)) for x in np.interp(ends, ARTICLE_SHARES, ARTICLE_TOKENS)]

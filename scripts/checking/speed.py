@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from scripts.checking import children, models, steps, synthetic
+from scripts.checking import children, lengths, models, recipes, steps, synthetic
 from scripts.checking.finding import Context, Deadline, Finding
 from scripts.checking.steps import EnoughError, StepCost, Workload
 
@@ -22,6 +22,8 @@ PROCESSES, WINDOW_S = 4, 6.0
 #: different shapes in the comparison of attention backends; a plan per shape may take a second.
 SHAPES = 12
 SYNC_STEPS = 5
+#: a device with less memory takes XSum's batch in smaller pieces.
+SMALL_DEVICE_BYTES = 40 * 2**30
 #: what GPT2-Medium's step is timed with; its recipe has dropout, so LoRA without is another step.
 TIMED = (*models.METHODS, "lora_no_dropout")
 #: what torch says of a host that waits for the device.
@@ -199,20 +201,50 @@ def other_models(context: Context) -> Finding:
         finding.cost("steps", **found)
         finding.values[f"{workload.model}/{name}/{matmul}"] = cost.facts()
         context.say(_line(f"{workload.model} {name} {matmul}", cost))
+    if context.is_cuda and not context.is_small:
+        for matmul in ("fp32", "tf32"):
+            cost = steps.measure(
+                context, _bart_at_the_limit(), "lora", epochs=3, matmul_precision=matmul
+            )
+            steps.clean_up(context.device)
+            finding.values[f"bart_large/lora/{matmul}, 8 x 768"] = cost.facts()
+            context.say(_line(f"bart_large lora {matmul}, 8 x 768", cost))
     finding.equal("finite_losses", finite, True)
     return finding
 
 
 def _bart(context: Context) -> Workload:
-    """XSum's step: 64 articles in micro-batches of 8, every source at the limit of 768 tokens."""
-    source, target, size = (24, 12, 2) if context.is_small else (768, 64, 8)
-    vocabulary, micro_batches = (160, 2) if context.is_small else (50_265, 8)
-    # Two equal steps: the shapes do not differ, so one set of articles stands for all.
-    groups = synthetic.groups(synthetic.pairs(size, source, target, vocabulary, seed=4), size)
+    """XSum's step as the recipe takes it: 64 articles, sorted by length, in micro-batches.
+
+    A device of less than `SMALL_DEVICE_BYTES` gets micro-batches of 8, as the recipe advises.
+    """
+    batch_size, size = (
+        (4, 2) if context.is_small else (64, recipes.recipe("xsum")["micro_batch_size"])
+    )
+    if context.is_cuda and not context.is_small and _memory_bytes() < SMALL_DEVICE_BYTES:
+        size = 8
+    number = batch_size // size
+    sources = [12, 24] if context.is_small else lengths.sorted_articles(number)
+    target, vocabulary = (12, 160) if context.is_small else (28, 50_265)
+    groups = [
+        synthetic.pairs(size, source, target, vocabulary, seed=4 + index)
+        for index, source in enumerate(sources)
+    ]
+    # Two equal steps: one set of articles stands for all.
     return Workload(
-        "bart_large", groups * (2 * micro_batches), micro_batches, size * micro_batches,
-        context.is_small, 2 if context.is_small else None,
+        "bart_large", groups * 2, number, batch_size, context.is_small,
+        2 if context.is_small else None,
     )  # fmt: skip
+
+
+def _bart_at_the_limit() -> Workload:
+    """Return micro-batches of 8 articles, every one cut at the limit of 768 tokens."""
+    group = synthetic.pairs(8, 768, 64, 50_265, seed=4)
+    return Workload("bart_large", [group, group], 1, 8, False)
+
+
+def _memory_bytes() -> int:
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _roberta(context: Context) -> Workload:

@@ -196,7 +196,14 @@ def test_an_entry_is_of_one_micro_batch(context: Context) -> None:
     assert entry["ms_per_step"] == 50.0
     assert entry["best_ms_per_step"] == 40.0
     assert entry["batch_size"] == 2
-    assert entry["batch_tokens"] == 2 * (24 + 12)
+    assert entry["batch_tokens"] == (2 * (12 + 12) + 2 * (24 + 12)) / 2
+
+
+def test_articles_are_timed_as_a_sorted_step_holds_them() -> None:
+    assert lengths.sorted_articles(1) == [768]
+    assert lengths.sorted_articles(2) == [398, 768]
+    assert lengths.sorted_articles(8)[3::4] == [398, 768]
+    assert lengths.sorted_articles(8) == sorted(lengths.sorted_articles(8))
 
 
 def test_hours_of_a_row_that_nobody_timed_are_unknown() -> None:
