@@ -37,8 +37,6 @@ def write_down(
     adaptation: Adaptation,
     batch: Batch,
     kernels: Kernels,
-    *,
-    label_smoothing: float = 0.0,
 ) -> Ledger:
     """Return the ledger of one forward pass in training.
 
@@ -47,11 +45,10 @@ def write_down(
         adaptation: the method.
         batch: one micro-batch.
         kernels: of the device.
-        label_smoothing: of the training loss.
     """
     ledger = Ledger(adaptation, kernels)
     programs = {"gpt2": _gpt2, "roberta": _roberta, "bart": _bart}
-    programs[shape.family](ledger, shape, batch, label_smoothing)
+    programs[shape.family](ledger, shape, batch)
     return ledger
 
 
@@ -61,7 +58,7 @@ def _feed_forward(ledger: Ledger, x: Value, shape: Architecture) -> Value:
     return ledger.dropout(ledger.linear(h, shape.inner, shape.width), shape.dropout)
 
 
-def _gpt2(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing: float) -> None:
+def _gpt2(ledger: Ledger, shape: Architecture, batch: Batch) -> None:
     d = shape.width
     rows = 1 if batch.is_packed else batch.sequences
     tokens = rows * batch.length
@@ -81,10 +78,10 @@ def _gpt2(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing: fl
     x = ledger.normalise(x, d)
     chosen = ledger.choose(x, d, batch.targets)  # the positions with a loss
     ledger.tied_head(chosen, shape.vocabulary, d)
-    ledger.loss(batch.targets, shape.vocabulary, label_smoothing)
+    ledger.loss(batch.targets, shape.vocabulary)
 
 
-def _roberta(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing: float) -> None:
+def _roberta(ledger: Ledger, shape: Architecture, batch: Batch) -> None:
     d, tokens = shape.width, batch.sequences * batch.length
     words = ledger.table(shape.vocabulary, d, tokens, "token_table")
     types = ledger.table(shape.num_types, d, tokens, "types")
@@ -101,7 +98,7 @@ def _roberta(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing:
     first = ledger.value(batch.sequences * d, x.needs_grad)
     h = ledger.tanh(ledger.linear(ledger.dropout(first, shape.dropout), d, d, "head"))
     h = ledger.linear(ledger.dropout(h, shape.dropout), d, shape.num_labels, "head")
-    ledger.loss(batch.sequences, shape.num_labels, label_smoothing)
+    ledger.loss(batch.sequences, shape.num_labels)
 
 
 def _separate_attention(
@@ -121,7 +118,7 @@ def _separate_attention(
     return ledger.dropout(ledger.linear(h, d, d), shape.dropout)
 
 
-def _bart(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing: float) -> None:
+def _bart(ledger: Ledger, shape: Architecture, batch: Batch) -> None:
     d, sources = shape.width, batch.sequences * batch.length
     targets = batch.sequences * batch.targets
     words = ledger.table(shape.vocabulary, d, sources, "token_table", is_tied=True)
@@ -151,4 +148,4 @@ def _bart(ledger: Ledger, shape: Architecture, batch: Batch, label_smoothing: fl
         y = ledger.normalise(ledger.add(y, h), d)
         y = ledger.normalise(ledger.add(y, _feed_forward(ledger, y, shape)), d)
     ledger.tied_head(y, shape.vocabulary, d)
-    ledger.loss(targets, shape.vocabulary, label_smoothing)
+    ledger.loss(targets, shape.vocabulary)

@@ -87,6 +87,7 @@ class Ledger:
         trained_tensors: number of their tensors.
         written: parameters outside the optimiser that the method writes, as whole tensors.
         dense: entries of W_Q and W_V.
+        num_branches: low-rank branches.
         operations: in the order of the forward pass.
         flops: multiplications and additions of the forward and of the backward pass.
         launches: kernels of the forward and of the backward pass.
@@ -95,11 +96,21 @@ class Ledger:
     def __init__(self, adaptation: Adaptation, kernels: Kernels) -> None:
         self.adaptation, self.kernels = adaptation, kernels
         self.parameters = self.adapters = self.trained = self.trained_tensors = 0
-        self.written = self.dense = 0
+        self.written = self.dense = self.num_branches = 0
         self.operations: list[Operation] = []
         self.forward_flops = self.backward_flops = 0
         self.forward_launches = self.backward_launches = 0
         self._num_storages = 0
+
+    @property
+    def updatable(self) -> int:
+        """Parameters outside the optimiser that the method changes or keeps with what it learned.
+
+        W_Q and W_V of Delta-LoRA in place, A_k and B_k of its closed form.
+        """
+        if self.adaptation.writes_weight:
+            return self.dense
+        return self.adapters if self.adaptation.kept_factors == 1 else 0
 
     # ------------------------------------------------------------------ bookkeeping
 
@@ -273,6 +284,7 @@ class Ledger:
         """The low-rank branches of a layer: A stacked into one product, B one after the other."""
         adaptation, tokens = self.adaptation, x.size // width
         rank, number = adaptation.forward_rank, len(outputs)
+        self.num_branches += number
         gradient = 0
         for size in outputs:
             sides = (adaptation.rank * width, size * adaptation.rank, adaptation.extra_per_branch)
@@ -338,7 +350,7 @@ class Ledger:
             scaled = [self.value(size, True) for size in sizes]
             weights = [self.value(square, True) for _ in range(3)]
             kept = self._keep(*scaled, value, *weights)
-            work = (2 * square + 4 * out.size) * FLOAT
+            work = (square + 4 * out.size) * FLOAT
         else:
             work = 0
         self._record(Operation(kept, work=work), 2 + 3 * has_mask, 2 * needs)
@@ -351,12 +363,11 @@ class Ledger:
         self._record(Operation(kept, work=x.size * FLOAT), 1, int(x.needs_grad))
         return self.value(chosen * width, x.needs_grad)
 
-    def loss(self, targets: int, classes: int, label_smoothing: float) -> None:
+    def loss(self, targets: int, classes: int) -> None:
         """Cross-entropy: its log-probabilities are kept and as much as these made twice more."""
         log_probabilities = self.value(targets * classes, True)
         kept = self._keep(log_probabilities) | {self.value(targets, False).storage: targets * INDEX}
-        makes = 2 + (label_smoothing > 0)
-        self._record(Operation(kept, work=makes * targets * classes * FLOAT), 3, 3)
+        self._record(Operation(kept, work=2 * targets * classes * FLOAT), 3, 3)
 
 
 def _up(number: int, multiple: int) -> int:
