@@ -1,8 +1,10 @@
 """Is a plan right? Every row of Tables 1 to 4 at the paper's sizes, three steps on a CPU.
 
-    python scripts/dry_run.py                      results/plan/dry_run.json and .md; about 40 minutes
+    python scripts/dry_run.py                      results/plan/dry_run.json and .md
     python scripts/dry_run.py --tables table1      one table
-    python scripts/dry_run.py --small --out FILE   the same rows on small models, in a minute
+    python scripts/dry_run.py --small --out FILE   the same rows on small models, in minutes
+
+All rows take about an hour on two cores and 9 GiB of memory.
 
 The models have random weights, the batches random tokens; the rest is the suite's own code: method,
 optimiser, loss, checkpoint, adapter. Parameters, memory by category and bytes on disk are counted
@@ -42,8 +44,8 @@ LIMIT = 0.10
 STEPS = 3
 GIB = 2**30
 
-#: what is set for the measurement and not by the table. Random BART has the dropout of the published
-#: one; Delta-LoRA begins at once, so that three steps show all that it keeps.
+#: set for the measurement and not by the table: random BART has the dropout of the published one.
+#: Delta-LoRA begins at once, so that three steps show all that it keeps (see `row_settings`).
 BART_DROPOUT = "++model.config_overrides={attention_dropout: 0.1, activation_dropout: 0.1}"
 SMALL = {
     "gpt2_medium": "{model_type: gpt2, vocab_size: 997, n_embd: 64, n_layer: 3, n_head: 4}",
@@ -338,8 +340,8 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Planned and measured: every row of Tables 1 to 4",
         "",
-        f"Models of the {content['models']} sizes with random weights, {STEPS} optimiser steps on a "
-        "CPU in float32 (scripts/dry_run.py says at which batches); torch "
+        f"Models of the {content['models']} sizes with random weights, {STEPS} optimiser steps on "
+        "a CPU in float32 (scripts/dry_run.py says at which batches); torch "
         f"{content['packages']['torch']}, transformers {content['packages']['transformers']}. "
         f"The largest difference of any number is {worst:.1%}. MiB; planned / measured.",
         "",

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import describe, list_cells
+from scripts.reporting.plan import describe, describe_costs, list_cells
 from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.runs.batch import (
@@ -33,6 +33,7 @@ from scripts.runs.batch import (
 )
 from scripts.runs.plan import Cell, CellModule, Durations, parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
 from scripts.tables import make
 
@@ -95,14 +96,22 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     todo.sort(key=lambda item: item.config.get("init_from") is not None)
     environments = worker_environments(options.workers, scale, max(1, len(todo)))
 
-    for spec in specs:
-        print("\n".join(describe(spec, plans[spec.name], states)))
-    shared = sum(map(len, plans.values())) - len(distinct)
-    if shared:
-        print(f"{shared} runs are shared by several rows or tables and run once")
     durations = Durations()
     if todo:
         durations.read([item.folder.parent for item in distinct.values()], cell)
+    for spec in specs:
+        mine = {item.signature for item in plans[spec.name]}
+        open_cells = [item for item in todo if item.signature in mine]
+        lines = describe(spec, plans[spec.name], states)
+        lines += describe_costs(open_cells, len(environments), durations, cell)
+        print("\n".join(lines))
+    shared = sum(map(len, plans.values())) - len(distinct)
+    if shared:
+        print(f"{shared} runs are shared by several rows or tables and run once")
+    if len(specs) > 1 and todo:
+        print("all of them together:")
+        print("\n".join(describe_costs(todo, len(environments), durations, cell)))
+    if todo:
         print(expected_time(todo, len(environments), durations, cell), flush=True)
     else:
         print(f"all {len(distinct)} runs are done; nothing to run")
@@ -112,6 +121,7 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     failures: dict[str, str] = {}
     if todo or options.prepare:
         check_before_work(todo, options.results / scale, cell)
+        check_disk_space(todo, len(environments))
         logs = next(iter(distinct.values())).folder.parent / "logs"
         name = "-".join(plans)
         with Pool(module, environments=environments, logs=logs, name=name) as pool:

@@ -32,8 +32,8 @@ class Adaptation:
         extra_per_branch: further trained numbers of a branch (AdaLoRA's singular values: r).
         kept_factors: copies of A and B that the method keeps: 2 for Delta-LoRA in place (its
             rank-2r buffers) and AdaLoRA (two running means), 1 for the closed form.
-        makes_A: whether the forward pass computes A anew, so that it is kept once more.
-        makes_B: the same for B.
+        makes_a: whether the forward pass computes A anew, so that it is kept once more.
+        makes_b: the same for B.
         dropout: probability on the input of the branch.
         writes_weight: whether W is changed outside the optimiser (Delta-LoRA in place).
         states: optimiser tensors per trained one: AdamW 2, SGD without momentum 0.
@@ -45,8 +45,8 @@ class Adaptation:
     forward_rank: int = 0
     extra_per_branch: int = 0
     kept_factors: int = 0
-    makes_A: bool = False
-    makes_B: bool = False
+    makes_a: bool = False
+    makes_b: bool = False
     dropout: float = 0.0
     writes_weight: bool = False
     states: int = 2
@@ -86,15 +86,15 @@ def read_adaptation(cfg: Any) -> Adaptation:
     dropout = method.get("dropout", 0.0)
     common: dict[str, Any] = {"rank": rank, "forward_rank": rank, "dropout": dropout}
     if name == "DyLora":
-        common |= {"makes_A": True, "makes_B": True}
+        common |= {"makes_a": True, "makes_b": True}
     if name == "AdaLora":
-        common |= {"makes_A": True, "extra_per_branch": rank, "kept_factors": 2}
+        common |= {"makes_a": True, "extra_per_branch": rank, "kept_factors": 2}
     if name == "DeltaLora" and method["update_ratio"] > 0:
         is_closed = method["form"] == "closed_form"
         common["kept_factors"] = 1 if is_closed else 2
         common["writes_weight"] = not is_closed
         if is_closed:
-            common |= {"forward_rank": 2 * rank, "makes_A": True, "makes_B": True}
+            common |= {"forward_rank": 2 * rank, "makes_a": True, "makes_b": True}
     return Adaptation("low_rank", name, states=states, **common)
 
 

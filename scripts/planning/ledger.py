@@ -291,9 +291,9 @@ class Ledger:
             gradient += sum(self._parameter(s, True, is_adapter=True) for s in sides if s)
         dropped = self.dropout(x, adaptation.dropout)
         kept = self._keep(dropped)
-        if x.needs_grad and (number > 1 or adaptation.makes_A):
+        if x.needs_grad and (number > 1 or adaptation.makes_a):
             kept |= self._keep(self.value(number * rank * width, False))
-        if adaptation.makes_B:
+        if adaptation.makes_b:
             kept |= self._keep(self.value(rank * sum(outputs), False))
         narrow = [self.value(tokens * rank, True) for _ in outputs]
         kept |= self._keep(*narrow)
@@ -301,7 +301,7 @@ class Ledger:
         self.forward_flops += flops
         self.backward_flops += 2 * flops
         work = (out.size + x.size * x.needs_grad) * FLOAT
-        made = (number > 1) + number * (adaptation.makes_A + adaptation.makes_B)
+        made = (number > 1) + number * (adaptation.makes_a + adaptation.makes_b)
         self._record(
             Operation(kept, gradient, work=work),
             1 + made + 3 * number,
@@ -344,9 +344,10 @@ class Ledger:
                 kept |= self._keep(self.value(mask, False))
             work = 4 * out.size * FLOAT
         elif needs:
-            # Scaled copies of query and key, each for the gradient of the other; the weights, their
-            # mask, the dropped weights.
-            sizes = [batch * length * width * key.needs_grad, batch * keys * width * query.needs_grad]
+            # Scaled copies of query and key, each for the gradient of the other; the weights,
+            # their mask, the dropped weights.
+            row = batch * width
+            sizes = (row * length * key.needs_grad, row * keys * query.needs_grad)
             scaled = [self.value(size, True) for size in sizes]
             weights = [self.value(square, True) for _ in range(3)]
             kept = self._keep(*scaled, value, *weights)

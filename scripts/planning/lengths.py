@@ -1,17 +1,18 @@
-"""How long the batches of a run are: from quantiles of the real data (configs/plan/lengths.yaml)."""
+"""How long the batches of a run are: quantiles of the real data, in configs/plan/lengths.yaml."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from scripts.planning.architecture import UnknownCostError, read_plan_file
 
 #: shares of the data at which quantiles are kept.
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
-#: the largest packed batch of a run is planned this many standard deviations above the mean; over the
-#: recipes' five epochs and three seeds the largest one lies 4.4 above it in E2E, 5.2 in WebNLG.
+#: the largest packed batch of a run is planned this many standard deviations above the mean; in the
+#: recipes' five epochs with three seeds the largest lies 4.4 above it (E2E) and 5.2 (WebNLG).
 DEVIATIONS = 5.5
 
 
@@ -43,11 +44,7 @@ class Lengths:
         shares quantiles are taken to rise evenly.
         """
         total = 0.0
-        for (low, high), (a, b) in zip(
-            zip(SHARES, SHARES[1:], strict=False),
-            zip(self.quantiles, self.quantiles[1:], strict=False),
-            strict=True,
-        ):
+        for (low, high), (a, b) in zip(pairwise(SHARES), pairwise(self.quantiles), strict=True):
             # The integral of a + (b - a) (u - low) / (high - low) over the density n u^(n - 1).
             slope = (b - a) / (high - low)
             below = high**number - low**number
@@ -91,7 +88,7 @@ def read_lengths(cfg: Any) -> TaskLengths:
         raise UnknownCostError(f"the lengths of the embedded corpus of {task} are not kept")
     entry = _file().get(task)
     if entry is None:
-        raise UnknownCostError(f"the lengths of task={task} do not stand in configs/plan/lengths.yaml")
+        raise UnknownCostError(f"configs/plan/lengths.yaml has no task={task}")
     rows = dict(entry["rows"])
     for split, number in (cfg.task.get("max_rows") or {}).items():
         for key in {"test": ("scored",)}.get(split, (split,)):

@@ -1,8 +1,8 @@
 """Measure the token lengths that plans are made with: configs/plan/lengths.yaml.
 
-    python scripts/planning/measure_lengths.py --data DATA --tokenizer BPE > configs/plan/lengths.yaml
+    python scripts/planning/measure_lengths.py --data DATA --tokenizer BPE > lengths.yaml
 
-DATA holds ``e2e/lora``, ``webnlg``, ``xsum`` and ``glue`` (release files, see ``task.source=files``);
+DATA holds ``e2e/lora``, ``webnlg``, ``xsum`` and ``glue`` (release files: ``task.source=files``);
 BPE holds GPT-2's tables, ``encoder.json`` and ``vocab.bpe``. RoBERTa and BART cut texts by the same
 tables and add begin and end tokens: 2 to a text, 4 to a pair.
 """
@@ -21,14 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import yaml
 from hydra.utils import instantiate
+
 from scripts.planning.lengths import SHARES
 from scripts.runs.composition import compose
 
 GLUE = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 HEADER = """\
-# Token lengths of the real data, which plans are made with (scripts/planning/measure_lengths.py says
-# how they were measured; the data themselves are not part of this repository). GPT-2's byte-level BPE,
-# which RoBERTa and BART share. Lengths are those after the cut of configs/task.
+# Token lengths of the real data, which plans are made with. They were measured by
+# scripts/planning/measure_lengths.py; the data themselves are not part of this repository. GPT-2's
+# byte-level BPE, which RoBERTa and BART share. Lengths are those after the cut of configs/task.
 #   rows      training, validation and scored rows of the complete data
 #   measured  rows that the quantiles are of, where that is only a part of the training split
 #   quantiles at the shares of `scripts.planning.lengths.SHARES`
@@ -42,7 +43,7 @@ def summary(lengths: Sequence[int]) -> dict[str, Any]:
     return {
         "mean": round(float(values.mean()), 2),
         "sd": round(float(values.std()), 2),
-        "quantiles": [int(round(float(q))) for q in np.quantile(values, SHARES)],
+        "quantiles": [round(float(q)) for q in np.quantile(values, SHARES)],
     }
 
 
@@ -86,7 +87,9 @@ def glue(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
     columns = list(zip(*(row.texts for row in rows), strict=True))
     ids = [tokenizer(list(column))["input_ids"] for column in columns]
     extra = 2 * len(columns)
-    lengths = [min(sum(map(len, parts)) + extra, task.max_length) for parts in zip(*ids, strict=True)]
+    lengths = [
+        min(sum(map(len, parts)) + extra, task.max_length) for parts in zip(*ids, strict=True)
+    ]
     official = {key: int(value) for key, value in task.num_rows.items()}
     entry: dict[str, Any] = {
         "rows": {
@@ -101,7 +104,9 @@ def glue(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def _load(name: str, folder: Path) -> Any:
-    cfg = compose([f"task={name}", f"recipe={name}", "task.source=files", f"task.data_dir={folder}"])
+    cfg = compose(
+        [f"task={name}", f"recipe={name}", "task.source=files", f"task.data_dir={folder}"]
+    )
     task = instantiate(cfg.task)
     task.load()
     return task
@@ -126,7 +131,9 @@ def main() -> None:
     }
     for name in GLUE:
         found[f"glue/{name}"] = glue(name, options.data / "glue", tokenizer)
-    print(HEADER + yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=100), end="")
+    print(
+        HEADER + yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=100), end=""
+    )
 
 
 if __name__ == "__main__":

@@ -74,8 +74,10 @@ def decoding_bytes(
 ) -> int:
     """Return the peak of a beam search on merged weights.
 
-    The keys and values of all beams live at once; a layer's are copied when beams change places.
-    The scores over the vocabulary live several times while the best are searched.
+    The larger of two moments: the reading of all prompts at once, where the feed-forward layer of
+    the last block is on top of what is cached, and the last step, where the keys and values of all
+    beams live, those of one layer twice as beams change places, and the scores over the vocabulary
+    several times as the best are searched.
 
     Args:
         shape: the model.
@@ -90,16 +92,19 @@ def decoding_bytes(
     kept_slices = ledger.dense * FLOAT if adaptation.kind == "low_rank" else 0
     beams = inputs * num_beams
     per_token = 2 * shape.width * FLOAT
+    scores = SCORE_COPIES * beams * shape.vocabulary * FLOAT
+    block = (2 * shape.inner + 6 * shape.width) * FLOAT
     if shape.num_decoder_layers:
         layers = shape.num_decoder_layers
         own, cross = beams * new_tokens * per_token, beams * input_length * per_token
         states = beams * input_length * shape.width * FLOAT
+        reading = inputs * input_length * block
         cache = layers * (own + cross) + max(own, cross) + states
     else:
-        layer = beams * (input_length + new_tokens) * per_token
-        cache = (shape.num_layers + 1) * layer
-    scores = SCORE_COPIES * beams * shape.vocabulary * FLOAT
-    return weights + kept_slices + cache + scores
+        read, written = beams * input_length * per_token, beams * new_tokens * per_token
+        reading = shape.num_layers * read + beams * input_length * block
+        cache = (shape.num_layers + 1) * (read + written)
+    return weights + kept_slices + max(reading, cache + scores)
 
 
 #: tensors of (beams, vocabulary) that live at once: scores, log-probabilities, blocked ones, ...

@@ -64,6 +64,11 @@ class Device:
     memory_bytes_per_s: float
     costs: Mapping[str, Any]
 
+    @property
+    def label(self) -> str:
+        """How a plan calls it."""
+        return self.name if self.is_here else f"{self.name} (this machine shows no CUDA device)"
+
 
 @functools.cache
 def planned_device() -> Device:

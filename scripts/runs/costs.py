@@ -56,8 +56,8 @@ def estimate(cfg: Any) -> Cost:
     Args:
         cfg: from `scripts.runs.composition.compose`.
     """
-    if not isinstance(cfg, DictConfig):
-        return Cost(basis="no configuration of this suite")
+    if not isinstance(cfg, DictConfig):  # of a test
+        return Cost(basis="not a configuration of the suite")
     # Seeds, names and folders cost nothing; a table asks for the same row once a seed.
     content: Any = OmegaConf.to_container(cfg)
     for key in ("seed", "overrides", "paths", "logger"):
@@ -72,10 +72,12 @@ def _estimate(content: str) -> Cost:
         shape, adaptation = read_architecture(cfg), read_adaptation(cfg)
     except UnknownCostError as error:
         return Cost(basis=str(error))
+    if cfg.trainer.device == "cpu":
+        return _of_disk_alone(cfg, shape, adaptation, "the time of a CPU is not planned")
     try:
         lengths = read_lengths(cfg)
     except UnknownCostError as error:
-        return _of_unknown_data(cfg, shape, adaptation, str(error))
+        return _of_disk_alone(cfg, shape, adaptation, str(error))
     workload = read_workload(cfg, shape, lengths)
     ledger = write_down(shape, adaptation, workload.largest, CUDA)
     space = disk.run_disk(cfg, ledger, workload, lengths.rows["scored"])
@@ -91,7 +93,7 @@ def _estimate(content: str) -> Cost:
     except UnknownCostError as error:
         return Cost(**{**vars(known), "basis": str(error)})
     seconds, basis = _seconds(cfg, shape, adaptation, workload, lengths, device)
-    return Cost(**{**vars(known), "seconds": seconds, "device": device.name, "basis": basis})
+    return Cost(**{**vars(known), "seconds": seconds, "device": device.label, "basis": basis})
 
 
 def device_bytes(cfg: Any) -> int | None:
@@ -103,8 +105,8 @@ def device_bytes(cfg: Any) -> int | None:
     return None if planned is None else round(planned * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 
-def _of_unknown_data(cfg: Any, shape: Architecture, adaptation: Adaptation, reason: str) -> Cost:
-    """Return what can be said without knowing the data: the disk, which depends on the model."""
+def _of_disk_alone(cfg: Any, shape: Architecture, adaptation: Adaptation, reason: str) -> Cost:
+    """Return what needs no knowledge of device or data: the disk, which the model decides."""
     batch = Batch(1, 2, shape.family == "gpt2", targets=1)
     workload = Workload(cfg.trainer.max_steps or 0, 1, batch, batch, 0, batch)
     ledger = write_down(shape, adaptation, batch, CPU)
