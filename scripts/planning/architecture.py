@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.runs.composition import CONFIGS
+ROOT = Path(__file__).resolve().parents[2]
 
 #: how each family calls what is planned with: name here -> (key, default of transformers).
 KEYS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -161,7 +161,7 @@ def read_plan_file(name: str) -> dict[str, Any]:
     """Return the content of a file in configs/plan."""
     from omegaconf import OmegaConf
 
-    content = OmegaConf.to_container(OmegaConf.load(CONFIGS / "plan" / name))
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "plan" / name))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.planning.adaptation import Adaptation
-from scripts.planning.architecture import Architecture, UnknownCostError, read_plan_file
+from scripts.planning.architecture import ROOT, Architecture, UnknownCostError, read_plan_file
 from scripts.planning.forward import Batch
 from scripts.planning.ledger import FLOAT, Ledger
 from scripts.planning.workload import Decoding
-from scripts.runs.composition import ROOT
 
 #: measured costs, one file a device (`make gpu-check`).
 MEASURED = ROOT / "results" / "gpu"

@@ -1,6 +1,6 @@
 """Measure the token lengths that plans are made with: configs/plan/lengths.yaml.
 
-    python scripts/planning/measure_lengths.py --data DATA --tokenizer BPE > lengths.yaml
+    python scripts/measure_lengths.py --data DATA --tokenizer BPE > lengths.yaml
 
 DATA holds ``e2e/lora``, ``webnlg``, ``xsum`` and ``glue`` (release files: ``task.source=files``);
 BPE holds GPT-2's tables, ``encoder.json`` and ``vocab.bpe``. RoBERTa and BART cut texts by the same
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import yaml
@@ -28,7 +28,7 @@ from scripts.runs.composition import compose
 GLUE = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 HEADER = """\
 # Token lengths of the real data, which plans are made with. They were measured by
-# scripts/planning/measure_lengths.py; the data themselves are not part of this repository. GPT-2's
+# scripts/measure_lengths.py; the data themselves are not part of this repository. GPT-2's
 # byte-level BPE, which RoBERTa and BART share. Lengths are those after the cut of configs/task.
 #   rows      training, validation and scored rows of the complete data
 #   measured  rows that the quantiles are of, where that is only a part of the training split
@@ -51,7 +51,9 @@ def data_to_text(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Return the lengths of E2E or WebNLG."""
     task = _load(name, folder)
     train = task.examples("train", tokenizer)
-    prompts = [len(p) for p in task._prompts([i.context for i in task.inputs("test")], tokenizer)]
+    contexts = [item.context for item in task.inputs("test")]
+    # A context and the end token behind it.
+    prompts = [len(ids) + 1 for ids in tokenizer(contexts)["input_ids"]]
     return {
         "rows": {
             "train": len(train),
@@ -83,7 +85,7 @@ def xsum(folder: Path, tokenizer: Any) -> dict[str, Any]:
 def glue(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Return the lengths of a task of GLUE, of the rows that are there."""
     task = _load(f"glue/{name}", folder)
-    rows = task._of_split("train")
+    rows = task.inputs("train")
     columns = list(zip(*(row.texts for row in rows), strict=True))
     ids = [tokenizer(list(column))["input_ids"] for column in columns]
     extra = 2 * len(columns)
