@@ -47,6 +47,7 @@ from scripts.runs.batch import (
 )
 from scripts.runs.plan import CellModule, Durations, parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Job, Pool
 from scripts.tables import differences
 
@@ -81,6 +82,7 @@ def run_missing(
     logs = outputs / "logs"
     failures: dict[str, str] = {}
     check_before_work(todo, results, cell)
+    check_disk_space(todo, len(environments))
     if todo:
         durations = Durations()
         durations.read([outputs], cell)

@@ -1,7 +1,8 @@
 """Seconds of a run: measured on this kind of device where that was done, else from FLOPs.
 
 A measured step counts only for the same model, method, precision and number of examples, at a
-length within a quarter of the planned one. Everything else is estimated: a step takes as long as
+length within a quarter of the planned one; its peak of memory corrects the planned one at any
+length. Everything else is estimated: a step takes as long as
 its multiplications at a stated share of the device's peak, but no less than its kernels times a
 stated cost of each (a step of the paper's E2E batch is bound by that). configs/plan/devices.yaml
 holds the assumptions. Scoring on the CPU, reading data and writing files are not in it.
@@ -136,10 +137,15 @@ def product_kind(cfg: Any) -> str:
     return str(cfg.trainer.get("matmul_precision", "fp32"))
 
 
-def measured_step(cfg: Any, batch: Batch, device: Device) -> tuple[float, str] | None:
-    """Return the measured seconds of one micro-batch's step with their basis, if there is one."""
-    tokens = batch.length * (1 if batch.is_packed else batch.sequences)
-    method = str(cfg.choices.method)
+def measured_steps(cfg: Any, sequences: int, device: Device) -> list[Mapping[str, Any]]:
+    """Return the measured steps of the same model, method, precision and number of examples.
+
+    Args:
+        cfg: the run.
+        sequences: examples of a micro-batch.
+        device: where it was measured.
+    """
+    method, found = str(cfg.choices.method), []
     for entry in _entries(device, "steps"):
         try:
             fits = (
@@ -147,14 +153,22 @@ def measured_step(cfg: Any, batch: Batch, device: Device) -> tuple[float, str] |
                 and entry["method"] in (method, SAME_WORK.get(method))
                 and entry["precision"] == cfg.trainer.precision
                 and entry["matmul_precision"] == cfg.trainer.get("matmul_precision", "fp32")
-                and entry["batch_size"] == batch.sequences
-                and abs(entry["batch_tokens"] - tokens) <= NEAR * tokens
+                and entry["batch_size"] == sequences
             )
-            if fits:
-                what = f"a step of {entry['method']} at {entry['batch_tokens']} tokens"
-                return entry["ms_per_step"] / 1000, f"{what} measured on {device.name}"
+            if fits and min(entry["batch_tokens"], entry["ms_per_step"], entry["peak_bytes"]) > 0:
+                found.append(entry)
         except (KeyError, TypeError) as error:
             logger.warning("%s: a step does not fit: %r", device.costs.get("file"), error)
+    return found
+
+
+def measured_step(cfg: Any, batch: Batch, device: Device) -> tuple[float, str] | None:
+    """Return the measured seconds of one micro-batch's step with their basis, if there is one."""
+    tokens = batch.length * (1 if batch.is_packed else batch.sequences)
+    for entry in measured_steps(cfg, batch.sequences, device):
+        if abs(entry["batch_tokens"] - tokens) <= NEAR * tokens:
+            what = f"a step of {entry['method']} at {entry['batch_tokens']} tokens"
+            return entry["ms_per_step"] / 1000, f"{what} measured on {device.name}"
     return None
 
 

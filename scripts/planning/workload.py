@@ -73,10 +73,10 @@ def read_workload(cfg: Any, shape: Architecture, lengths: TaskLengths) -> Worklo
     return Workload(
         steps=steps,
         micro_batches=math.ceil(trainer.batch_size / micro),
-        mean=_mean(shape, lengths, micro),
+        mean=mean_batch(shape, lengths, micro),
         largest=_largest(shape, lengths, micro),
         evaluated=evaluations * (batches + scored),
-        evaluation=_mean(shape, lengths, trainer.eval_batch_size),
+        evaluation=mean_batch(shape, lengths, trainer.eval_batch_size),
     )
 
 
@@ -102,7 +102,8 @@ def read_decoding(cfg: Any, lengths: TaskLengths) -> Decoding | None:
     )
 
 
-def _mean(shape: Architecture, lengths: TaskLengths, sequences: int) -> Batch:
+def mean_batch(shape: Architecture, lengths: TaskLengths, sequences: int) -> Batch:
+    """Return the average micro-batch of so many examples."""
     if shape.family == "gpt2":
         tokens = sequences * (lengths.sequence.mean - 1)  # the last token is only a target
         return Batch(sequences, round(tokens), True, round(sequences * _targets(lengths).mean))

@@ -1,14 +1,16 @@
 """What a run costs before it starts: seconds, device memory, disk, each with its basis.
 
 Nothing here imports torch, so that a table is planned in seconds. How the numbers come about stands
-in `scripts.planning`; what they are worth is measured by scripts/dry_run.py.
+in `scripts.planning`; what they are worth is measured by scripts/dry_run.py. Memory is planned in
+float32, without gradient checkpointing: an upper bound for half precision and for recomputed
+activations.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -69,9 +71,15 @@ def estimate(cfg: Any) -> Cost:
 def _estimate(content: str) -> Cost:
     cfg = OmegaConf.create(json.loads(content))
     try:
-        shape, adaptation = read_architecture(cfg), read_adaptation(cfg)
+        return _of_known_model(cfg, read_architecture(cfg), read_adaptation(cfg))
     except UnknownCostError as error:
         return Cost(basis=str(error))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        # A value of the wrong type or range; the check before work says which and what is allowed.
+        return Cost(basis=f"the settings cannot be planned with: {error}")
+
+
+def _of_known_model(cfg: Any, shape: Architecture, adaptation: Adaptation) -> Cost:
     if cfg.trainer.device == "cpu":
         return _of_disk_alone(cfg, shape, adaptation, "the time of a CPU is not planned")
     try:
@@ -81,19 +89,27 @@ def _estimate(content: str) -> Cost:
     workload = read_workload(cfg, shape, lengths)
     ledger = write_down(shape, adaptation, workload.largest, CUDA)
     space = disk.run_disk(cfg, ledger, workload, lengths.rows["scored"])
-    device_bytes, part = _device_bytes(cfg, shape, adaptation, ledger, workload, lengths)
+    device, problem = _device()
+    peak, part = _device_bytes(cfg, shape, adaptation, ledger, workload, lengths, device)
     known = Cost(
-        device_bytes=device_bytes,
+        device_bytes=peak,
         device_peak=part,
         disk_bytes=space.kept,
         disk_peak_bytes=space.peak,
+        basis=problem,
     )
-    try:
-        device = speed.planned_device()
-    except UnknownCostError as error:
-        return Cost(**{**vars(known), "basis": str(error)})
+    if device is None:
+        return known
     seconds, basis = _seconds(cfg, shape, adaptation, workload, lengths, device)
-    return Cost(**{**vars(known), "seconds": seconds, "device": device.label, "basis": basis})
+    return replace(known, seconds=seconds, device=device.label, basis=basis)
+
+
+def _device() -> tuple[speed.Device | None, str]:
+    """Return the device that is planned for, or why there is none."""
+    try:
+        return speed.planned_device(), ""
+    except UnknownCostError as error:
+        return None, str(error)
 
 
 def device_bytes(cfg: Any) -> int | None:
@@ -108,14 +124,15 @@ def device_bytes(cfg: Any) -> int | None:
 def _of_disk_alone(cfg: Any, shape: Architecture, adaptation: Adaptation, reason: str) -> Cost:
     """Return what needs no knowledge of device or data: the disk, which the model decides."""
     batch = Batch(1, 2, shape.family == "gpt2", targets=1)
-    workload = Workload(cfg.trainer.max_steps or 0, 1, batch, batch, 0, batch)
+    steps = UNKNOWN_STEPS if cfg.trainer.max_steps is None else cfg.trainer.max_steps
+    workload = Workload(steps, 1, batch, batch, 0, batch)
     ledger = write_down(shape, adaptation, batch, CPU)
     space = disk.run_disk(cfg, ledger, workload, UNKNOWN_ROWS)
     return Cost(disk_bytes=space.kept, disk_peak_bytes=space.peak, basis=reason)
 
 
-#: inputs of a scored split whose size is not known.
-UNKNOWN_ROWS = 2000
+#: inputs of a scored split, and steps of a run, of which the number is not known.
+UNKNOWN_ROWS, UNKNOWN_STEPS = 2_000, 100_000
 
 
 def _device_bytes(
@@ -125,12 +142,13 @@ def _device_bytes(
     ledger: Ledger,
     workload: Workload,
     lengths: TaskLengths,
+    device: speed.Device | None,
 ) -> tuple[int, str]:
     """Return the larger peak of training and decoding, and which of them it is."""
     training = 0
     if workload.steps:
         sizes = memory.step_bytes(ledger, accumulates=workload.micro_batches > 1)
-        training = sizes["peak"]
+        training = round(sizes["peak"] * _correction(cfg, shape, adaptation, workload, device))
         if cfg.trainer.precision != "fp32":
             training += ledger.parameters * FLOAT // 2  # autocast keeps casts of the weights
     decoding = read_decoding(cfg, lengths)
@@ -146,6 +164,27 @@ def _device_bytes(
         new_tokens=decoding.new_tokens,
     )
     return (training, "training") if training >= peak else (peak, "decoding")
+
+
+def _correction(
+    cfg: Any,
+    shape: Architecture,
+    adaptation: Adaptation,
+    workload: Workload,
+    device: speed.Device | None,
+) -> float:
+    """Return measured over planned peak of a step that was measured on the device, else 1."""
+    if device is None:
+        return 1.0
+    mean = workload.mean
+    for entry in speed.measured_steps(cfg, mean.sequences, device):
+        length = entry["batch_tokens"]
+        if not mean.is_packed:
+            length = -(-length // mean.sequences)
+        ledger = write_down(shape, adaptation, replace(mean, length=length), CUDA)
+        planned = memory.step_bytes(ledger, accumulates=False)["peak"]
+        return float(entry["peak_bytes"] / planned)
+    return 1.0
 
 
 def _seconds(

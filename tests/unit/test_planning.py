@@ -79,6 +79,15 @@ def test_what_is_not_known_is_said_and_not_guessed(overrides: list[str], message
     assert costs.device_bytes(compose([*E2E, *overrides])) is None
 
 
+@pytest.mark.parametrize("wrong", ["recipe.rank=abc", "trainer.batch_size=0", "recipe.rank=null"])
+def test_a_wrong_value_does_not_stop_a_plan(wrong: str) -> None:
+    cost = costs.estimate(compose([*E2E, "method=lora", wrong]))
+    assert cost.seconds is cost.device_bytes is None
+    assert "cannot be planned with" in cost.basis
+    with pytest.raises(ValueError, match=wrong.partition("=")[0].rpartition(".")[2]):
+        cell.check(compose([*E2E, "method=lora", wrong]))
+
+
 def test_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 99}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -203,7 +212,7 @@ H100 = speed.Device(
 )  # fmt: skip
 STEP = {
     "model": "gpt2_medium", "method": "lora", "precision": "fp32", "matmul_precision": "fp32",
-    "batch_tokens": 420, "batch_size": 8, "ms_per_step": 40.0, "peak_bytes": 1,
+    "batch_tokens": 420, "batch_size": 8, "ms_per_step": 40.0, "peak_bytes": 2_000_000_000,
 }  # fmt: skip
 
 
@@ -233,6 +242,18 @@ def test_a_step_is_bound_by_its_kernels_or_by_its_flops(on: Any) -> None:
     assert "60% of 67 TFLOP/s (fp32), at least 25 us a kernel" in e2e.basis
     adalora = costs.estimate(compose([*E2E, "method=adalora"]))
     assert adalora.seconds > 1.5 * e2e.seconds
+
+
+def test_a_measured_peak_corrects_the_planned_one(on: Any) -> None:
+    cfg = compose([*E2E, "method=lora", "predict=false"])
+    on(H100)
+    planned = costs.estimate(cfg).device_bytes
+    shape, adaptation = read_architecture(cfg), read_adaptation(cfg)
+    batch = read_workload(cfg, shape, read_lengths(cfg)).mean
+    ledger = write_down(shape, adaptation, dataclasses.replace(batch, length=420), CUDA)
+    there = memory.step_bytes(ledger, accumulates=False)["peak"]
+    on(measured(peak_bytes=round(1.2 * there)))
+    assert costs.estimate(cfg).device_bytes == pytest.approx(1.2 * planned, rel=1e-6)
 
 
 def test_a_measured_step_counts_before_an_estimate(on: Any) -> None:
