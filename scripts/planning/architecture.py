@@ -145,7 +145,7 @@ def _raw(cfg: Any) -> dict[str, Any]:
     if model.get("pretrain") is not None:
         named = [o.removeprefix("model=") for o in model.pretrain if o.startswith("model=")]
         for name in named:
-            other = read_plan_file(f"../model/{name}.yaml")
+            other = _read_yaml(ROOT / "configs" / "model" / f"{name}.yaml")
             if other.get("architecture"):
                 return dict(other["architecture"])
     known = read_plan_file("models.yaml")["architectures"].get(model.get("hub_id"))
@@ -159,9 +159,13 @@ def _raw(cfg: Any) -> dict[str, Any]:
 
 def read_plan_file(name: str) -> dict[str, Any]:
     """Return the content of a file in configs/plan."""
+    return _read_yaml(ROOT / "configs" / "plan" / name)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "plan" / name))
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

@@ -277,7 +277,8 @@ class Ledger:
         self.operations[-1].work += outputs * width * FLOAT
         if x.needs_grad:
             self.operations[-1].kept |= self._keep(whole)
-        self.forward_launches += 1
+        self.forward_launches += 1  # and the gradient is cut again
+        self.backward_launches += 4
         return out
 
     def _branches(self, x: Value, out: Value, width: int, outputs: list[int]) -> Value:

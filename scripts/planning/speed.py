@@ -112,7 +112,7 @@ def cuda_device_name() -> str | None:
 
 
 def measured_costs(device: str, folder: Path | None = None) -> dict[str, Any]:
-    """Return the measured costs of a device: the newest file in results/gpu that is of it.
+    """Return the measured costs of a device: of its files in results/gpu the last by name.
 
     Args:
         device: part of the device's name.

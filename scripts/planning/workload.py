@@ -20,7 +20,7 @@ class Workload:
         micro_batches: forward passes of a step.
         mean: the average micro-batch.
         largest: the largest one of the run.
-        evaluated: forward passes over the validation split in all evaluations together.
+        evaluated: forward passes over batches of the validation split, all evaluations together.
         evaluation: the average batch of an evaluation.
     """
 
@@ -67,15 +67,15 @@ def read_workload(cfg: Any, shape: Architecture, lengths: TaskLengths) -> Worklo
     evaluations = _evaluations(steps, steps_per_epoch, trainer.evaluate_every_epochs)
     batches = math.ceil(lengths.rows["validation"] / trainer.eval_batch_size)
     scored = 0
-    if shape.family == "roberta" and trainer.checkpoint_rule == "best":
-        # The metric of an epoch takes a second pass over the split.
+    if shape.family == "roberta":
+        # The metric of an epoch takes a second pass over the split, and so do the final scores.
         scored = math.ceil(lengths.rows["validation"] / cfg.task.predict_batch_size)
     return Workload(
         steps=steps,
         micro_batches=math.ceil(trainer.batch_size / micro),
         mean=mean_batch(shape, lengths, micro),
         largest=_largest(shape, lengths, micro),
-        evaluated=evaluations * (batches + scored),
+        evaluated=evaluations * (batches + scored) + scored * bool(cfg.predict),
         evaluation=mean_batch(shape, lengths, trainer.eval_batch_size),
     )
 

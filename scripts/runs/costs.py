@@ -205,8 +205,8 @@ def _seconds(
         step, basis = measured or (speed.step_seconds(ledger, device, kind), estimated)
         total += workload.steps * workload.micro_batches * step
         bases.append(basis)
-        evaluation = write_down(shape, adaptation, workload.evaluation, CUDA)
-        total += workload.evaluated * speed.forward_seconds(evaluation, device, kind)
+    evaluation = write_down(shape, adaptation, workload.evaluation, CUDA)
+    total += workload.evaluated * speed.forward_seconds(evaluation, device, kind)
     decoding = read_decoding(cfg, lengths)
     if decoding is not None:
         ledger = write_down(shape, adaptation, workload.mean, CUDA)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delta_lora.analysis.memory_model import LiveBytes, measure_step
 from delta_lora.methods.full import Full
@@ -192,6 +193,58 @@ def test_steps_and_micro_batches_are_the_recipes(
     rows = read_lengths(cfg).rows["train"]
     assert instantiate(cfg.trainer).total_steps(rows) == steps
     assert work.largest.length >= work.mean.length
+
+
+def test_evaluations_are_counted_in_batches() -> None:
+    cfg = compose([*COLA, "method=lora"])
+    work = read_workload(cfg, read_architecture(cfg), read_lengths(cfg))
+    assert work.evaluated == 80 * (17 + 17) + 17  # loss and metric of 80 epochs, final scores
+    cfg = compose([*E2E, "method=lora"])
+    work = read_workload(cfg, read_architecture(cfg), read_lengths(cfg))
+    assert work.evaluated == 5 * 584
+    never = compose([*E2E, "method=lora", "trainer.evaluate_every_epochs=null"])
+    assert read_workload(never, read_architecture(never), read_lengths(never)).evaluated == 0
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts the operations that compute something."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        alias = returns[0].alias_info if returns else None
+        self.number += alias is None or alias.is_write
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["full", "full_query_value", "lora", "adalora", "delta_lora"])
+def test_kernels_of_a_step_are_about_its_counted_operations(name: str) -> None:
+    spec = load_table("table1")
+    row = next(r for r in spec.rows if r.name == name)
+    overrides = dry_run.row_settings(spec, row, is_small=True)["overrides"]
+    deep = "{model_type: gpt2, vocab_size: 29, n_embd: 16, n_layer: 24, n_head: 2}"
+    cfg, batch = compose([*overrides, f"++model.architecture={deep}"]), Batch(2, 12, True, 6)
+    task, trainer, method = (instantiate(cfg[part]) for part in ("task", "trainer", "method"))
+    model = random_model(cfg, task)
+    method.inject(model, projections=None, head=task.head, total_steps=1000, seed=1)
+    optimizer, loss = (
+        trainer.optimizer(model, method),
+        dry_run._loss(cfg, task, model.train(), batch),
+    )
+    for step in range(2):
+        with CountedOperations() as counted:
+            total, extra = loss(), method.extra_loss()
+            (total if extra is None else total + extra).backward()
+            method.before_step(step)
+            optimizer.step()
+            method.after_step(step)
+        optimizer.zero_grad()
+    ledger = small_ledger(cfg, batch)
+    further = speed.BRANCH_LAUNCHES.get(ledger.adaptation.method, 0) * ledger.num_branches
+    planned = ledger.forward_launches + ledger.backward_launches + further
+    # A CPU makes dropout of several operations, CUDA of one.
+    assert planned == pytest.approx(counted.number, rel=0.25)
 
 
 def test_less_data_and_fewer_steps_are_less_work() -> None:
