@@ -36,7 +36,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan tiny-models reproduce-all $(REPRODUCE) audit sweep report gpu-check check-results check-pins clean check-python
+.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -62,8 +62,11 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 
 REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
-plan: $(READY)  ## what the tables still need and how long it will take
+plan: $(READY)  ## what the tables still need: runs, hours, device memory, disk
 	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+
+dry-run: $(READY)  ## is the plan right? every row of Tables 1 to 4 at full size, 3 steps on a CPU (an hour)
+	@$(RUN) scripts/dry_run.py $$ARGS
 
 tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1

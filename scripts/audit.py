@@ -50,6 +50,7 @@ from scripts.runs.batch import (
 from scripts.runs.jobs import Job
 from scripts.runs.plan import CellModule, Durations, parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, missing_device, resolve_scale
+from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
 from scripts.tables import differences
 
@@ -89,6 +90,7 @@ def run_missing(
         durations = Durations()
         durations.read([outputs], cell)
         chosen = allot(workers, plan.scale, plan.extra, len(todo), lambda: largest_need(todo))
+        check_disk_space(todo, len(chosen.environments))
         print(expected_time(todo, len(chosen.environments), durations, cell))
         print(chosen.text, flush=True)
         logs = outputs / "logs"

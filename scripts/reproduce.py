@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import describe, list_cells
+from scripts.reporting.plan import describe, describe_costs, list_cells
 from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.runs.allotment import allot, largest_need, parse_workers
@@ -43,8 +43,9 @@ from scripts.runs.batch import (
     with_starts,
 )
 from scripts.runs.jobs import Outcome
-from scripts.runs.plan import Cell, CellModule, Durations, parse_overrides, parse_seeds
+from scripts.runs.plan import Cell, CellModule, CellStatus, Durations, parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, missing_device, resolve_scale
+from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
 from scripts.tables import make
 
@@ -113,16 +114,13 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     if refusal is not None and not options.plan:
         raise ValueError(refusal)
 
-    for spec in specs:
-        print("\n".join(describe(spec, plans[spec.name], states)))
-    shared = sum(map(len, plans.values())) - len(distinct)
-    if shared:
-        print(f"{shared} runs are shared by several rows or tables and run once")
-    if len(todo) > len(missing):
-        print(f"runs that are only made to start others from them: {len(todo) - len(missing)}")
     durations = Durations()
     if todo:
         durations.read([item.folder.parent for item in distinct.values()], cell)
+    _print_plan(specs, plans, states, todo, num_workers, durations, cell)
+    if len(todo) > len(missing):
+        print(f"runs that are only made to start others from them: {len(todo) - len(missing)}")
+    if todo:
         print(expected_time(todo, num_workers, durations, cell), flush=True)
         print(chosen.text if refusal is None else f"would be refused: {refusal}", flush=True)
     else:
@@ -133,6 +131,7 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
     failures: dict[str, Outcome] = {}
     if todo or options.prepare:
         check_before_work(todo, options.results / scale, cell)
+        check_disk_space(todo, num_workers)
         logs = next(iter(distinct.values())).folder.parent / "logs"
         name = "-".join(plans)
         with Pool(module, environments=chosen.environments, logs=logs, name=name) as pool:
@@ -147,6 +146,31 @@ def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> in
                 return 0
             failures = run_cells(pool, todo, durations, cell)
     return _finish(specs, plans, scale, seeds, extra, cell, failures, options.results)
+
+
+def _print_plan(
+    specs: Sequence[TableSpec],
+    plans: Mapping[str, Sequence[Cell]],
+    states: Mapping[str, CellStatus],
+    todo: Sequence[Cell],
+    num_workers: int,
+    durations: Durations,
+    cell: CellModule,
+) -> None:
+    """Print what every table still needs, and what that costs."""
+    for spec in specs:
+        mine = {item.signature for item in plans[spec.name]}
+        open_cells = [item for item in todo if item.signature in mine]
+        lines = describe(spec, plans[spec.name], states)
+        lines += describe_costs(open_cells, num_workers, durations, cell)
+        print("\n".join(lines))
+    num_distinct = len({item.signature for cells in plans.values() for item in cells})
+    shared = sum(map(len, plans.values())) - num_distinct
+    if shared:
+        print(f"{shared} runs are shared by several rows or tables and run once")
+    if len(specs) > 1 and todo:
+        print("all of them together:")
+        print("\n".join(describe_costs(todo, num_workers, durations, cell)))
 
 
 def _finish(

@@ -108,6 +108,7 @@ def measure_step(
     loss: Callable[[], Tensor],
     *,
     warm_up_steps: int = 1,
+    micro_batches: int = 1,
 ) -> dict[str, int]:
     """Return the bytes of every category and the peak of one optimiser step.
 
@@ -117,17 +118,21 @@ def measure_step(
         optimizer: over the trained parameters.
         loss: the loss of one forward pass.
         warm_up_steps: steps before the measured one, at least 1, so that all state exists.
+        micro_batches: forward and backward passes of a step, at least 1; all but the first find
+            the gradients of those before them.
 
     Returns:
-        `CATEGORIES` and ``peak``.
+        `CATEGORIES` (activations of one micro-batch) and ``peak``.
 
     Raises:
-        ValueError: there is no step before the measured one.
+        ValueError: there is no step before the measured one, or no micro-batch.
     """
     if warm_up_steps < 1:
         raise ValueError(f"warm_up_steps={warm_up_steps}: the optimiser has no state before a step")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches={micro_batches}: a step needs at least 1")
     for step in range(warm_up_steps):
-        _step(method, optimizer, loss, step)
+        _step(method, optimizer, loss, step, micro_batches)
         optimizer.zero_grad()
     parameters = list(model.parameters())
     kept = kept_parameters(model)
@@ -149,35 +154,43 @@ def measure_step(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = _whole_loss(method, loss, warm_up_steps)
+        total = _whole_loss(method, loss, warm_up_steps, 0, is_last=True)
     static["activations"] = sum(t.untyped_storage().nbytes() for t in saved.values())
     saved.clear()
     del total
     if is_cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        _step(method, optimizer, loss, warm_up_steps)
+        _step(method, optimizer, loss, warm_up_steps, micro_batches)
         peak = torch.cuda.max_memory_allocated(device)
     else:
         with LiveBytes() as counter:
-            _step(method, optimizer, loss, warm_up_steps)
+            _step(method, optimizer, loss, warm_up_steps, micro_batches)
         peak = counter.peak + static["weights"] + static["optimizer"] + static["method"]
     static["gradients"] = _bytes([p.grad for p in parameters if p.grad is not None])
     optimizer.zero_grad()
     return {**{name: static[name] for name in CATEGORIES}, "peak": peak}
 
 
-def _whole_loss(method: Method, loss: Callable[[], Tensor], step: int) -> Tensor:
-    method.before_micro_batch(step, 0)
+def _whole_loss(
+    method: Method, loss: Callable[[], Tensor], step: int, micro_step: int, *, is_last: bool
+) -> Tensor:
+    method.before_micro_batch(step, micro_step)
     total = loss()
-    extra = method.extra_loss()
+    extra = method.extra_loss() if is_last else None
     return total if extra is None else total + extra
 
 
 def _step(
-    method: Method, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], step: int
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    step: int,
+    micro_batches: int,
 ) -> None:
-    _whole_loss(method, loss, step).backward()
+    for micro_step in range(micro_batches):
+        is_last = micro_step == micro_batches - 1
+        _whole_loss(method, loss, step, micro_step, is_last=is_last).backward()
     method.before_step(step)
     optimizer.step()
     method.after_step(step)

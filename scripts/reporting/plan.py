@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.reporting.spec import TableSpec
-from scripts.runs.plan import Cell, CellModule, CellStatus
+from scripts.runs.costs import Cost, estimate
+from scripts.runs.plan import Cell, CellModule, CellStatus, Durations, format_seconds
+from scripts.runs.space import disk_need, gib
+
+WIDTH = 100
 
 
 def list_cells(
@@ -71,3 +76,100 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellSt
             reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
             lines.append(f"    {cell.run}, seed {cell.seed}: {status.state}{reason}")
     return lines
+
+
+def describe_costs(
+    todo: Sequence[Cell], num_workers: int, durations: Durations, cell: CellModule
+) -> list[str]:
+    """Return what open runs cost, as lines of at most 100 characters; none where there is no run.
+
+    Args:
+        todo: the open runs of a table.
+        num_workers: runs that work at the same time.
+        durations: earlier runs on this machine, which count before any estimate.
+        cell: `scripts.runs.cell`.
+    """
+    if not todo:
+        return []
+    costs = [estimate(item.config) for item in todo]
+    lines = [
+        ("time", _time(todo, costs, num_workers, durations, cell)),
+        ("memory", _memory(todo, costs)),
+        ("disk", _disk(todo, num_workers)),
+    ]
+    return [line for name, text in lines if text for line in _wrapped(name, text)]
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _time(
+    todo: Sequence[Cell],
+    costs: Sequence[Cost],
+    num_workers: int,
+    durations: Durations,
+    cell: CellModule,
+) -> str:
+    """Return the time of the runs: from earlier runs where there are some, else by estimate."""
+    earlier, estimated, unknown = [], [], []
+    for item, cost in zip(todo, costs, strict=True):
+        seconds = durations.expect(cell.group(item.config), item.config)
+        if seconds is not None:
+            earlier.append(seconds)
+        elif cost.seconds is not None:
+            estimated.append((cost.seconds, cost.device, cost.basis))
+        else:
+            unknown.append(cost.basis)
+    parts = []
+    if earlier:
+        parts.append(
+            f"{format_seconds(sum(earlier) / num_workers)} for {len(earlier)} runs, from earlier "
+            "runs on this machine"
+        )
+    for device in dict.fromkeys(device for _, device, _ in estimated):
+        mine = [(seconds, basis) for seconds, name, basis in estimated if name == device]
+        whole = sum(seconds for seconds, _ in mine)
+        bases = "; ".join(dict.fromkeys(basis for _, basis in mine))
+        parts.append(
+            f"{format_seconds(whole)} of one {device} for {len(mine)} runs, one at a time "
+            f"({bases}; without scoring, reading data and writing checkpoints)"
+        )
+    if unknown:
+        reasons = "; ".join(dict.fromkeys(unknown))
+        parts.append(f"unknown for {len(unknown)} runs: none of their kind was made, and {reasons}")
+    return "; ".join(parts)
+
+
+def _memory(todo: Sequence[Cell], costs: Sequence[Cost]) -> str:
+    """Return the largest peak of device memory and whose it is; empty where all run on a CPU."""
+    known = [(c.device_bytes, c, item) for c, item in zip(costs, todo, strict=True)
+             if c.device_bytes is not None]  # fmt: skip
+    if not known:
+        return ""
+    size, cost, item = max(known, key=lambda entry: entry[0])
+    missing = len(todo) - len(known)
+    rest = f"; unknown for {missing} runs" if missing else ""
+    return (
+        f"at most {gib(size)} of device memory for one run: {item.row} on {item.run}, "
+        f"while {cost.device_peak}{rest}"
+    )
+
+
+def _disk(todo: Sequence[Cell], num_workers: int) -> str:
+    """Return the disk at peak and after, and what has to be downloaded."""
+    need = disk_need(todo, num_workers)
+    if need.unknown == len(todo):
+        return ""
+    peak, kept = gib(need.peak), gib(need.kept)
+    text = f"at most {peak} with {num_workers} worker(s), {kept} when all is done"
+    if need.unknown:
+        text += f"; unknown for {need.unknown} runs"
+    sizes = [
+        f"{name} {gib(size) if size is not None else '(size unknown)'}"
+        for name, size in need.downloads.items()
+    ]
+    return f"{text}; to download: {', '.join(sizes)}" if sizes else text

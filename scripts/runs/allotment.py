@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.runs import devices
+from scripts.runs.costs import device_bytes
 from scripts.runs.devices import Device
 from scripts.runs.plan import Cell
 from scripts.runs.scale import runs_on_cpu
@@ -84,14 +84,11 @@ def allot(
 
 def largest_need(cells: Sequence[Cell]) -> int | None:
     """Return the device memory in bytes for the largest of `cells`; None where it is not known."""
-    if importlib.util.find_spec("scripts.runs.costs") is None:
-        return None
-    from scripts.runs.costs import device_bytes
-
     # Seeds need the same, and each configuration takes a while.
     kinds = {(item.row, item.run): item.config for item in cells}
     needs = [device_bytes(config) for config in kinds.values()]
-    return None if not needs or None in needs else max(needs)
+    known = [need for need in needs if need is not None]
+    return max(known) if known and len(known) == len(needs) else None
 
 
 def _on_cpu(number: int | None, scale: str, num_jobs: int) -> Allotment:

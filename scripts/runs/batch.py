@@ -84,9 +84,12 @@ def expected_time(
         bases.append(durations.basis(group, item.config))
     line = f"to run: {len(todo)}; expected time: "
     if all(seconds is None for seconds in known):
-        return f"{line}unknown (no earlier run at this scale on this machine)"
+        return f"{line}unknown from earlier runs (none of this kind on this machine)"
     total = sum(seconds for seconds in known if seconds is not None)
-    parts = [f"{bases.count(basis)} from {basis}" for basis in dict.fromkeys(bases)]
+    if unknown := sum(seconds is None for seconds in known):
+        line = f"{line}unknown for {unknown} of them; for the others "
+    told = [basis for basis, seconds in zip(bases, known, strict=True) if seconds is not None]
+    parts = [f"{told.count(basis)} from {basis}" for basis in dict.fromkeys(told)]
     return (
         f"{line}about {format_seconds(total / num_workers)} with {num_workers} worker(s), from "
         f"earlier runs ({', '.join(parts)})"

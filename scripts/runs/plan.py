@@ -6,10 +6,11 @@ the same run and run once. Nothing here imports torch, so a plan takes seconds.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,16 +132,30 @@ def parse_overrides(text: str) -> list[str]:
     return overrides
 
 
+#: what two runs must share for the time of one to tell that of the other: scale, task and data,
+#: model, and how much is done. The method may differ.
+SAME_KIND = (
+    "choices.scale", "choices.task", "model.name", "train_fraction", "predict", "init_from",
+    "task.source", "task.max_rows", "task.embedded_sizes", "task.max_length",
+    "task.max_source_length", "task.max_target_length", "task.decoding",
+    "trainer.max_steps", "trainer.num_epochs", "trainer.batch_size", "trainer.micro_batch_size",
+    "trainer.precision", "trainer.matmul_precision", "trainer.device",
+)  # fmt: skip
+#: values that a record leaves out where they are these.
+USUAL = {"trainer.matmul_precision": "fp32", "predict": True}
+
+
 class Durations:
     """Expected seconds of a run, from the runs that are finished.
 
-    The mean of the same group (all settings but the seed) if it has one, else of the same task at
-    the same scale, else unknown.
+    The mean of the same group (all settings but the seed) if it has one, else of the runs that are
+    of the same kind (`SAME_KIND`), else unknown: a run of other steps, another model or other data
+    tells nothing.
     """
 
     def __init__(self) -> None:
         self._by_group: dict[str, list[float]] = defaultdict(list)
-        self._by_kind: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._by_kind: dict[str, list[float]] = defaultdict(list)
 
     def read(self, outputs: Iterable[Path], cell: CellModule) -> None:
         """Add every finished run in the folders `outputs`."""
@@ -167,11 +182,30 @@ class Durations:
         """Return which runs `expect` is the mean of."""
         if self._by_group.get(group):
             return "same settings"
-        return "same task and scale" if self._by_kind.get(_kind(config)) else "no earlier run"
+        is_known = self._by_kind.get(_kind(config))
+        return "same task, model, data and steps" if is_known else "no earlier run"
 
 
-def _kind(config: Any) -> tuple[str, str]:
-    return config["choices"]["scale"], config["choices"]["task"]
+def _kind(config: Any) -> str:
+    """Return what `SAME_KIND` names of a configuration, composed or as a record has it."""
+    values = {key: _at(config, key) for key in SAME_KIND}
+    # A folder, another run's name or null: the length of a run depends on whether it is there.
+    values["init_from"] = values["init_from"] is not None
+    return json.dumps(values, sort_keys=True, default=_plain)
+
+
+def _at(config: Any, key: str) -> Any:
+    node = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping):
+            return USUAL.get(key)
+        node = node.get(part)
+    return USUAL.get(key) if node is None else node
+
+
+def _plain(node: Any) -> Any:
+    """Return a mapping or a list of OmegaConf as JSON has it."""
+    return dict(node) if isinstance(node, Mapping) else list(node)
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,10 +133,7 @@ def test_a_wrong_number_of_workers_is_refused(text: str) -> None:
 
 
 def test_the_largest_cell_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs: Any = ModuleType("scripts.runs.costs")
-    costs.__spec__ = SimpleNamespace(name="scripts.runs.costs")
-    costs.device_bytes = lambda config: config
-    monkeypatch.setitem(__import__("sys").modules, "scripts.runs.costs", costs)
+    monkeypatch.setattr(allotment, "device_bytes", lambda config: config)
 
     def cells(*needs: int | None) -> Any:
         return [SimpleNamespace(row=str(i), run="e2e", config=n) for i, n in enumerate(needs)]

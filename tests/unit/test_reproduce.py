@@ -364,7 +364,7 @@ def test_durations_prefer_the_same_settings() -> None:
     durations.add("h", config, 10.0)
     assert (durations.expect("g", config), durations.basis("g", config)) == (
         10.0,
-        "same task and scale",
+        "same task, model, data and steps",
     )
     durations.add("g", config, 40.0)
     assert (durations.expect("g", config), durations.basis("g", config)) == (40.0, "same settings")
