@@ -116,8 +116,7 @@ def row_settings(spec: TableSpec, row: Any, *, is_small: bool) -> dict[str, Any]
 
     Table 1's rows are measured at the recipe's batch, the others with fewer examples (`EXAMPLES`),
     which a CPU finishes sooner; the plan is of the same batch. Lengths are the mean ones of the
-    data, XSum's the longest that the task allows, in two micro-batches; Table 4 is measured on its
-    first task.
+    data. A step of Table 3 has two micro-batches; Table 4 is measured on its first task.
     """
     run, base = next(iter(spec.runs.items()))
     overrides = [*base, *row.overrides, "scale=paper", "seed=1", "model.init=random"]
@@ -130,17 +129,11 @@ def row_settings(spec: TableSpec, row: Any, *, is_small: bool) -> dict[str, Any]
     if "DeltaLora" in cfg.method["_target_"]:
         overrides.append("method.start_step=-1")
     shape, lengths = read_architecture(cfg), read_lengths(cfg)
-    if shape.family == "bart":
-        length = 64 if is_small else cfg.task.max_source_length
-        batch = Batch(EXAMPLES[spec.name], length, targets=length // 12, has_padding=False)
-        micro_batches = 2
-    else:
-        batch, micro_batches = mean_batch(shape, lengths, EXAMPLES[spec.name]), 1
     return {
         "run": run,
         "overrides": overrides,
-        "batch": vars(batch),
-        "micro_batches": micro_batches,
+        "batch": vars(mean_batch(shape, lengths, EXAMPLES[spec.name])),
+        "micro_batches": 2 if shape.family == "bart" else 1,
         "steps": STEPS if cfg.trainer.max_steps != 0 else 0,
     }
 

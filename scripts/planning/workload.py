@@ -108,7 +108,8 @@ def mean_batch(shape: Architecture, lengths: TaskLengths, sequences: int) -> Bat
         tokens = sequences * (lengths.sequence.mean - 1)  # the last token is only a target
         return Batch(sequences, round(tokens), True, round(sequences * _targets(lengths).mean))
     targets = 0 if lengths.targets is None else round(lengths.targets.mean_of_longest(sequences))
-    return Batch(sequences, round(lengths.sequence.mean_of_longest(sequences)), targets=targets)
+    longest = round(lengths.sequence.mean_of_longest(sequences))
+    return Batch(sequences, longest, targets=targets, has_padding=sequences > 1)
 
 
 def _mean_of_step(shape: Architecture, lengths: TaskLengths, trainer: Any, micro: int) -> Batch:
