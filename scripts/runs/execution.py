@@ -232,5 +232,6 @@ def _mirrors(cfg: DictConfig, plan: Plan) -> list[Any]:
             tags=[choices.task, choices.method, choices.scale],
             run_config=plan.signed,
             _convert_="all",
+            _recursive_=False,  # what a run is made of is named in there, not to be made again
         )
     ]
