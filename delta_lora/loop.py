@@ -97,6 +97,7 @@ class Loop:
 
     def run(self) -> FitResult:
         """Train to the end; see `delta_lora.trainer.Trainer.fit` for what is raised."""
+        self._say_where()
         self._warn_of_long_warmup()
         stored = checkpoint.latest(self.folder / "checkpoints")
         self._build(stored)
@@ -115,6 +116,15 @@ class Loop:
         return self._finish()
 
     # ------------------------------------------------------------------ beginning
+
+    def _say_where(self) -> None:
+        if self.accelerator.is_main_process:
+            is_cuda = self.device.type == "cuda"
+            logger.info(
+                "training on %s%s, %d process(es), %s, float32 products in %s",
+                self.device, f" ({torch.cuda.get_device_name(self.device)})" if is_cuda else "",
+                self.world, self.settings.precision, self.settings.matmul_precision,
+            )  # fmt: skip
 
     def _warn_of_long_warmup(self) -> None:
         if 0 < self.total <= self.warmup:

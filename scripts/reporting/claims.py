@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from delta_lora import stats
@@ -22,8 +23,21 @@ RESOURCE_LABELS = {
 TIMES = ("step_time_s", "train_time_s", "predict_time_s", "tokens_per_s")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run was made.
+
+    Attributes:
+        device: its name.
+        cells_on_device: how many runs it did at a time.
+    """
+
+    device: str
+    cells_on_device: int
+
+
 def judge_claims(
-    spec: TableSpec, scores: Values, resources: Values, sharing: Mapping[str, Sequence[int]]
+    spec: TableSpec, scores: Values, resources: Values, places: Mapping[str, Sequence[Place]]
 ) -> list[dict[str, Any]]:
     """Return the claims of a table with their verdicts, as in the results JSON.
 
@@ -31,13 +45,13 @@ def judge_claims(
         spec: the table.
         scores: printed values of the columns.
         resources: bytes, seconds and rates.
-        sharing: by row, for each of its runs, how many runs its device did at a time.
+        places: by row, where each of its runs was made.
 
     Returns:
         One mapping per claim. A claim of one part carries that part's difference and interval; with
         several parts these are null there and stand in ``parts``.
     """
-    return [_judge_claim(spec, claim, scores, resources, sharing) for claim in spec.claims]
+    return [_judge_claim(spec, claim, scores, resources, places) for claim in spec.claims]
 
 
 def compare_contrasts(spec: TableSpec, scores: Values) -> list[dict[str, Any]]:
@@ -61,12 +75,12 @@ def _judge_claim(
     claim: Claim,
     scores: Values,
     resources: Values,
-    sharing: Mapping[str, Sequence[int]],
+    places: Mapping[str, Sequence[Place]],
 ) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     for part in claim.parts:
         if part.expect == "comparable":
-            parts += _judge_comparable(spec, part, resources, sharing)
+            parts += _judge_comparable(spec, part, resources, places)
         elif part.expect == "best":
             parts += [_judge_best(spec, part, name, scores) for name in part.columns]
         else:
@@ -125,7 +139,7 @@ def _judge_best(spec: TableSpec, part: Part, name: str, scores: Values) -> dict[
 
 
 def _judge_comparable(
-    spec: TableSpec, part: Part, resources: Values, sharing: Mapping[str, Sequence[int]]
+    spec: TableSpec, part: Part, resources: Values, places: Mapping[str, Sequence[Place]]
 ) -> list[dict[str, Any]]:
     """Judge "costs at most so much more"; a time only from runs that had their device alone."""
     parts = []
@@ -139,14 +153,9 @@ def _judge_comparable(
                 label = "whole training time, as that of the steps is not recorded"
             ratio = stats.paired_ratio(ours.get(used, {}), theirs.get(used, {}))
             judgement = stats.judge_at_most(ratio, limit=part.limit)
-            together = [*sharing.get(part.row, ()), *sharing.get(other, ())]
-            num_shared = sum(number > 1 for number in together)
-            note = None
-            if used in TIMES and num_shared:
-                note = (
-                    f"{num_shared} of {len(together)} runs shared their device; make the runs of "
-                    "these rows anew with WORKERS=number of devices (on a CPU: 1)"
-                )
+            together = [*places.get(part.row, ()), *places.get(other, ())]
+            note = _why_not_comparable(together, is_time=used in TIMES)
+            if note is not None:
                 judgement = stats.Judgement(stats.UNDECIDED, note)
             statement = (
                 f"{spec.row(part.row).label} relative to {spec.row(other).label}, "
@@ -156,6 +165,20 @@ def _judge_comparable(
             judged = _part(statement, comparison, judgement, None)
             parts.append(judged if note is None else {**judged, "note": note})
     return parts
+
+
+def _why_not_comparable(places: Sequence[Place], *, is_time: bool) -> str | None:
+    """Return why the costs of runs say nothing about one another, or None."""
+    devices = sorted({place.device for place in places})
+    if len(devices) > 1:
+        return f"the runs were made on different devices ({'; '.join(devices)}); use one kind"
+    num_shared = sum(place.cells_on_device > 1 for place in places)
+    if is_time and num_shared:
+        return (
+            f"{num_shared} of {len(places)} runs shared their device; make the runs of "
+            "these rows anew with WORKERS=number of devices (on a CPU: 1)"
+        )
+    return None
 
 
 def _difference(scores: Values, row: str, other: str, column: str) -> stats.Summary | None:

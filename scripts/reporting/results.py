@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stats
-from scripts.reporting.claims import RESOURCE_LABELS, compare_contrasts, judge_claims
+from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.spec import ROOT, Column, TableSpec
 from scripts.runs.jobs import Outcome
@@ -135,7 +135,7 @@ def build_results(
             _row(spec, row.name, entries, scores[row.name], resources[row.name])
             for row in spec.rows
         ],
-        "claims": judge_claims(spec, scores, resources, _sharing(done)),
+        "claims": judge_claims(spec, scores, resources, _places(done)),
         "contrasts": compare_contrasts(spec, scores),
     }
 
@@ -155,7 +155,7 @@ def facts_of(
     done = [entry for entry in entries if entry.record is not None]
     _check_comparable(scale, done)
     records = [entry.record for entry in done if entry.record is not None]
-    together = max((number for row in _sharing(done).values() for number in row), default=1)
+    together = max((p.cells_on_device for row in _places(done).values() for p in row), default=1)
     return {
         "number": spec.number,
         "title": spec.title,
@@ -291,13 +291,13 @@ def _resources(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, di
     return values
 
 
-def _sharing(done: Sequence[Entry]) -> dict[str, list[int]]:
-    """Return by row, for each of its runs, how many runs its device did at a time."""
-    found: dict[str, list[int]] = {}
+def _places(done: Sequence[Entry]) -> dict[str, list[Place]]:
+    """Return by row where each of its runs was made."""
+    found: dict[str, list[Place]] = {}
     for entry in done:
         assert entry.record is not None
         number = entry.record.get("resources", {}).get("cells_on_device", 1)
-        found.setdefault(entry.cell.row, []).append(int(number))
+        found.setdefault(entry.cell.row, []).append(Place(device_of(entry.record), int(number)))
     return found
 
 

@@ -336,6 +336,12 @@ def test_a_launch_that_shards_is_refused(
         fit(tmp_path)
 
 
+def test_the_device_that_is_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, max_steps=1)
+    assert "training on cpu, 1 process(es), fp32, float32 products in fp32" in caplog.text
+
+
 def test_a_device_that_torch_cannot_use_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

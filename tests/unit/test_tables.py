@@ -380,6 +380,19 @@ def test_time_is_not_judged_where_runs_shared_a_device(spec: TableSpec) -> None:
     assert "runs at a time" not in to_markdown(results)
 
 
+def test_costs_on_different_devices_are_not_compared(
+    spec: TableSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_measured(spec, step_time_s=lambda c: 10.0)
+    monkeypatch.setattr(
+        tables, "device_of",
+        lambda record: "NVIDIA H100" if record["method"] == "lora" else "a CPU",
+    )  # fmt: skip
+    parts = claim(build(spec), "C8")["parts"]
+    assert [part["verdict"] for part in parts] == ["undecided", "undecided"]
+    assert "made on different devices (NVIDIA H100; a CPU)" in parts[0]["reason"]
+
+
 def test_one_seed_decides_nothing(spec: TableSpec) -> None:
     finish(cells_of(spec, seeds=[1]))
     results = build(spec, seeds=[1])
