@@ -67,7 +67,6 @@ SMALL = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(arguments)
-    logging.disable(logging.WARNING)
     names = options.tables.split(",")
     if unknown := [name for name in names if name not in TABLES]:
         print(f"error: --tables={','.join(unknown)}: use {', '.join(TABLES)}", file=sys.stderr)
@@ -367,4 +366,5 @@ def _pair(
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what models and data say of themselves
     sys.exit(main())

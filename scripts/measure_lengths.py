@@ -124,7 +124,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
     tokenizer = load_tokenizer(options.tokenizer)
     found: dict[str, Any] = {
         "e2e": data_to_text("e2e", options.data / "e2e" / "lora", tokenizer),
@@ -139,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what models and data say of themselves
     main()
