@@ -95,11 +95,7 @@ def _execute(
     began = time.monotonic()
     with method.merged(built.model) as merged:
         analysis = _similarities(built, merged) if is_main else {}
-        predictions = (
-            predict(task, merged, built.tokenizer, plan.folder, task.scored_split)
-            if cfg.predict
-            else []
-        )
+        predictions = _predict(cfg, plan, task, built, merged)
     resources["predict_time_s"] = time.monotonic() - began
     if not is_main:
         return {}
@@ -157,6 +153,15 @@ def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, fl
         return task.score(processes.gather(own), "validation").values
 
     return score
+
+
+def _predict(
+    cfg: DictConfig, plan: Plan, task: Any, built: Built, merged: Any
+) -> list[dict[str, Any]]:
+    """Return the predictions of the scored split; none in processes other than the main one."""
+    if not cfg.predict:
+        return []
+    return predict(task, merged, built.tokenizer, plan.folder, task.scored_split)
 
 
 def _similarities(built: Built, merged: Any) -> Any:
