@@ -65,7 +65,7 @@ REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEE
 plan: $(READY)  ## what the tables still need: runs, hours, device memory, disk
 	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
-dry-run: $(READY)  ## is the plan right? every row of Tables 1 to 4 at full size, 3 steps on a CPU (an hour)
+dry-run: $(READY)  ## is the plan right? every row of Tables 1 to 4 at full size, 3 steps on a CPU (hours)
 	@$(RUN) scripts/dry_run.py $$ARGS
 
 tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
@@ -92,7 +92,7 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 report: $(READY)  ## put the generated verdicts and tables into README
 	@$(RUN) scripts/report.py
 
-gpu-check: $(GPU_READY)  ## what only a GPU can show, in nine minutes: results/gpu/DEVICE.json (ONLY=2,7)
+gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: results/gpu/DEVICE.json (ONLY=2,7)
 	@$(RUN) scripts/gpu_check.py $$ARGS
 
 check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?

@@ -78,17 +78,20 @@ class Session:
         """
         elapsed_s = self._elapsed_s()
         time_s = self._earlier.get("train_time_s", 0.0) + elapsed_s
-        step_time_s = self._earlier.get("step_time_s", 0.0) + elapsed_s - self._apart_s
         tokens = self._earlier.get("train_tokens", 0) + self.num_tokens
         peak = max(self._earlier.get("peak_memory_bytes", 0), memory.peak_bytes(self._device))
-        return {
+        found = {
             "train_time_s": time_s,
-            "step_time_s": step_time_s,
             "train_tokens": tokens,
             "tokens_per_s": tokens / max(time_s, 1e-9),
             "peak_memory_bytes": peak,
             "sessions": self._earlier.get("sessions", 0) + 1,
         }
+        # Where an earlier session did not measure it, the sum would be too small.
+        if not self._earlier or "step_time_s" in self._earlier:
+            earlier_s = self._earlier.get("step_time_s", 0.0)
+            found["step_time_s"] = earlier_s + elapsed_s - self._apart_s
+        return found
 
 
 class Stop:

@@ -165,6 +165,8 @@ def test_step_time_holds_neither_evaluation_nor_checkpoints(tmp_path: Path) -> N
         time.sleep(0.05)
     assert 7.0 <= session.resources()["step_time_s"] < 7.05
     assert session.resources()["train_time_s"] >= 9.05
+    unmeasured = Session(torch.device("cpu"), {"train_time_s": 9.0})  # by an older version
+    assert "step_time_s" not in unmeasured.resources()
 
 
 # ---------------------------------------------------------------------- signals
