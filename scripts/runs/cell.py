@@ -192,7 +192,7 @@ def check_sources(cfg: DictConfig, seen: set[str]) -> None:
     from delta_lora.sources import check_source
 
     for source, revision, needs in _model_sources(cfg):
-        key = f"{source}@{revision} {sorted(needs)}"
+        key = f"{source}@{revision} {sorted(needs.items())}"
         if key not in seen:
             with as_config_error():
                 check_source(source, revision, **needs)

@@ -174,6 +174,17 @@ def test_a_row_whose_weights_are_missing_is_named(
         batch.check_before_work(todo, tmp_path / "results", cell)
 
 
+def test_a_folder_seen_for_its_tokenizer_is_still_looked_at_for_its_weights(
+    tmp_path: Path,
+) -> None:
+    folder = write_model(tmp_path / "model", "model.safetensors")
+    cfg = composed(
+        tmp_path, f"model.path={folder}", f"model.tokenizer_path={folder}", "task.source=embedded"
+    )
+    with pytest.raises(cell.ConfigError, match=r"has no model\.safetensors"):
+        cell.check_sources(cfg, set())
+
+
 def test_the_tiny_scale_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, tmp_path)
     for task, model in (
