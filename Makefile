@@ -86,7 +86,7 @@ audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
 	starts=$(STARTS) && if [ "$$scale" = tiny ]; then : "$${starts:=0,4,50}"; else : "$${starts:=0,100,500}"; fi && \
-	$(RUN) scripts/train.py -m task=e2e model=gpt2_medium method=delta_lora recipe=e2e scale=$$scale \
+	$(RUN) scripts/train.py -m experiment=e2e method=delta_lora scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
 
 report: $(READY)  ## put the generated verdicts and tables into README

@@ -220,7 +220,7 @@ def _task(name: str, folder: Path, source: str) -> Any:
     from scripts.runs import cell
 
     task = {"mnli": "glue/mnli", "xsum": "xsum"}[name]
-    overrides = [f"task={task}", f"recipe={task}", "method=lora"]
+    overrides = [f"experiment={task}", "method=lora"]
     if source == "files":
         overrides += ["task.source=files", f"task.data_dir={folder}"]
     cache = Path(os.environ["DATA_AT_SCALE_CACHE"])

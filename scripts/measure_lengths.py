@@ -106,9 +106,7 @@ def glue(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def _load(name: str, folder: Path) -> Any:
-    cfg = compose(
-        [f"task={name}", f"recipe={name}", "task.source=files", f"task.data_dir={folder}"]
-    )
+    cfg = compose([f"experiment={name}", "task.source=files", f"task.data_dir={folder}"])
     task = instantiate(cfg.task)
     task.load()
     return task

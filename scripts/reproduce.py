@@ -12,8 +12,8 @@ Several GPUs:
     python scripts/reproduce.py table1                      all of them, from one queue
     CUDA_VISIBLE_DEVICES=0,1 python scripts/reproduce.py table1          these two
     python scripts/reproduce.py table1 --workers 8          eight runs at a time, over all of them
-    accelerate launch --multi_gpu --num_processes 8 scripts/train.py task=xsum recipe=xsum \
-      model=bart_large method=delta_lora                    one run over eight of them
+    accelerate launch --multi_gpu --num_processes 8 scripts/train.py experiment=xsum \
+      method=delta_lora                    one run over eight of them
 Without --workers a GPU takes as many runs at a time as its memory and the CPU cores allow, at most
 four. Their times are not comparable with those of runs alone: for claim C8 (time of Delta-LoRA
 against LoRA) give --workers the number of GPUs.

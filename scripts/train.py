@@ -1,7 +1,7 @@
 """Run one cell, or a sweep of cells with ``-m``.
 
 Examples:
-    python scripts/train.py task=e2e model=gpt2_medium method=delta_lora recipe=e2e seed=1
+    python scripts/train.py experiment=e2e method=delta_lora seed=1
     python scripts/train.py -m method=delta_lora method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
 """
 

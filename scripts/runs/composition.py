@@ -1,5 +1,8 @@
 """Compose the configuration of one run from configs/, with messages for whoever mistyped.
 
+An experiment pairs task, model and recipe. What none of them pairs is refused, unless it was asked for
+by name: a GLUE task with E2E's recipe is a mistake more often than a wish.
+
 Nothing here imports torch or transformers.
 """
 
@@ -8,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-GROUPS = ("task", "recipe", "model", "method", "trainer", "logger", "scale")
+GROUPS = ("experiment", "task", "recipe", "model", "method", "trainer", "logger", "scale")
+#: names further folders of configurations: hydra.searchpath=[file:///home/me/configs]
+SEARCH_PATH = "hydra.searchpath"
 
 
 class ConfigError(ValueError):
@@ -43,14 +50,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         overrides: Hydra overrides such as ``method=lora`` or ``trainer.max_steps=200``.
 
     Raises:
-        ConfigError: an unknown group member or key (with near matches), or a bad value.
+        ConfigError: an unknown group member or key (with near matches), a bad value, or a task with
+            a model or recipe that no experiment pairs it with and that was not named.
     """
     overrides = list(overrides)
     check_choices(overrides)
     try:
-        with contextlib.ExitStack() as stack:
-            if not GlobalHydra.instance().is_initialized():
-                stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
+        with _hydra():
             cfg = hydra_compose("train", overrides, return_hydra_config=True)
         choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
         with open_dict(cfg):
@@ -62,20 +68,97 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(_explain(error)) from error
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ConfigError(f"seed={cfg.seed!r} must be an integer of 0 or more")
+    check_pairing(choices, overrides)
     return cfg
 
 
-def check_choices(overrides: Iterable[str]) -> None:
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():
+            stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
+        yield
+
+
+# ---------------------------------------------------------------------- what goes together
+
+
+def check_pairing(choices: Mapping[str, str], overrides: Sequence[str]) -> None:
+    """Check that model and recipe are made for the task, or were asked for by name.
+
+    Args:
+        choices: the chosen member of each group.
+        overrides: those that the run was composed from.
+
+    Raises:
+        ConfigError: a model or recipe that no experiment pairs with the task and no override names.
+    """
+    named = {override.partition("=")[0] for override in overrides}
+    pairs = [each for each in experiments(overrides).values() if each["task"] == choices["task"]]
+    for group in ("recipe", "model"):
+        made_for = sorted({each[group] for each in pairs})
+        if choices[group] in made_for or group in named:
+            continue
+        if not pairs:
+            raise ConfigError(
+                f"no experiment has task={choices['task']}, so nothing says which {group} it goes "
+                f"with; name one ({group}=...), or write configs/experiment/{choices['task']}.yaml"
+            )
+        raise ConfigError(
+            f"{group}={choices[group]} is not made for task={choices['task']}, which goes with "
+            f"{group}={' or '.join(made_for)}. Use experiment={choices['task']}, or write "
+            f"{group}={choices[group]} to take it all the same"
+        )
+
+
+def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+    """Return task, model and recipe of every experiment, by its name.
+
+    Args:
+        overrides: may name further folders of configurations (`SEARCH_PATH`).
+    """
+    found: dict[str, dict[str, str]] = {}
+    for folder in folders(overrides):
+        for name in _members(folder / "experiment"):
+            content: Any = yaml.safe_load((folder / "experiment" / f"{name}.yaml").read_text())
+            pair: dict[str, str] = {}
+            for entry in content.get("defaults", []):
+                if isinstance(entry, dict):
+                    pair |= {key.rpartition("/")[2]: value for key, value in entry.items()}
+            if {"task", "model", "recipe"} <= pair.keys():
+                found[name] = pair
+    return found
+
+
+# ---------------------------------------------------------------------- what there is
+
+
+def folders(overrides: Iterable[str] = ()) -> list[Path]:
+    """Return the folders of configurations: ours, and those that overrides add."""
+    found = [CONFIGS]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == SEARCH_PATH:
+            entries = value.strip("[]").split(",")
+            found += [Path(e.strip(" '\"").removeprefix("file://")) for e in entries if e]
+    return found
+
+
+def check_choices(overrides: Sequence[str]) -> None:
     """Check group members and option names of `overrides` before Hydra sees them.
 
     Raises:
-        ConfigError: unknown member of a group; near matches and the list are named.
+        ConfigError: unknown member of a group; near matches and the list are named. Or a folder of
+            configurations that does not exist.
     """
+    for folder in folders(overrides):
+        if not folder.is_dir():
+            raise ConfigError(f"{SEARCH_PATH}: there is no folder {folder}")
     for override in overrides:
         group, separator, value = override.partition("=")
         if not separator or group not in GROUPS:
             continue
-        known = options(group)
+        known = options(group, overrides)
         for name in value.split(","):
             if name not in known:
                 raise ConfigError(
@@ -83,10 +166,15 @@ def check_choices(overrides: Iterable[str]) -> None:
                 )
 
 
-def options(group: str) -> list[str]:
+def options(group: str, overrides: Iterable[str] = ()) -> list[str]:
     """Return the members of a configuration group; files with a leading ``_`` are none."""
-    folder = CONFIGS / group
-    names = (p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    return sorted({name for folder in folders(overrides) for name in _members(folder / group)})
+
+
+def _members(folder: Path) -> list[str]:
+    # Below a scale's file lies what it changes, which is no scale.
+    paths = folder.glob("*.yaml") if folder.name == "scale" else folder.rglob("*.yaml")
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return sorted(name for name in names if not name.rpartition("/")[2].startswith("_"))
 
 
@@ -106,10 +194,12 @@ def _explain(error: Exception) -> str:
     unknown = re.search(r"Could not override '([\w.]+)'", message)
     if unknown:
         parent, _, key = unknown.group(1).rpartition(".")
-        with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
-            if not GlobalHydra.instance().is_initialized():
-                stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
+        with contextlib.suppress(Exception), _hydra():
             node = OmegaConf.select(hydra_compose("train"), parent) if parent else None
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
-            return f"unknown key {unknown.group(1)!r}.{_near(key, known)} Known: {', '.join(known)}"
+            if key not in known:  # else it is the file that is wrong, not the name
+                return (
+                    f"unknown key {unknown.group(1)!r}.{_near(key, known)} "
+                    f"Known: {', '.join(known)}"
+                )
     return message

@@ -166,7 +166,7 @@ def starts_from(cfg: DictConfig) -> DictConfig | None:
 
 
 def _kept(overrides: Iterable[str]) -> Iterator[str]:
-    dropped = ("task", "recipe", "seed", "init_from", "score_references")
+    dropped = ("experiment", "task", "recipe", "seed", "init_from", "score_references")
     for override in overrides:
         if override.partition("=")[0].lstrip("+~") not in dropped:
             yield override
@@ -175,7 +175,7 @@ def _kept(overrides: Iterable[str]) -> Iterator[str]:
 @functools.cache
 def _start(task: str, overrides: tuple[str, ...]) -> DictConfig:
     # Composing takes a quarter of a second; another seed is only another value.
-    return compose([*overrides, f"task={task}", f"recipe={task}"])
+    return compose([*overrides, f"experiment={task}"])
 
 
 _CHECKSUMS: dict[tuple[str, float], str] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from delta_lora.models import FAMILIES
 from scripts.reporting.spec import load_table, table_names
 from scripts.runs import cell
-from scripts.runs.composition import CONFIGS
+from scripts.runs.composition import CONFIGS, options
 from scripts.runs.scale import SCALES
 
 
@@ -39,6 +42,52 @@ def test_the_batch_of_xsum_is_cut_to_what_one_gpu_holds() -> None:
 @pytest.mark.parametrize("scale", ["tiny", "small"])
 def test_a_scale_names_only_what_exists(scale: str) -> None:
     for group in ("task", "recipe", "model", "method"):
-        scaled = CONFIGS / f"scaled_{group}" / scale
+        scaled = CONFIGS / "scale" / scale / group
         for path in scaled.rglob("*.yaml"):
             assert (CONFIGS / group / path.relative_to(scaled)).is_file(), path
+
+
+TASKS = [name for name in options("task") if not name.startswith("pretraining")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_experiment_is_one_word(task: str) -> None:
+    cfg = cell.compose([f"experiment={task}"])
+    assert (cfg.choices.task, cfg.choices.recipe) == (task, task)
+    by_hand = cell.compose([f"task={task}", f"recipe={task}", f"model={cfg.choices.model}"])
+    for part in ("task", "recipe", "model", "method", "trainer"):
+        assert cfg[part] == by_hand[part], part
+
+
+def test_the_command_line_wins_over_the_experiment() -> None:
+    cfg = cell.compose(["experiment=glue/mrpc", "model=bart_large", "recipe.rank=4"])
+    assert (cfg.model.name, cfg.method.rank, cfg.choices.task) == ("bart_large", 4, "glue/mrpc")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("task=glue/mnli model=roberta_base", "recipe=e2e is not made for task=glue/mnli"),
+        ("task=xsum recipe=xsum", "model=gpt2_medium is not made for task=xsum"),
+        ("task=glue/rte scale=tiny", "Use experiment=glue/rte, or write recipe=e2e"),
+        ("experiment=e2e task=webnlg", "recipe=e2e is not made for task=webnlg"),
+        ("experiment=glue/rt", "Did you mean 'glue/rte'"),
+        ("model=gpt2_medim", "Did you mean 'gpt2_medium'"),
+        ("recipe.rnk=3", "Did you mean 'rank'"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(overrides: str, words: str) -> None:
+    with pytest.raises(cell.ConfigError, match=re.escape(words)):
+        cell.compose(overrides.split())
+
+
+@pytest.mark.parametrize("overrides", ["task=glue/mnli recipe=e2e model=roberta_base",
+                                       "experiment=xsum model=gpt2_medium"])  # fmt: skip
+def test_what_is_asked_for_by_name_is_composed(overrides: str) -> None:
+    cell.compose(overrides.split())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_generic_model_without_keys_of_one_architecture(family: str) -> None:
+    model = cell.compose(["experiment=e2e", f"model={family}"]).model
+    assert (model.family, model.architecture, model.config_overrides) == (family, None, {})
