@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 from omegaconf import OmegaConf
@@ -63,7 +64,8 @@ def read_pins(path: Path = LISTING) -> list[Pin]:
         ValueError: an entry is not one of `KINDS`, or lacks a value.
     """
     pins = []
-    for entry in OmegaConf.to_container(OmegaConf.load(path)):  # type: ignore[union-attr]
+    entries: Any = OmegaConf.to_container(OmegaConf.load(path))
+    for entry in entries:
         if entry.get("kind") not in KINDS:
             raise ValueError(f"{path}: kind={entry.get('kind')!r}; allowed: {', '.join(KINDS)}")
         try:
@@ -93,7 +95,7 @@ def find(pin: Pin, timeout_s: float, github: str = GITHUB) -> dict[str, RemoteFi
         try:
             found[name] = RemoteFile(remote_size(url, timeout_s=timeout_s), None)
         except requests.HTTPError as error:
-            if error.response.status_code != requests.codes.not_found:
+            if error.response is None or error.response.status_code != requests.codes.not_found:
                 raise
         except (requests.ConnectionError, requests.Timeout) as error:
             raise NoAnswerError(f"{github} does not answer: {type(error).__name__}") from error

@@ -17,8 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from delta_lora import provenance
-from scripts.runs import cell
+from scripts.runs import cell, provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
 

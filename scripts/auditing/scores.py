@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from delta_lora import stats
 from scripts.auditing.words import Content, Section, direction, interval, listing
+from scripts.reporting import stats
 
 #: what the interval of a difference says, by `direction`.
 CHANGES = {

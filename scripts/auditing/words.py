@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delta_lora import stats
+from scripts.reporting import stats
 
 Content = Mapping[str, Any]
 Record = Mapping[str, Any]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from delta_lora import provenance
 from scripts.checking import poison
 from scripts.checking.children import ROOT
 from scripts.checking.finding import Context, Deadline, Finding
+from scripts.runs import provenance
 from scripts.runs.workers import Job, Pool
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "tokenizers")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from delta_lora import stats
+from scripts.reporting import stats
 from scripts.reporting.spec import Claim, Part, TableSpec
 
 #: row -> column (or resource) -> seed -> value, in the units that the table prints.

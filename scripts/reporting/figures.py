@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delta_lora import stats
+from scripts.reporting import stats
 from scripts.reporting.formats import UNDECIDED, claims_table, head_lines, md_table
 from scripts.reporting.results import Entry, absent, facts_of, write_text
 from scripts.reporting.spec import SERIES, Part, TableSpec

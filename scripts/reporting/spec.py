@@ -343,7 +343,7 @@ def _check_keys(
         raise ValueError(f"{what} has unknown keys {strangers}; allowed: {allowed}")
 
 
-def _check_names(names: Sequence[Any], known: Sequence[str], what: str) -> None:
+def _check_names(names: Sequence[Any], known: Sequence[Any], what: str) -> None:
     strangers = [name for name in names if name not in known]
     if strangers:
-        raise ValueError(f"{what}: unknown {strangers}; allowed: {', '.join(known)}")
+        raise ValueError(f"{what}: unknown {strangers}; allowed: {', '.join(map(str, known))}")

@@ -24,8 +24,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from delta_lora import processes, provenance
-from scripts.runs import devices
+from delta_lora import processes
+from scripts.runs import devices, provenance
 from scripts.runs.building import Plan, Start, as_config_error, load_task, random_model
 from scripts.runs.composition import ConfigError, check_choices, compose
 from scripts.runs.execution import execute

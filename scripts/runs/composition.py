@@ -1,7 +1,7 @@
 """Compose the configuration of one run from configs/, with messages for whoever mistyped.
 
-An experiment pairs task, model and recipe. What none of them pairs is refused, unless it was asked for
-by name: a GLUE task with E2E's recipe is a mistake more often than a wish.
+An experiment pairs task, model and recipe. What none of them pairs is refused, unless it was asked
+for by name: a GLUE task with E2E's recipe is a mistake more often than a wish.
 
 Nothing here imports torch or transformers.
 """

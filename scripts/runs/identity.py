@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from delta_lora import provenance
+from scripts.runs import provenance
 from scripts.runs.composition import CONFIGS, ROOT, ConfigError, compose
 from scripts.runs.folder import RECORD
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from delta_lora import provenance
+from scripts.runs import provenance
 from scripts.runs.building import Built, Plan
 from scripts.runs.composition import ROOT
 from scripts.runs.folder import RECORD

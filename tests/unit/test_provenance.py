@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delta_lora import provenance
+from scripts.runs import provenance
 
 
 def test_the_device_is_the_one_that_was_used_whatever_the_machine_has(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from delta_lora import stats
-from delta_lora.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Judgement
+from scripts.reporting import stats
+from scripts.reporting.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Judgement
 
 
 def test_summary_of_three_values_by_hand() -> None:
