@@ -217,14 +217,14 @@ def measure(name: str, folder: Path, source: str) -> dict[str, Any]:
 def _task(name: str, folder: Path, source: str) -> Any:
     from hydra.utils import instantiate
 
-    from scripts.runs import cell
+    from scripts.runs.composition import compose
 
     task = {"mnli": "glue/mnli", "xsum": "xsum"}[name]
     overrides = [f"experiment={task}", "method=lora"]
     if source == "files":
         overrides += ["task.source=files", f"task.data_dir={folder}"]
     cache = Path(os.environ["DATA_AT_SCALE_CACHE"])
-    made = instantiate(cell.compose(overrides).task, cache_dir=str(cache))
+    made = instantiate(compose(overrides).task, cache_dir=str(cache))
     if source == "hub":
         (_as_release if name == "mnli" else _as_hub)(made, folder, cache)
     return made

@@ -23,11 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from delta_lora.checkpoint import write_json
-from scripts.auditing import measurements
 from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
-from scripts.auditing.plan import Plan, load_settings, make_plan
+from scripts.auditing.plan import AuditPlan, load_settings, make_plan
 from scripts.reporting.results import (
     RESULTS,
     accept,
@@ -36,118 +35,73 @@ from scripts.reporting.results import (
     read_accepted,
     write_text,
 )
-from scripts.runs import cell as real_cell
-from scripts.runs.allotment import allot, largest_need, parse_workers
-from scripts.runs.batch import (
-    Progress,
-    check_before_work,
-    expected_time,
-    prepare_models,
-    run_cells,
-    stop_in_order,
-    with_starts,
-)
+from scripts.runs.allotment import allot, parse_workers
+from scripts.runs.batch import Batch, PreparationError, run_jobs, stop_in_order
+from scripts.runs.cells import parse_overrides, parse_seeds
 from scripts.runs.jobs import Job
-from scripts.runs.plan import CellModule, Durations, parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, missing_device, resolve_scale
-from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
 from scripts.tables import differences
+
+#: what a worker does with a measurement.
+MEASURE = "scripts.auditing.measurements:measure"
 
 # ---------------------------------------------------------------------- running
 
 
-def run_missing(
-    plan: Plan, workers: str, results: Path, cell: CellModule, module: str, measuring: str
-) -> bool:
+def run_missing(plan: AuditPlan, workers: str, results: Path) -> bool:
     """Run what is missing and show progress; return whether everything is done.
 
     Args:
         plan: from `make_plan`.
         workers: as for `scripts.reproduce`.
         results: where the page will be written.
-        cell: plans and runs cells.
-        module: its name, for the worker processes.
-        measuring: name of the module that measures.
     """
-    distinct = {item.signature: item for item in plan.cells}
-    missing = [c for c in distinct.values() if cell.status(c.config).state != "done"]
-    todo = with_starts(missing, cell)
-    open_measurements = [m for m in plan.measurements if m.read() is None]
+    batch = Batch.plan(plan.cells, scale=plan.scale, extra=plan.extra, workers=workers)
+    todo = [m for m in plan.measurements if m.read() is None]
     print(
-        f"audit: {len(distinct)} runs, {len(todo)} to run; {len(plan.measurements)} measurements, "
-        f"{len(open_measurements)} to make",
+        f"audit: {len(batch.cells)} runs, {len(batch.todo)} to run; {len(plan.measurements)} "
+        f"measurements, {len(todo)} to make",
         flush=True,
     )
-    if todo or open_measurements:
-        refusal = missing_device(plan.scale, plan.extra)
-        if refusal is not None:
-            raise ValueError(refusal)
-    outputs = plan.cells[0].folder.parent
-    failures: dict[str, str] = {}
-    check_before_work(todo, results, cell)
+    if batch.todo:
+        print("\n".join(batch.summary()), flush=True)
+    if batch.todo or todo:
+        batch.check(results)
+    failures = {name: outcome.error for name, outcome in batch.run("audit").items()}
     if todo:
-        durations = Durations()
-        durations.read([outputs], cell)
-        chosen = allot(workers, plan.scale, plan.extra, len(todo), lambda: largest_need(todo))
-        check_disk_space(todo, len(chosen.environments))
-        print(expected_time(todo, len(chosen.environments), durations, cell))
-        print(chosen.text, flush=True)
-        logs = outputs / "logs"
-        with Pool(module, environments=chosen.environments, logs=logs, name="audit") as pool:
-            problem = prepare_models(pool, todo, cell)
-            if problem is not None:
-                print(f"error: preparing the models failed: {problem}", file=sys.stderr)
-                return False
-            failed = run_cells(pool, todo, durations, cell)
-            failures |= {name: str(outcome.error) for name, outcome in failed.items()}
-    if open_measurements:
-        failures |= _measure(plan, open_measurements, workers, outputs / "logs", measuring)
+        failures |= _measure(plan, todo, workers, batch.logs)
     for name, reason in failures.items():
         print(f"{name}: {reason}", file=sys.stderr)
     return not failures
 
 
 def _measure(
-    plan: Plan, todo: Sequence[Measurement], workers: str, logs: Path, measuring: str
-) -> dict[str, str]:
+    plan: AuditPlan, todo: Sequence[Measurement], workers: str, logs: Path
+) -> dict[str, str | None]:
     """Make measurements and show progress; return signature to reason of those that failed."""
-    by_key = {m.signature: m for m in todo}
-    jobs = [Job("run", (measurements.as_job(m),), name) for name, m in by_key.items()]
+    jobs = [Job(MEASURE, (measurement,), measurement.signature) for measurement in todo]
+    labels = {measurement.signature: measurement.label for measurement in todo}
     # On the devices of the runs; what one needs there is not known.
     chosen = allot(workers, plan.scale, plan.extra, len(jobs))
-    failures = {}
-    with (
-        Pool(
-            measuring, environments=chosen.environments, logs=logs, name="audit-measurements"
-        ) as pool,
-        Progress(len(jobs)) as progress,
-    ):
-        for outcome in pool.run(jobs):
-            if outcome is None:
-                progress.tick([by_key[job.key].label for job, _ in pool.running])
-                continue
-            progress.step(by_key[outcome.job.key].label, outcome)
-            if outcome.error is not None:
-                failures[outcome.job.key] = outcome.error
-    return failures
+    environments, name = chosen.environments, "audit-measurements"
+    with Pool(environments=environments, logs=logs, name=name) as pool:
+        failed = run_jobs(pool, jobs, labels)
+    return {key: outcome.error for key, outcome in failed.items()}
 
 
 # ---------------------------------------------------------------------- results
 
 
-def read_records(
-    plan: Plan, cell: CellModule, accepted: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def read_records(plan: AuditPlan, accepted: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what `scripts.auditing.page.build` reads: plan, runs and measurements.
 
     Args:
         plan: from `make_plan`.
-        cell: plans and runs cells.
         accepted: take these records only; None takes those of the run folders.
     """
     if accepted is None:
-        entries = collect(plan.cells, cell)
+        entries = collect(plan.cells)
         found = [m.read() for m in plan.measurements]
     else:
         entries = collect_accepted(plan.cells, accepted)
@@ -181,14 +135,14 @@ def write(content: Mapping[str, Any], folder: Path) -> list[Path]:
     ]
 
 
-def keep(plan: Plan, cell: CellModule, folder: Path) -> None:
+def keep(plan: AuditPlan, folder: Path) -> None:
     """Copy the records to ``folder`` and ``folder/audit``; those that are there already stay.
 
     Raises:
         ValueError: a record comes from a tree with uncommitted changes.
     """
     distinct = {c.signature: c for c in plan.cells if not (folder / f"{c.signature}.json").exists()}
-    accept(collect(list(distinct.values()), cell), folder)
+    accept(collect(list(distinct.values())), folder)
     dirty = []
     for measurement in plan.measurements:
         record = measurement.read()
@@ -207,25 +161,22 @@ def keep(plan: Plan, cell: CellModule, folder: Path) -> None:
         )
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    module: str = "scripts.runs.cell",
-    measuring: str = "scripts.auditing.measurements",
-) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code.
 
     Args:
         arguments: the command line; None takes the process's.
-        module: module that plans and runs cells, for the worker processes.
-        measuring: module that measures.
     """
     options = _parser().parse_args(arguments)
     try:
         with stop_in_order():
-            return _audit(options, real_cell, module, measuring)
+            return _audit(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PreparationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from here", file=sys.stderr)
         return 130
@@ -248,15 +199,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring: str) -> int:
+def _audit(options: argparse.Namespace) -> int:
     scale, reason = resolve_scale(options.scale)
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
     parse_workers(options.workers)  # a bad number is said before the planning
-    plan = make_plan(scale, seeds, extra, load_settings(scale), cell)
+    plan = make_plan(scale, seeds, extra, load_settings(scale))
     folder, kept = options.results / scale, options.results / "runs"
     if options.plan:
-        open_runs = {c.signature for c in plan.cells if cell.status(c.config).state != "done"}
+        open_runs = {c.signature for c in plan.cells if not c.run.is_done}
         open_measurements = [m for m in plan.measurements if m.read() is None]
         print(f"{len({c.signature for c in plan.cells})} runs, {len(open_runs)} missing")
         print(f"{len(plan.measurements)} measurements, {len(open_measurements)} missing")
@@ -265,19 +216,19 @@ def _audit(options: argparse.Namespace, cell: CellModule, module: str, measuring
             print(f"would be refused: {refusal}")
         return 0
     if options.check:
-        content = build(read_records(plan, cell, read_accepted(kept)))
+        content = build(read_records(plan, read_accepted(kept)))
         with tempfile.TemporaryDirectory() as temporary:
             write(content, Path(temporary))
             problems = differences(Path(temporary), folder)
         print("\n".join(problems) or f"{folder}/audit.md follows from its records, byte for byte")
         return 1 if problems else 0
     if options.accept:
-        keep(plan, cell, kept / scale)
-        content = build(read_records(plan, cell, read_accepted(kept)))
+        keep(plan, kept / scale)
+        content = build(read_records(plan, read_accepted(kept)))
         is_done = True
     else:
-        is_done = run_missing(plan, options.workers, folder, cell, module, measuring)
-        content = build(read_records(plan, cell))
+        is_done = run_missing(plan, options.workers, folder)
+        content = build(read_records(plan))
     for path in write(content, folder):
         print(f"wrote {path}")
     for line in content["found"]:

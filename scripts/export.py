@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.reporting.results import RESULTS
-from scripts.runs.folder import RECORD, load_record
+from scripts.runs.folder import RECORD, read_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
 #: of how many tokens the comparison of outputs is made.
@@ -64,7 +64,7 @@ def export(
     settings = None if eval_rank is None else {"eval_rank": eval_rank}
     source = adapter.find_folder(run)
     description = adapter.read_description(source)
-    record = load_record(source.parent) if (source.parent / RECORD).is_file() else None
+    record = read_record(source.parent) if (source.parent / RECORD).is_file() else None
     lines, problems = [], []
     written: list[Path] = []
     try:

@@ -22,7 +22,6 @@ against LoRA) give --workers the number of GPUs.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,44 +29,36 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import describe, describe_costs, list_cells
+from scripts.reporting.plan import describe, describe_costs
 from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
-from scripts.runs.allotment import allot, largest_need, parse_workers
-from scripts.runs.batch import (
-    check_before_work,
-    expected_time,
-    prepare_models,
-    run_cells,
-    stop_in_order,
-    with_starts,
-)
+from scripts.runs.allotment import parse_workers
+from scripts.runs.batch import Batch, PreparationError, stop_in_order
+from scripts.runs.cells import Cell, parse_overrides, parse_seeds
 from scripts.runs.jobs import Outcome
-from scripts.runs.plan import Cell, CellModule, CellStatus, Durations, parse_overrides, parse_seeds
-from scripts.runs.scale import CHOICES, missing_device, resolve_scale
-from scripts.runs.space import check_disk_space
-from scripts.runs.workers import Pool
+from scripts.runs.scale import CHOICES, resolve_scale
 from scripts.tables import make
 
 
-def main(arguments: Sequence[str] | None = None, module: str = "scripts.runs.cell") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
         arguments: the command line; None takes the process's.
-        module: module that plans and runs cells; tests give their own.
 
     Returns:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    cell = importlib.import_module(module)
     try:
         with stop_in_order():
-            return _reproduce(options, cell, module)
+            return _reproduce(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PreparationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from here", file=sys.stderr)
         return 130
@@ -94,83 +85,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _reproduce(options: argparse.Namespace, cell: CellModule, module: str) -> int:
+def _reproduce(options: argparse.Namespace) -> int:
     scale, reason = resolve_scale(options.scale)
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
     parse_workers(options.workers)  # a bad number is said before the planning
     specs = [load_table(name) for name in dict.fromkeys(options.tables)]
-    plans = {
-        spec.name: list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
-        for spec in specs
-    }
-    distinct = {item.signature: item for cells in plans.values() for item in cells}
-    states = {name: cell.status(item.config) for name, item in distinct.items()}
-    missing = [item for name, item in distinct.items() if states[name].state != "done"]
-    todo = with_starts(missing, cell)
-    chosen = allot(options.workers, scale, extra, len(todo), lambda: largest_need(todo))
-    num_workers = len(chosen.environments)
-    refusal = missing_device(scale, extra) if todo or options.prepare else None
-    if refusal is not None and not options.plan:
-        raise ValueError(refusal)
-
-    durations = Durations()
-    if todo:
-        durations.read([item.folder.parent for item in distinct.values()], cell)
-    _print_plan(specs, plans, states, todo, num_workers, durations, cell)
-    if len(todo) > len(missing):
-        print(f"runs that are only made to start others from them: {len(todo) - len(missing)}")
-    if todo:
-        print(expected_time(todo, num_workers, durations, cell), flush=True)
-        print(chosen.text if refusal is None else f"would be refused: {refusal}", flush=True)
-    else:
-        print(f"all {len(distinct)} runs are done; nothing to run")
+    plans = {spec.name: spec.cells(scale=scale, seeds=seeds, extra=extra) for spec in specs}
+    everything = [cell for cells in plans.values() for cell in cells]
+    batch = Batch.plan(everything, scale=scale, extra=extra, workers=options.workers)
     if options.plan:
+        _print_plan(specs, plans, batch)
         return 0
-
-    failures: dict[str, Outcome] = {}
-    if todo or options.prepare:
-        check_before_work(todo, options.results / scale, cell)
-        check_disk_space(todo, num_workers)
-        logs = next(iter(distinct.values())).folder.parent / "logs"
-        name = "-".join(plans)
-        with Pool(module, environments=chosen.environments, logs=logs, name=name) as pool:
-            print(f"output of the workers: {logs}", flush=True)
-            everything = list(distinct.values())
-            problem = prepare_models(pool, everything if options.prepare else todo, cell)
-            if problem is not None:
-                print(f"error: preparing the models failed: {problem}", file=sys.stderr)
-                return 1
-            if options.prepare:
-                print("the models that the runs start from are ready")
-                return 0
-            failures = run_cells(pool, todo, durations, cell)
-    return _finish(specs, plans, scale, seeds, extra, cell, failures, options.results)
+    if options.prepare:
+        batch.check(options.results / scale)
+        batch.prepare("-".join(plans))
+        print("the models that the runs start from are ready")
+        return 0
+    _print_plan(specs, plans, batch)
+    if batch.todo:
+        batch.check(options.results / scale)
+    failures = batch.run("-".join(plans))
+    return _finish(specs, plans, scale, seeds, extra, failures, options.results)
 
 
 def _print_plan(
-    specs: Sequence[TableSpec],
-    plans: Mapping[str, Sequence[Cell]],
-    states: Mapping[str, CellStatus],
-    todo: Sequence[Cell],
-    num_workers: int,
-    durations: Durations,
-    cell: CellModule,
+    specs: Sequence[TableSpec], plans: Mapping[str, Sequence[Cell]], batch: Batch
 ) -> None:
     """Print what every table still needs, and what that costs."""
     for spec in specs:
-        mine = {item.signature for item in plans[spec.name]}
-        open_cells = [item for item in todo if item.signature in mine]
-        lines = describe(spec, plans[spec.name], states)
-        lines += describe_costs(open_cells, num_workers, durations, cell)
-        print("\n".join(lines))
-    num_distinct = len({item.signature for cells in plans.values() for item in cells})
-    shared = sum(map(len, plans.values())) - num_distinct
+        mine = {cell.signature for cell in plans[spec.name]}
+        todo = [cell for cell in batch.todo if cell.signature in mine]
+        lines = describe(spec, plans[spec.name], batch.states)
+        print("\n".join([*lines, *describe_costs(todo, batch.num_workers, batch.durations)]))
+    shared = sum(map(len, plans.values())) - len(batch.cells)
     if shared:
         print(f"{shared} runs are shared by several rows or tables and run once")
-    if len(specs) > 1 and todo:
+    if len(specs) > 1 and batch.todo:
         print("all of them together:")
-        print("\n".join(describe_costs(todo, num_workers, durations, cell)))
+        print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
+    print("\n".join(batch.summary()), flush=True)
 
 
 def _finish(
@@ -179,7 +133,6 @@ def _finish(
     scale: str,
     seeds: Sequence[int],
     extra: Sequence[str],
-    cell: CellModule,
     failures: Mapping[str, Outcome],
     results_folder: Path,
 ) -> int:
@@ -187,7 +140,7 @@ def _finish(
     is_complete = True
     every: list[Entry] = []
     for spec in specs:
-        entries = collect(plans[spec.name], cell, failures=failures)
+        entries = collect(plans[spec.name], failures=failures)
         text, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
         print(f"\n{text}")
         for path in paths:
@@ -200,7 +153,7 @@ def _finish(
         is_complete = is_complete and not absent
     print(f"wrote {write_page(results_folder / scale)}")
     unscored = [
-        entry.cell.folder / "record.json"
+        entry.cell.run.folder / "record.json"
         for entry in every
         if entry.record is not None and entry.record["missing_metrics"]
     ]

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.reporting.figures import build_figure, figure_to_markdown, write_figure
 from scripts.reporting.formats import to_markdown
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import list_cells
 from scripts.reporting.results import (
     RESULTS,
     Entry,
@@ -34,8 +33,7 @@ from scripts.reporting.results import (
     write_results,
 )
 from scripts.reporting.spec import TableSpec, load_table, table_names
-from scripts.runs import cell as real_cell
-from scripts.runs.plan import CellModule, parse_overrides, parse_seeds
+from scripts.runs.cells import parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, resolve_scale
 
 #: written by a library whose bytes may differ between machines; their data are compared.
@@ -72,7 +70,7 @@ def differences(found: Path, committed: Path) -> list[str]:
     return problems
 
 
-def main(arguments: Sequence[str] | None = None, cell: CellModule = real_cell) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Regenerate tables and figures from records; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,11 +95,11 @@ def main(arguments: Sequence[str] | None = None, cell: CellModule = real_cell) -
                 is_asked = not spec.is_optional or options.tables
                 if not is_asked and not (folder / f"{spec.name}.json").exists():
                     continue
-                cells = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
+                cells = spec.cells(scale=scale, seeds=seeds, extra=extra)
                 if options.check:
                     entries = collect_accepted(cells, accepted)
                 else:
-                    entries = collect(cells, cell, accepted=accepted)
+                    entries = collect(cells, accepted=accepted)
                 if not is_asked and not all(entry.record for entry in entries):
                     continue
                 if not any(entry.record for entry in entries):

@@ -1,8 +1,9 @@
-"""Run one cell, or a sweep of cells with ``-m``.
+"""Execute one run, or a sweep of runs with ``-m``.
 
 Examples:
     python scripts/train.py experiment=e2e method=delta_lora seed=1
-    python scripts/train.py -m method=delta_lora method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
+    python scripts/train.py -m experiment=e2e method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
+    python scripts/train.py --config-dir FOLDER method=mine scale=tiny   (FOLDER/method/mine.yaml)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,24 +23,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
-from scripts.runs import cell
+from scripts.runs import composition
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.folder import RECORD, LockedError
+from scripts.runs.run import Run
 
 logger = logging.getLogger("train")
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
 def main(_: DictConfig) -> None:
-    """Compose, run and report one cell."""
-    overrides = list(HydraConfig.get().overrides.task)
+    """Compose, execute and report one run."""
     if int(os.environ.get("RANK", "0")) > 0:
         logging.disable(logging.INFO)  # the main process reports
     try:
-        cfg = cell.compose(overrides)
-        folder = cell.run_dir(cfg)
-        if cell.status(cfg).state == "done":
-            logger.info("already done: %s (delete the folder to run it again)", folder)
-        record = cell.run(cfg, wait=False)
-    except (cell.ConfigError, cell.LockedError) as error:
+        run = Run.compose(overrides_of(HydraConfig.get()))
+        if run.is_done:
+            logger.info("already done: %s (delete the folder to run it again)", run.folder)
+        record = execute(run, wait=False)
+    except (ConfigError, LockedError) as error:
         _stop(str(error))
     except KeyboardInterrupt as stop:
         _stop(f"{stop or 'stopped'}; the same command continues", code=130)
@@ -48,7 +52,14 @@ def main(_: DictConfig) -> None:
         logger.info("test/%s = %.4f", name, value)
     for name, reason in record["missing_metrics"].items():
         logger.warning("test/%s is missing: %s", name, reason)
-    logger.info("record: %s", folder / "record.json")
+    logger.info("record: %s", run.folder / RECORD)
+
+
+def overrides_of(hydra_config: Any) -> list[str]:
+    """Return the overrides that compose a run, the one for further folders included."""
+    overrides = hydra_config.overrides
+    more = [o for o in overrides.hydra if o.startswith(f"{composition.SEARCH_PATH}=")]
+    return [*more, *overrides.task]
 
 
 def _stop(message: str, code: int = 2) -> None:
@@ -62,13 +73,14 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Compose the run (of a sweep: its first one) so that mistakes get our messages, not Hydra's.
 
     Raises:
-        cell.ConfigError: unknown group member or key, or a value that cannot be read.
+        ConfigError: unknown group member or key, or a value that cannot be read.
     """
     overrides = [
         a for a in arguments
-        if ("=" in a or a.startswith("~")) and not a.startswith(("-", "hydra."))
+        if ("=" in a or a.startswith("~")) and not a.startswith("-")
+        and (not a.startswith("hydra.") or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
-    cell.check_choices(overrides)
+    composition.check_choices(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         firsts = [
@@ -78,13 +90,25 @@ def check_arguments(arguments: Sequence[str]) -> None:
             for p in parsed
         ]
     except OverrideParseException as error:
-        raise cell.ConfigError(f"cannot read the override {error.override!r}: {error}") from error
-    cell.compose(firsts)
+        raise ConfigError(f"cannot read the override {error.override!r}: {error}") from error
+    composition.compose(firsts)
+
+
+def with_search_path(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with Hydra's ``--config-dir FOLDER`` as the override that it means."""
+    found = list(arguments)
+    for flag in ("--config-dir", "-cd"):
+        if flag in found[:-1]:
+            place = found.index(flag)
+            folder = Path(found[place + 1]).resolve()
+            found[place : place + 2] = [f"{composition.SEARCH_PATH}=[file://{folder}]"]
+    return found
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = with_search_path(sys.argv[1:])
     try:
         check_arguments(sys.argv[1:])
-    except cell.ConfigError as error:
+    except ConfigError as error:
         _stop(str(error))
     main()

@@ -2,26 +2,26 @@
 
 A measurement is named by a hash of its settings and of what it starts from (the pre-trained model,
 or a finished run). Its record ``<outputs>/audit/<part>-<hash>.json`` is written whole or not at
-all, and asked for again it is not repeated. `compose` and `run` are what a worker process calls.
+all, and asked for again it is not repeated. `measure` is what a worker process calls.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from scripts.runs import cell, provenance
+from scripts.runs import provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
+from scripts.runs.meaning import hash_of
+from scripts.runs.run import Run
+from scripts.runs.starts import prepare
 
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 #: raised whenever a measurement can give other values from the same settings.
 VERSIONS = {"rank": 1, "gradients": 1, "equivalence": 1, "precision": 1, "memory": 1}
 
@@ -34,22 +34,24 @@ class Measurement:
         part: a key of `VERSIONS`.
         label: how messages and pages call it.
         settings: JSON values; all that its result depends on but for the start.
-        overrides: compose the run that it starts from; of a run that need not be trained, only
-            model and data count.
+        run: the run that it starts from; of one that need not be trained only model and data count.
         needs_run: whether it reads what that run has learned.
-        start: signature of that run, or of its pre-trained model.
         extra: overrides given on top of the audit's, which may change any of it.
-        outputs: folder of all run folders.
     """
 
     part: str
     label: str
     settings: dict[str, Any]
-    overrides: tuple[str, ...]
+    run: Run
     needs_run: bool
-    start: str
-    outputs: Path
     extra: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> str:
+        """What names the run that it starts from, or that run's model and data."""
+        if self.needs_run:
+            return self.run.name
+        return hash_of({key: self.run.meaning[key] for key in ("model", "task")})
 
     @property
     def signature(self) -> str:
@@ -61,12 +63,12 @@ class Measurement:
             "start": self.start,
             **({"extra": list(self.extra)} if self.extra else {}),
         }
-        return f"{self.part}-{provenance.signature(signed)}"
+        return f"{self.part}-{hash_of(signed)}"
 
     @property
     def path(self) -> Path:
         """Its record, once it is done."""
-        return self.outputs / "audit" / f"{self.signature}.json"
+        return self.run.outputs / "audit" / f"{self.signature}.json"
 
     def read(self) -> dict[str, Any] | None:
         """Return the record, or None where there is none (or a file that is no record)."""
@@ -78,73 +80,7 @@ class Measurement:
         return record if is_mine else None
 
 
-def plan(
-    part: str,
-    label: str,
-    settings: Mapping[str, Any],
-    overrides: Sequence[str],
-    *,
-    needs_run: bool,
-    extra: Sequence[str] = (),
-) -> Measurement:
-    """Return a measurement on the run, or on the model of the run, that `overrides` compose.
-
-    Raises:
-        ConfigError: they cannot be composed.
-    """
-    seed = next((o for o in overrides if o.startswith("seed=")), None) if needs_run else None
-    unseeded = tuple(o for o in overrides if not o.startswith("seed="))
-    start, outputs = _start(unseeded, seed, needs_run)
-    return Measurement(
-        part=part,
-        label=label,
-        settings=dict(settings),
-        overrides=tuple(overrides),
-        needs_run=needs_run,
-        start=start,
-        outputs=outputs,
-        extra=tuple(extra),
-    )
-
-
-@functools.cache
-def _start(overrides: tuple[str, ...], seed: str | None, needs_run: bool) -> tuple[str, Path]:
-    """Return what a measurement starts from, and the folder of all run folders."""
-    cfg = _composed(overrides)
-    if seed is not None:
-        cfg = cfg.copy()
-        cfg.seed = int(seed.partition("=")[2])
-    return cell.signature(cfg) if needs_run else _model_name(cfg), cell.outputs(cfg)
-
-
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    # Composing takes a quarter of a second; another seed is only another value.
-    return cell.compose(list(overrides))
-
-
-def _model_name(cfg: DictConfig) -> str:
-    """Return what names model and data of a run: its signature without method and seed."""
-    signed = cell.signed_config(cfg)
-    kept = {key: signed[key] for key in ("model", "task")}
-    return provenance.signature(kept)
-
-
-def compose(overrides: Sequence[str]) -> Measurement:
-    """Return the measurement of a job: ``Job("run", (as_job(measurement),), key)``."""
-    (text,) = overrides
-    values = json.loads(text)
-    values["overrides"], values["outputs"] = tuple(values["overrides"]), Path(values["outputs"])
-    values["extra"] = tuple(values["extra"])
-    return Measurement(**values)
-
-
-def as_job(measurement: Measurement) -> tuple[str]:
-    """Return what `compose` reads."""
-    return (json.dumps({**vars(measurement), "outputs": str(measurement.outputs)}),)
-
-
-def run(measurement: Measurement) -> dict[str, Any]:
+def measure(measurement: Measurement) -> dict[str, Any]:
     """Measure and write the record, or return it if it is there.
 
     Raises:
@@ -154,8 +90,8 @@ def run(measurement: Measurement) -> dict[str, Any]:
 
     if (known := measurement.read()) is not None:
         return known
-    cfg = cell.compose(list(measurement.overrides))
-    if measurement.needs_run and cell.status(cfg).state != "done":
+    run = measurement.run
+    if measurement.needs_run and not run.is_done:
         raise ValueError(f"{measurement.label}: the run {measurement.start} is not finished")
     record = {
         "schema": RECORD_SCHEMA,
@@ -165,12 +101,12 @@ def run(measurement: Measurement) -> dict[str, Any]:
         "label": measurement.label,
         "start": measurement.start,
         "settings": measurement.settings,
-        "model": cfg.model.name,
-        "result": MEASURE[measurement.part](cfg, measurement.settings),
+        "model": run.config.model.name,
+        "result": MEASURE[measurement.part](run, measurement.settings),
         "provenance": {
             "git": provenance.git_state(ROOT),
             "packages": provenance.packages(),
-            "device": provenance.device(_device(cfg)),
+            "device": provenance.device(_device(run)),
         },
     }
     measurement.path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,11 +117,11 @@ def run(measurement: Measurement) -> dict[str, Any]:
 # ---------------------------------------------------------------------- models and tokens
 
 
-def _device(cfg: DictConfig) -> Any:
+def _device(run: Run) -> Any:
     """Return the device of a measurement: that of the runs beside it."""
     import torch
 
-    on_cuda = cfg.trainer.device != "cpu" and torch.cuda.is_available()
+    on_cuda = run.config.trainer.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if on_cuda else "cpu")
 
 
@@ -193,23 +129,22 @@ class _Base:
     """Model, tokens and projections of a run before any method.
 
     Args:
-        cfg: the run.
+        run: what it is of.
         dtype: torch type of the weights.
     """
 
-    def __init__(self, cfg: DictConfig, dtype: Any = None) -> None:
+    def __init__(self, run: Run, dtype: Any = None) -> None:
         from hydra.utils import instantiate
 
-        instantiate(cfg.trainer).prepare_backend()
-        cell.prepare([cfg])
-        self.task = load_task(cfg)
-        source = cell.weights_source(cfg)
-        tokenizer = build_tokenizer(cfg, self.task, source)
+        instantiate(run.config.trainer).prepare_backend()
+        prepare([run])
+        self.task = load_task(run.config)
+        tokenizer = build_tokenizer(run, self.task)
         self._examples = self.task.examples("train", tokenizer)
-        model = base_model(cfg, self.task, self._examples, source)
+        model = base_model(run, self.task, self._examples)
         self._model = model if dtype is None else model.to(dtype)
-        self._device = _device(cfg)
-        self.projections = cfg.model.projections
+        self._device = _device(run)
+        self.projections = run.config.model.projections
 
     def build(self) -> Any:
         """Return the model anew."""
@@ -229,11 +164,11 @@ class _Base:
 _BASES: dict[tuple[str, str], _Base] = {}
 
 
-def _base_of(cfg: DictConfig, dtype: Any = None) -> _Base:
+def _base_of(run: Run, dtype: Any = None) -> _Base:
     """Return the base of a run; one process reads the same one once."""
-    key = (_model_name(cfg), str(dtype))
+    key = (hash_of(run.meaning["model"]) + hash_of(run.meaning["task"]), str(dtype))
     if key not in _BASES:
-        _BASES[key] = _Base(cfg, dtype)
+        _BASES[key] = _Base(run, dtype)
     return _BASES[key]
 
 
@@ -252,23 +187,23 @@ def _next_token_loss(batch: int, length: int, base: _Base) -> Callable[[Any, int
     return loss
 
 
-def _trained(cfg: DictConfig, base: _Base, **changes: Any) -> tuple[Any, Any]:
-    """Return method and model with what the finished run of `cfg` has learned."""
+def _trained(run: Run, base: _Base, **changes: Any) -> tuple[Any, Any]:
+    """Return method and model with what the finished run has learned."""
     from hydra.utils import instantiate
 
     from delta_lora import checkpoint
     from scripts.runs.folder import read_adapter
 
-    method, model = instantiate(cfg.method, **changes), base.build()
+    method, model = instantiate(run.config.method, **changes), base.build()
     method.inject(
         model,
-        projections=cfg.model.projections,
+        projections=run.config.model.projections,
         head=base.task.head,
-        total_steps=max(1, cell.load_record(cell.run_dir(cfg))["training"]["steps"]),
-        seed=cfg.seed,
+        total_steps=max(1, run.record()["training"]["steps"]),
+        seed=run.config.seed,
     )
     dtype = next(model.parameters()).dtype
-    learned = {name: t.to(dtype) for name, t in read_adapter(cell.run_dir(cfg)).items()}
+    learned = {name: t.to(dtype) for name, t in read_adapter(run.folder).items()}
     checkpoint.restore_weights(model, learned)
     return method, model
 
@@ -276,16 +211,18 @@ def _trained(cfg: DictConfig, base: _Base, **changes: Any) -> tuple[Any, Any]:
 # ---------------------------------------------------------------------- what is measured
 
 
-def _rank(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _rank(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     from delta_lora.analysis import rank, similarity
 
-    base = _base_of(cfg)
-    originals = similarity.snapshot(base.build(), cfg.model.projections, exclude=base.task.head)
-    method, model = _trained(cfg, base)
+    base = _base_of(run)
+    originals = similarity.snapshot(
+        base.build(), run.config.model.projections, exclude=base.task.head
+    )
+    method, model = _trained(run, base)
     with method.merged(model) as merged:
         found = rank.spectra(originals, merged)
     return {
-        "method_rank": cfg.recipe.get("rank"),
+        "method_rank": run.config.recipe.get("rank"),
         "projections": {
             name: {
                 "rank": one.rank,
@@ -297,17 +234,17 @@ def _rank(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gradients(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _gradients(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from delta_lora.analysis import gradients
 
-    base = _base_of(cfg, torch.float64)
+    base = _base_of(run, torch.float64)
     tokens = base.tokens(0, settings["batch"], settings["length"])
     loss = gradients.LOSSES[settings["loss"]]
     result = {}
     for dropout in settings["dropouts"]:
-        _, model = _trained(cfg, base, dropout=dropout)
+        _, model = _trained(run, base, dropout=dropout)
         model.train()
 
         def forward(model: Any = model) -> Any:
@@ -323,12 +260,12 @@ def _gradients(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"gaps": result}
 
 
-def _equivalence(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _equivalence(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from delta_lora.analysis import equivalence
 
-    base = _base_of(cfg, torch.float64)
+    base = _base_of(run, torch.float64)
     keys = (
         "steps", "rank", "alpha", "update_ratio", "start_step", "optimizer", "learning_rate",
         "options", "learning_rate_factor", "max_grad_norm",
@@ -344,12 +281,12 @@ def _equivalence(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]
     return dict(vars(found))
 
 
-def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _precision(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from delta_lora.analysis import precision
 
-    base = _base_of(cfg)
+    base = _base_of(run)
     keys = (
         "form", "steps", "every", "rank", "alpha", "learning_rate", "update_ratio", "start_step"
     )  # fmt: skip
@@ -358,9 +295,9 @@ def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
         _next_token_loss(settings["batch"], settings["length"], base),
         make_optimizer=lambda groups: torch.optim.AdamW(
             groups,
-            betas=(cfg.trainer.adam_beta1, cfg.trainer.adam_beta2),
-            eps=cfg.trainer.adam_epsilon,
-            weight_decay=cfg.trainer.weight_decay,
+            betas=(run.config.trainer.adam_beta1, run.config.trainer.adam_beta2),
+            eps=run.config.trainer.adam_epsilon,
+            weight_decay=run.config.trainer.weight_decay,
         ),
         projections=base.projections,
         seed=settings["seed"],
@@ -371,18 +308,18 @@ def _precision(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"errors": [list(pair) for pair in errors], "weight_rms": float(size)}
 
 
-def _memory(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _memory(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     from hydra.utils import instantiate
 
     from delta_lora.analysis import memory_model
 
-    base = _base_of(cfg)
+    base = _base_of(run)
     rank = settings["rank"]
     grid = []
     for batch in settings["batches"]:
         for length in settings["lengths"]:
-            model, method = base.build(), instantiate(cfg.method)
+            model, method = base.build(), instantiate(run.config.method)
             method.inject(model, projections=base.projections, head=(), total_steps=10, seed=1)
             model.train()
             tokens = base.tokens(0, batch, length)
@@ -432,7 +369,7 @@ def _memory_loss(model: Any, tokens: Any) -> Callable[[], Any]:
     return loss
 
 
-MEASURE: dict[str, Callable[[DictConfig, Mapping[str, Any]], dict[str, Any]]] = {
+MEASURE: dict[str, Callable[[Run, Mapping[str, Any]], dict[str, Any]]] = {
     "rank": _rank,
     "gradients": _gradients,
     "equivalence": _equivalence,

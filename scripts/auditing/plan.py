@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.auditing import measurements
 from scripts.auditing.measurements import Measurement
-from scripts.reporting.plan import list_cells
-from scripts.runs import cell as real_cell
+from scripts.runs.cells import Cell, list_cells
 from scripts.runs.composition import CONFIGS
-from scripts.runs.plan import Cell, CellModule
+from scripts.runs.run import Run
 
 
 @dataclass(frozen=True)
-class Plan:
+class AuditPlan:
     """Everything that an audit needs.
 
     Attributes:
@@ -62,8 +59,7 @@ def make_plan(
     seeds: Sequence[int],
     extra: Sequence[str],
     settings: Mapping[str, Any],
-    cell: CellModule = real_cell,
-) -> Plan:
+) -> AuditPlan:
     """List the runs and measurements of an audit.
 
     Raises:
@@ -85,15 +81,12 @@ def make_plan(
     names: dict[tuple[str, ...], list[str]] = {}
     for name, overrides in rows.items():
         names.setdefault(tuple(overrides), []).append(name)
-    spec: Any = SimpleNamespace(
-        name="audit",
-        runs={settings["run"][0].partition("=")[2]: settings["run"]},
-        rows=[SimpleNamespace(name=same[0], overrides=o) for o, same in names.items()],
-    )
-    found = list_cells(spec, scale=scale, seeds=seeds, extra=extra, cell=cell)
+    firsts = {same[0]: overrides for overrides, same in names.items()}
+    runs = {settings["experiment"]: [f"experiment={settings['experiment']}"]}
+    found = list_cells("audit", runs, firsts, scale=scale, seeds=seeds, extra=extra)
     also = {same[0]: same for same in names.values()}
-    cells = [replace(item, row=name) for item in found for name in also[item.row]]
-    return Plan(
+    cells = [Cell(name, item.on, item.run) for item in found for name in also[item.row]]
+    return AuditPlan(
         scale=scale,
         seeds=list(seeds),
         extra=list(extra),
@@ -107,47 +100,86 @@ def list_measurements(
     scale: str, seeds: Sequence[int], extra: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Measurement]:
     """Return the measurements of an audit that are no ordinary runs."""
+    composed: dict[tuple[str, ...], Run] = {}
+    changing = tuple(override for override in extra if not override.startswith("paths."))
     found = []
-
-    def add(
-        part: str, label: str, values: Mapping[str, Any], overrides: Sequence[str], seed: int,
-        *, needs_run: bool = False,
-    ) -> None:  # fmt: skip
-        whole = (*settings["run"], *overrides, f"scale={scale}", f"seed={seed}", *extra)
-        changing = [override for override in extra if not override.startswith("paths.")]
+    for wanted in (
+        *_of_finished_runs(seeds, settings),
+        *_of_equivalence(seeds[0], settings["equivalence"]),
+        *_of_precision(seeds[0], settings["precision"]),
+        *_of_memory(seeds[0], settings["memory"]),
+    ):
+        if wanted.overrides not in composed:
+            whole = (
+                f"experiment={settings['experiment']}",
+                *wanted.overrides,
+                f"scale={scale}",
+                *extra,
+            )
+            composed[wanted.overrides] = Run.compose(whole)
         found.append(
-            measurements.plan(part, label, values, whole, needs_run=needs_run, extra=changing)
+            Measurement(
+                part=wanted.part,
+                label=wanted.label,
+                settings=wanted.settings,
+                run=composed[wanted.overrides].with_seed(wanted.seed),
+                needs_run=wanted.needs_run,
+                extra=changing,
+            )
         )
+    return found
 
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A measurement before its run is composed."""
+
+    part: str
+    label: str
+    settings: dict[str, Any]
+    overrides: tuple[str, ...]
+    seed: int
+    needs_run: bool = False
+
+
+def _of_finished_runs(seeds: Sequence[int], settings: Mapping[str, Any]) -> Iterator[_Wanted]:
+    rows = {row["name"]: tuple(row["overrides"]) for row in settings["rank"]["rows"]}
     for seed in seeds:
-        for row in settings["rank"]["rows"]:
-            values = {"row": row["name"], "seed": seed}
-            label = f"rank of {row['name']}, seed {seed}"
-            add("rank", label, values, row["overrides"], seed, needs_run=True)
+        for name, overrides in rows.items():
+            values = {"row": name, "seed": seed}
+            label = f"rank of {name}, seed {seed}"
+            yield _Wanted("rank", label, values, overrides, seed, needs_run=True)
     chosen = settings["gradients"]
-    overrides = next(r["overrides"] for r in settings["rank"]["rows"] if r["name"] == chosen["row"])
-    kept = ("dropouts", "num_masks", "batch", "length")
+    kept = {key: chosen[key] for key in ("dropouts", "num_masks", "batch", "length")}
     for seed in seeds:
         for loss in chosen["losses"]:
-            values = {**{key: chosen[key] for key in kept}, "loss": loss, "seed": seed}
+            values = {**kept, "loss": loss, "seed": seed}
             label = f"gradients under {loss}, seed {seed}"
-            add("gradients", label, values, overrides, seed, needs_run=True)
-    chosen = settings["equivalence"]
+            yield _Wanted("gradients", label, values, rows[chosen["row"]], seed, needs_run=True)
+
+
+def _of_equivalence(seed: int, chosen: Mapping[str, Any]) -> Iterator[_Wanted]:
     kept = ("steps", "batch", "length", "rank", "alpha", "update_ratio")
-    shared = {**{key: chosen[key] for key in kept}, "seed": seeds[0]}
+    shared = {**{key: chosen[key] for key in kept}, "seed": seed}
     for optimizer in chosen["optimizers"]:
         for case in equivalence_cases(chosen, optimizer):
             own = {key: optimizer[key] for key in ("optimizer", "learning_rate", "options")}
             label = f"equivalence, {optimizer['label']}, {describe_case(case)}"
-            add("equivalence", label, {**shared, **own, **case}, ["method=lora"], seeds[0])
-    chosen = settings["precision"]
+            values = {**shared, **own, **case}
+            yield _Wanted("equivalence", label, values, ("method=lora",), seed)
+
+
+def _of_precision(seed: int, chosen: Mapping[str, Any]) -> Iterator[_Wanted]:
     kept = ("steps", "every", "batch", "length", "rank", "alpha", "update_ratio", "start_step")
+    shared = {**{key: chosen[key] for key in kept}, "seed": seed}
     for rate in chosen["learning_rates"]:
         for form in chosen["forms"]:
-            values = {**{key: chosen[key] for key in kept}, "form": form, "learning_rate": rate}
+            values = {**shared, "form": form, "learning_rate": rate}
             label = f"precision of {form}, learning rate {rate:g}"
-            add("precision", label, {**values, "seed": seeds[0]}, ["method=lora"], seeds[0])
-    chosen = settings["memory"]
+            yield _Wanted("precision", label, values, ("method=lora",), seed)
+
+
+def _of_memory(seed: int, chosen: Mapping[str, Any]) -> Iterator[_Wanted]:
     defaults = {
         "optimizer": "adamw", "dropout": False, "kept_factors": 0, "forward_rank": 1,
         "extra_per_branch": 0,
@@ -156,8 +188,8 @@ def list_measurements(
         values = {key: method.get(key, default) for key, default in defaults.items()}
         values |= {key: method[key] for key in ("name", "kind")}
         values |= {key: chosen[key] for key in ("batches", "lengths", "rank")}
-        add("memory", f"memory of {method['name']}", values, method["overrides"], seeds[0])
-    return found
+        label = f"memory of {method['name']}"
+        yield _Wanted("memory", label, values, tuple(method["overrides"]), seed)
 
 
 def equivalence_cases(

@@ -51,14 +51,12 @@ def environment(context: Context) -> Finding:
     finding = Finding(values=_device(context))
     finding.equal("device", finding.values["type"], "cuda")
     jobs = [
-        Job("run", ((what,),), what + str(index))
+        Job(what, (), f"{what} {index}")
         for index, what in enumerate((poison.MULTIPLY, poison.POISON, poison.MULTIPLY))
     ]
     deadline = Deadline(POOL_TIMEOUT_S, "a pool with a broken CUDA context")
     errors: list[str | None] = []
-    with Pool(
-        "scripts.checking.poison", environments=[{}], logs=context.folder / "logs", name="poison"
-    ) as pool:
+    with Pool(environments=[{}], logs=context.folder / "logs", name="poison") as pool:
         for outcome in pool.run(jobs):
             deadline.check()
             if outcome is not None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scripts.runs.plan import format_seconds
+from scripts.runs.durations import format_seconds
 
 Results = Mapping[str, Any]
 

@@ -1,61 +1,27 @@
-"""What a table still needs: its cells and their state."""
+"""What a table still needs, in words: its cells, their state, and what they cost."""
 
 from __future__ import annotations
 
-import copy
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from scripts.reporting.spec import TableSpec
+from scripts.runs.cells import Cell
 from scripts.runs.costs import Cost, estimate
-from scripts.runs.plan import Cell, CellModule, CellStatus, Durations, format_seconds
+from scripts.runs.durations import Durations, format_seconds
+from scripts.runs.run import Status
 from scripts.runs.space import disk_need, gib
 
 WIDTH = 100
 
 
-def list_cells(
-    spec: TableSpec, *, scale: str, seeds: Sequence[int], extra: Sequence[str], cell: CellModule
-) -> list[Cell]:
-    """Return the cells of a table, all rows of the first seed first.
-
-    Args:
-        spec: the table.
-        scale: tiny, small or paper.
-        seeds: seeds of every row.
-        extra: overrides of every run, applied last.
-        cell: `scripts.runs.cell`.
-
-    Raises:
-        ValueError: an override does not compose; the row is named.
-    """
-    cells = []
-    composed: dict[tuple[str, str], Any] = {}
-    for seed in seeds:
-        for run, base in spec.runs.items():
-            for row in spec.rows:
-                overrides = (*base, *row.overrides, f"scale={scale}", f"seed={seed}", *extra)
-                try:
-                    if (run, row.name) not in composed:
-                        composed[run, row.name] = cell.compose(list(overrides))
-                    # Composing takes a quarter of a second; another seed is only another value.
-                    config = copy.deepcopy(composed[run, row.name])
-                    config["seed"] = seed
-                    folder = cell.run_dir(config)
-                except ValueError as error:
-                    raise ValueError(f"{spec.name}, row {row.name}: {error}") from error
-                cells.append(Cell(row.name, run, seed, overrides, config, folder))
-    return cells
-
-
-def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellStatus]) -> list[str]:
+def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, Status]) -> list[str]:
     """Return the plan of a table as lines: totals, then every row that is not done.
 
     Args:
         spec: the table.
-        cells: from `list_cells`.
+        cells: from `scripts.runs.cells.list_cells`.
         states: state by signature.
     """
     counts = Counter(states[cell.signature].state for cell in cells)
@@ -74,26 +40,23 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, CellSt
         for cell in open_cells:
             status = states[cell.signature]
             reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
-            lines.append(f"    {cell.run}, seed {cell.seed}: {status.state}{reason}")
+            lines.append(f"    {cell.on}, seed {cell.seed}: {status.state}{reason}")
     return lines
 
 
-def describe_costs(
-    todo: Sequence[Cell], num_workers: int, durations: Durations, cell: CellModule
-) -> list[str]:
+def describe_costs(todo: Sequence[Cell], num_workers: int, durations: Durations) -> list[str]:
     """Return what open runs cost, as lines of at most 100 characters; none where there is no run.
 
     Args:
         todo: the open runs of a table.
         num_workers: runs that work at the same time.
         durations: earlier runs on this machine, which count before any estimate.
-        cell: `scripts.runs.cell`.
     """
     if not todo:
         return []
-    costs = [estimate(item.config) for item in todo]
+    costs = [estimate(item.run.config) for item in todo]
     lines = [
-        ("time", _time(todo, costs, num_workers, durations, cell)),
+        ("time", _time(todo, costs, num_workers, durations)),
         ("memory", _memory(todo, costs)),
         ("disk", _disk(todo, num_workers)),
     ]
@@ -112,12 +75,11 @@ def _time(
     costs: Sequence[Cost],
     num_workers: int,
     durations: Durations,
-    cell: CellModule,
 ) -> str:
     """Return the time of the runs: from earlier runs where there are some, else by estimate."""
     earlier, estimated, unknown = [], [], []
     for item, cost in zip(todo, costs, strict=True):
-        seconds = durations.expect(cell.group(item.config), item.config)
+        seconds = durations.expect(item.run)
         if seconds is not None:
             earlier.append(seconds)
         elif cost.seconds is not None:
@@ -154,7 +116,7 @@ def _memory(todo: Sequence[Cell], costs: Sequence[Cost]) -> str:
     missing = len(todo) - len(known)
     rest = f"; unknown for {missing} runs" if missing else ""
     return (
-        f"at most {gib(size)} of device memory for one run: {item.row} on {item.run}, "
+        f"at most {gib(size)} of device memory for one run: {item.row} on {item.on}, "
         f"while {cost.device_peak}{rest}"
     )
 

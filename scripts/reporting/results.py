@@ -19,8 +19,8 @@ from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.spec import ROOT, Column, TableSpec
+from scripts.runs.cells import Cell
 from scripts.runs.jobs import Outcome
-from scripts.runs.plan import Cell, CellModule
 
 RESULTS = ROOT / "results"
 
@@ -58,7 +58,6 @@ def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
 
 def collect(
     cells: Sequence[Cell],
-    cell: CellModule,
     *,
     accepted: Mapping[str, dict[str, Any]] | None = None,
     failures: Mapping[str, Outcome] | None = None,
@@ -66,17 +65,16 @@ def collect(
     """Find the record of every cell.
 
     Args:
-        cells: from `list_cells`.
-        cell: `scripts.runs.cell`.
+        cells: from `scripts.runs.cells.list_cells`.
         accepted: records to take where a cell has no run folder.
         failures: by signature how those cells ended that failed, or were not run, just now.
     """
     entries = []
     for item in cells:
-        status = cell.status(item.config)
+        status = item.run.status()
         copy = (accepted or {}).get(item.signature)
         if status.state == "done":
-            entries.append(Entry(item, cell.load_record(item.folder), "done", ""))
+            entries.append(Entry(item, item.run.record(), "done", ""))
         elif status.state == "missing" and copy is not None and copy["status"] == "completed":
             entries.append(Entry(item, copy, "done", "accepted copy"))
         elif failures and item.signature in failures:
@@ -230,13 +228,13 @@ def _check_comparable(scale: str, done: Sequence[Entry]) -> None:
         assert record is not None
         name = entry.cell.signature
         if record["signature"] != name:
-            raise ValueError(f"{entry.cell.folder} holds the record of {record['signature']}")
+            raise ValueError(f"{entry.cell.run.folder} holds the record of {record['signature']}")
         if record["scale"] != scale:
             raise ValueError(
                 f"{name} ({entry.cell.label}) is of scale {record['scale']}, not {scale}; "
                 "a table never mixes scales"
             )
-        reference = first.setdefault(entry.cell.run, entry)
+        reference = first.setdefault(entry.cell.on, entry)
         assert reference.record is not None
         mine, theirs = record["task"], reference.record["task"]
         differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
@@ -257,7 +255,7 @@ def _scores(spec: TableSpec, row: str, done: Sequence[Entry]) -> dict[str, dict[
             continue
         for column in columns:
             value = entry.record["metrics"].get(column.metric)
-            if column.run == entry.cell.run and value is not None:
+            if column.run == entry.cell.on and value is not None:
                 values[column.name][entry.cell.seed] = float(value) * column.scale
     for column in spec.columns:
         if column.mean_of:
@@ -344,7 +342,7 @@ def absent(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return which runs of `entries` have no record, and why."""
     return [
         {
-            "run": entry.cell.run,
+            "run": entry.cell.on,
             "seed": entry.cell.seed,
             "signature": entry.cell.signature,
             "state": entry.state,
@@ -376,7 +374,7 @@ def _missing(spec: TableSpec, column: Column, entries: Sequence[Entry]) -> list[
     names = column.mean_of or (column.name,)
     for source in map(spec.column, names):
         for entry in entries:
-            if entry.record is None or entry.cell.run != source.run or source.metric is None:
+            if entry.record is None or entry.cell.on != source.run or source.metric is None:
                 continue
             metrics, missing = entry.record["metrics"], entry.record["missing_metrics"]
             if metrics.get(source.metric) is None:
@@ -408,7 +406,7 @@ def _column_spec(column: Column) -> dict[str, Any]:
 def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
     """Return what a reader must know of a run's task and start, from its first record."""
     for entry in done:
-        if entry.cell.run == run and entry.record is not None:
+        if entry.cell.on == run and entry.record is not None:
             task = entry.record["task"]
             keys = ("name", "version", "protocol", "nist", "aggregate", "source", "revision")
             facts = {key: task.get(key) for key in (*keys, "scored_split")}
@@ -449,7 +447,7 @@ def _references(spec: TableSpec, done: Sequence[Entry]) -> dict[str, dict[str, f
         assert entry.record is not None
         for name, scores in entry.record["reference_metrics"].items():
             for column in spec.columns:
-                if column.run == entry.cell.run and column.metric in scores:
+                if column.run == entry.cell.on and column.metric in scores:
                     values = found.setdefault(name, {})
                     values.setdefault(column.name, scores[column.metric] * column.scale)
     for values in found.values():

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from scripts.runs.cells import Cell, list_cells
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "configs" / "table"
 PAPER = ROOT / "results" / "paper"
@@ -123,6 +125,11 @@ class TableSpec:
     def column(self, name: str) -> Column:
         """Return the column called `name`."""
         return next(column for column in self.columns if column.name == name)
+
+    def cells(self, *, scale: str, seeds: Sequence[int], extra: Sequence[str] = ()) -> list[Cell]:
+        """Return the runs that it needs; arguments as `scripts.runs.cells.list_cells`."""
+        rows = {row.name: row.overrides for row in self.rows}
+        return list_cells(self.name, self.runs, rows, scale=scale, seeds=seeds, extra=extra)
 
 
 def table_names() -> list[str]:

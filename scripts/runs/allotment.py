@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.runs import devices
+from scripts.runs.cells import Cell
 from scripts.runs.costs import device_bytes
 from scripts.runs.devices import Device
-from scripts.runs.plan import Cell
 from scripts.runs.scale import runs_on_cpu
 from scripts.runs.workers import CELLS_ON_DEVICE
 
@@ -85,7 +85,7 @@ def allot(
 def largest_need(cells: Sequence[Cell]) -> int | None:
     """Return the device memory in bytes for the largest of `cells`; None where it is not known."""
     # Seeds need the same, and each configuration takes a while.
-    kinds = {(item.row, item.run): item.config for item in cells}
+    kinds = {(item.row, item.on): item.run.config for item in cells}
     needs = [device_bytes(config) for config in kinds.values()]
     known = [need for need in needs if need is not None]
     return max(known) if known and len(known) == len(needs) else None

@@ -1,20 +1,34 @@
-"""Run many cells: in which order, how long it will take, and progress while it does."""
+"""Many runs: what is done, what is to do, what that costs, and their doing on the workers.
+
+The commands `reproduce` and `audit` plan a `Batch` of the cells that they need, show it and run it.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from scripts.runs import checks, starts
+from scripts.runs.allotment import Allotment, allot, largest_need, parse_workers
+from scripts.runs.cells import Cell
+from scripts.runs.durations import Durations, format_seconds
 from scripts.runs.jobs import Job, Outcome
-from scripts.runs.plan import Cell, CellModule, Durations, format_seconds
+from scripts.runs.run import Status
+from scripts.runs.scale import missing_device
+from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
+
+#: what a worker does with a run, and with runs whose models are to be pre-trained.
+EXECUTE = "scripts.runs.execution:execute"
+PREPARE = "scripts.runs.starts:prepare"
 
 
 @contextmanager
@@ -31,63 +45,173 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def check_before_work(todo: Sequence[Cell], results: Path, cell: CellModule) -> None:
-    """Check settings, folders, and what is loaded or downloaded, once, before any run starts.
+@dataclass(frozen=True)
+class Batch:
+    """The runs that a command needs, from `plan`.
 
-    Raises:
-        ValueError: a row's settings are not allowed, or its weights or data cannot be had; the row
-            is named.
-        OSError: the results folder cannot be written.
+    Attributes:
+        cells: one cell of each run.
+        states: state of each run, by name.
+        todo: the runs to make, those that others start from first.
+        num_starts: how many of them are only made to start others from them.
+        allotment: the workers.
+        refusal: why nothing of it can run on this machine, or None.
+        durations: of earlier runs.
     """
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=results).close()
-    except OSError as error:
-        raise OSError(f"cannot write to the results folder {results}: {error.strerror}") from error
-    checked, sources = set(), set[str]()
-    for item in todo:
-        if (item.row, item.run) not in checked:
-            checked.add((item.row, item.run))
-            try:
-                cell.check(item.config)
-                cell.check_sources(item.config, sources)
-            except ValueError as error:
-                raise ValueError(f"row {item.row} on {item.run}: {error}") from error
+
+    cells: list[Cell]
+    states: dict[str, Status]
+    todo: list[Cell]
+    num_starts: int
+    allotment: Allotment
+    refusal: str | None
+    durations: Durations
+
+    @classmethod
+    def plan(
+        cls, cells: Sequence[Cell], *, scale: str, extra: Sequence[str], workers: str
+    ) -> Batch:
+        """Look which runs of `cells` are done and which are to do.
+
+        Args:
+            cells: those of all tables, equal runs as often as they are needed.
+            scale: of all of them.
+            extra: overrides of every run.
+            workers: ``auto`` or a number.
+        """
+        parse_workers(workers)
+        distinct = list({cell.signature: cell for cell in cells}.values())
+        states = {cell.signature: cell.run.status() for cell in distinct}
+        missing = [cell for cell in distinct if states[cell.signature].state != "done"]
+        todo = with_starts(missing)
+        durations = Durations()
+        if todo:
+            durations.read([cell.run.outputs for cell in distinct])
+        return cls(
+            cells=distinct,
+            states=states,
+            todo=todo,
+            num_starts=len(todo) - len(missing),
+            allotment=allot(workers, scale, extra, len(todo), lambda: largest_need(todo)),
+            refusal=missing_device(scale, extra),
+            durations=durations,
+        )
+
+    @property
+    def num_workers(self) -> int:
+        """Runs that work at the same time."""
+        return len(self.allotment.environments)
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what the workers print."""
+        return self.cells[0].run.outputs / "logs"
+
+    def summary(self) -> list[str]:
+        """Return in words what is to do, how long it takes and where."""
+        if not self.todo:
+            return [f"all {len(self.cells)} runs are done; nothing to run"]
+        lines = []
+        if self.num_starts:
+            lines.append(f"runs that are only made to start others from them: {self.num_starts}")
+        lines.append(expected_time(self.todo, self.num_workers, self.durations))
+        refusal = self.refusal
+        lines.append(self.allotment.text if refusal is None else f"would be refused: {refusal}")
+        return lines
+
+    def check(self, results: Path) -> None:
+        """Check settings, folders, disk, and what is loaded or downloaded, before any run starts.
+
+        Args:
+            results: folder that tables are written to.
+
+        Raises:
+            ValueError: a row's settings are not allowed, or its device, weights or data cannot be
+                had; the row is named.
+            OSError: the results folder cannot be written, or the disk is too small.
+        """
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
+        try:
+            results.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=results).close()
+        except OSError as error:
+            reason = f"cannot write to the results folder {results}: {error.strerror}"
+            raise OSError(reason) from error
+        checked, sources = set(), set[str]()
+        for cell in self.todo:
+            if (cell.row, cell.on) not in checked:
+                checked.add((cell.row, cell.on))
+                try:
+                    checks.check(cell.run)
+                    checks.check_sources(cell.run, sources)
+                except ValueError as error:
+                    raise ValueError(f"row {cell.row} on {cell.on}: {error}") from error
+        check_disk_space(self.todo, self.num_workers)
+
+    def run(self, name: str) -> dict[str, Outcome]:
+        """Make what is to do, models first, and show progress.
+
+        Args:
+            name: start of the names of the workers' logs.
+
+        Returns:
+            Name of the run to outcome, of those that failed or were not run.
+
+        Raises:
+            PreparationError: a model could not be pre-trained; no run was begun.
+        """
+        if not self.todo:
+            return {}
+        with self.pool(name) as pool:
+            prepare_models(pool, self.todo)
+            return run_cells(pool, self.todo, self.durations)
+
+    def prepare(self, name: str) -> None:
+        """Pre-train the models that any of the cells starts from, and do nothing else.
+
+        Raises:
+            PreparationError: a model could not be pre-trained.
+        """
+        with self.pool(name) as pool:
+            prepare_models(pool, self.cells)
+
+    def pool(self, name: str) -> Pool:
+        """Return the workers of the batch, for a ``with`` block."""
+        print(f"output of the workers: {self.logs}", flush=True)
+        return Pool(environments=self.allotment.environments, logs=self.logs, name=name)
 
 
-def with_starts(todo: Sequence[Cell], cell: CellModule) -> list[Cell]:
+class PreparationError(RuntimeError):
+    """A model that runs start from could not be pre-trained."""
+
+
+def with_starts(todo: Sequence[Cell]) -> list[Cell]:
     """Return `todo` and, before them, the runs that they start from and that are still to be made.
 
     So a start runs once, as a job of its own.
     """
-    known = {item.signature for item in todo}
-    starts: dict[str, Cell] = {}
-    for item in todo:
-        before = cell.starts_from(item.config)
-        if before is None:
+    known = {cell.signature for cell in todo}
+    found: dict[str, Cell] = {}
+    for cell in todo:
+        before = cell.run.start_run
+        if before is None or before.name in known | found.keys():
             continue
-        folder = cell.run_dir(before)
-        if folder.name not in known | starts.keys() and cell.status(before).state != "done":
-            overrides, run = tuple(before["overrides"]), before["choices"]["task"]
-            starts[folder.name] = Cell(item.row, run, item.seed, overrides, before, folder)
-    return [*starts.values(), *todo]
+        if not before.is_done:
+            found[before.name] = Cell(cell.row, before.choices.task, before)
+    return [*found.values(), *todo]
 
 
-def expected_time(
-    todo: Sequence[Cell], num_workers: int, durations: Durations, cell: CellModule
-) -> str:
+def expected_time(todo: Sequence[Cell], num_workers: int, durations: Durations) -> str:
     """Return one line about the time that the open runs will take."""
-    known, bases = [], []
-    for item in todo:
-        group = cell.group(item.config)
-        known.append(durations.expect(group, item.config))
-        bases.append(durations.basis(group, item.config))
+    known = [durations.expect(cell.run) for cell in todo]
     line = f"to run: {len(todo)}; expected time: "
     if all(seconds is None for seconds in known):
         return f"{line}unknown from earlier runs (none of this kind on this machine)"
     total = sum(seconds for seconds in known if seconds is not None)
     if unknown := sum(seconds is None for seconds in known):
         line = f"{line}unknown for {unknown} of them; for the others "
+    bases = [durations.basis(cell.run) for cell in todo]
     told = [basis for basis, seconds in zip(bases, known, strict=True) if seconds is not None]
     parts = [f"{told.count(basis)} from {basis}" for basis in dict.fromkeys(told)]
     return (
@@ -96,9 +220,7 @@ def expected_time(
     )
 
 
-def run_cells(
-    pool: Pool, todo: Sequence[Cell], durations: Durations, cell: CellModule
-) -> dict[str, Outcome]:
+def run_cells(pool: Pool, todo: Sequence[Cell], durations: Durations) -> dict[str, Outcome]:
     """Run cells and show progress; return how those ended that failed or were not run.
 
     A cell that starts from another one of `todo` runs behind it, and not where that one fails.
@@ -107,55 +229,87 @@ def run_cells(
         pool: its workers run them.
         todo: the cells, from `with_starts`.
         durations: of earlier runs; gets those of these.
-        cell: plans and runs cells.
 
     Returns:
-        Signature to outcome.
+        Name of the run to outcome.
     """
-    by_key = {item.signature: item for item in todo}
-    groups = {name: cell.group(item.config) for name, item in by_key.items()}
+    by_key = {cell.signature: cell for cell in todo}
     jobs = []
-    for item in todo:
-        before = cell.starts_from(item.config)
-        after = None if before is None else cell.run_dir(before).name
-        jobs.append(Job("run", (item.overrides,), item.signature, after))
+    for cell in todo:
+        before = cell.run.start_run
+        after = None if before is None else before.name
+        jobs.append(Job(EXECUTE, (cell.run,), cell.signature, after))
     pending = dict(by_key)
-    failures: dict[str, Outcome] = {}
 
     def remaining() -> str:
         running = {job.key: seconds for job, seconds in pool.running}
         rest = 0.0
-        for name, item in pending.items():
-            expected = durations.expect(groups[name], item.config)
+        for name, cell in pending.items():
+            expected = durations.expect(cell.run)
             if expected is None:
                 return "unknown"
             rest += max(expected - running.get(name, 0.0), 0.0)
         return format_seconds(rest / max(1, len(running)))
 
+    def ended(outcome: Outcome) -> None:
+        cell = pending.pop(outcome.job.key)
+        if outcome.error is None:
+            durations.add(cell.run.group, cell.run.config, outcome.seconds)
+
+    labels = {name: cell.label for name, cell in by_key.items()}
+    return run_jobs(pool, jobs, labels, ended=ended, remaining=remaining)
+
+
+def run_jobs(
+    pool: Pool,
+    jobs: Sequence[Job],
+    labels: Mapping[str, str],
+    *,
+    ended: Callable[[Outcome], None] = lambda _: None,
+    remaining: Callable[[], str | None] = lambda: None,
+) -> dict[str, Outcome]:
+    """Do jobs and show progress; return how those ended that failed or were not run.
+
+    Args:
+        pool: its workers do them.
+        jobs: what is to do.
+        labels: how messages call each job, by its key.
+        ended: called with every outcome.
+        remaining: returns the time that is left, in words; None shows none.
+
+    Returns:
+        Key of the job to outcome.
+    """
+    failures: dict[str, Outcome] = {}
     with Progress(len(jobs)) as progress:
         for outcome in pool.run(jobs):
             if outcome is None:
-                progress.tick([by_key[job.key].label for job, _ in pool.running], remaining())
+                progress.tick([labels[job.key] for job, _ in pool.running], remaining())
                 continue
-            item = pending.pop(outcome.job.key)
-            if outcome.error is None:
-                durations.add(groups[outcome.job.key], item.config, outcome.seconds)
-            else:
+            ended(outcome)
+            if outcome.error is not None:
                 failures[outcome.job.key] = outcome
-            progress.step(item.label, outcome, remaining())
+            progress.step(labels[outcome.job.key], outcome, remaining())
     return failures
 
 
-def prepare_models(pool: Pool, cells: Sequence[Cell], cell: CellModule) -> str | None:
-    """Pre-train the models that the cells start from; return why it failed, or None."""
-    # One cell of each model: the worker composes what it is given, which takes a while.
-    firsts = {str(item.config.get("model")): item for item in cells}
-    names = cell.unprepared([item.config for item in firsts.values()])
+def prepare_models(pool: Pool, cells: Sequence[Cell]) -> None:
+    """Pre-train the models that the cells start from.
+
+    Raises:
+        PreparationError: it failed.
+    """
+    needed = {
+        cell.run.pretraining.name: cell.run for cell in cells if cell.run.pretraining is not None
+    }
+    names = starts.unprepared(needed.values())
     if not names:
-        return None
+        return
     print(f"pre-training {', '.join(names)} (once) ...", flush=True)
-    job = Job("prepare", tuple(item.overrides for item in firsts.values()), "prepare")
-    return next(outcome.error for outcome in pool.run([job]) if outcome is not None)
+    job = Job(PREPARE, (list(needed.values()),), "prepare")
+    for outcome in pool.run([job]):
+        if outcome is not None and outcome.error is not None:
+            raise PreparationError(f"preparing the models failed: {outcome.error}")
 
 
 class Progress:

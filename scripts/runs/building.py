@@ -1,7 +1,4 @@
-"""Build what a run needs before its first step: data, tokenizer, model, method.
-
-What a run is and what it starts from is decided in `scripts.runs.cell`.
-"""
+"""Build what a run needs before its first step: data, tokenizer, model, method, trainer."""
 
 from __future__ import annotations
 
@@ -10,46 +7,18 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import read_adapter
 
+if TYPE_CHECKING:
+    from scripts.runs.run import Run
+    from scripts.runs.starts import Start
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Start:
-    """The run that another one starts from: its folder, and what the record says of it."""
-
-    folder: Path
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `scripts.runs.cell` has decided about a run.
-
-    Attributes:
-        folder: its run folder; the last part is its signature.
-        outputs: folder of all run folders.
-        group: signature without the seed.
-        signed: what the signature is a hash of.
-        source: hub id or folder, and revision, of the pre-trained weights; None without any.
-        start: the run it starts from, or None.
-        pretrained_sha256: checksum of the weights that the suite pre-trained for it, or None.
-    """
-
-    folder: Path
-    outputs: Path
-    group: str
-    signed: dict[str, Any]
-    source: tuple[str, str | None] | None
-    start: Start | None
-    pretrained_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +26,10 @@ class Built:
     """A run before its first step.
 
     Attributes:
+        task: with its data.
+        trainer: with the recipe's values.
+        method: injected.
+        start: the run it starts from, or None.
         tokenizer: of the model.
         train: encoded training examples that are used.
         num_available: training examples that there are.
@@ -69,6 +42,10 @@ class Built:
         total_steps: optimiser steps of the run.
     """
 
+    task: Any
+    trainer: Any
+    method: Any
+    start: Start | None
     tokenizer: Any
     train: Sequence[Any]
     num_available: int
@@ -108,23 +85,38 @@ def load_task(cfg: DictConfig) -> Any:
     return task
 
 
-def build(cfg: DictConfig, plan: Plan, task: Any, trainer: Any, method: Any) -> Built:
-    """Encode the data, load the model and inject the method."""
+def build(run: Run, task: Any, start: Start | None) -> Built:
+    """Encode the data, load the model and inject the method.
+
+    Args:
+        run: the run.
+        task: from `load_task`.
+        start: the run that it starts from, or None.
+
+    Raises:
+        ConfigError: data, weights and settings do not fit.
+    """
+    from hydra.utils import instantiate
+
     from delta_lora.analysis import similarity
     from delta_lora.models import fingerprint
 
-    tokenizer = build_tokenizer(cfg, task, plan.source)
+    cfg = run.config
+    trainer = instantiate(cfg.trainer)
+    trainer.prepare_backend()
+    method = instantiate(cfg.method)
+    tokenizer = build_tokenizer(run, task)
     train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
     num_available = len(train)
     with as_config_error():
         train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
     with as_config_error():
-        model = base_model(cfg, task, train, plan.source)
+        model = base_model(run, task, train)
         weights_sha256 = fingerprint(model)
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
-        base = _describe_base(cfg, plan, task, model)
+        base = _describe_base(run, task, model)
         method.inject(
             model,
             projections=cfg.model.projections,
@@ -132,9 +124,13 @@ def build(cfg: DictConfig, plan: Plan, task: Any, trainer: Any, method: Any) -> 
             total_steps=total_steps,
             seed=cfg.seed,
         )
-        if plan.start is not None:
-            _restore_start(model, plan.start, head=task.head)
+        if start is not None:
+            _restore_start(model, start, head=task.head)
     return Built(
+        task=task,
+        trainer=trainer,
+        method=method,
+        start=start,
         tokenizer=tokenizer,
         train=train,
         num_available=num_available,
@@ -172,31 +168,31 @@ def draw_rows(examples: Sequence[Any], fraction: float | None, seed: int) -> Seq
     return [examples[i] for i in kept]
 
 
-def build_tokenizer(cfg: DictConfig, task: Any, source: tuple[str, str | None] | None) -> Any:
+def build_tokenizer(run: Run, task: Any) -> Any:
     """Return the tokenizer of a run: the task's own, that of a folder, or that of the weights."""
     from delta_lora.models import load_tokenizer
 
-    if cfg.model.init == "random" and (built := task.build_tokenizer()) is not None:
+    model = run.config.model
+    if model.init == "random" and (built := task.build_tokenizer()) is not None:
         return built
-    if cfg.model.tokenizer_path is not None:
-        source = cfg.model.tokenizer_path, None
     with as_config_error():
-        return load_tokenizer(*_known(cfg, source))
+        if model.tokenizer_path is not None:
+            return load_tokenizer(model.tokenizer_path, None)
+        return load_tokenizer(*_weights(run))
 
 
-def base_model(
-    cfg: DictConfig, task: Any, train: Any, source: tuple[str, str | None] | None
-) -> Any:
+def base_model(run: Run, task: Any, train: Any) -> Any:
     """Return the model before any method: loaded, or with random weights."""
     from delta_lora.draws import seed_everything
     from delta_lora.models import load_model
 
+    cfg = run.config
     seed_everything(cfg.seed)
     if cfg.model.init == "random":
         model = random_model(cfg, task)
         task.initialise(model, train)
         return model
-    path, revision = _known(cfg, source)
+    path, revision = _weights(run)
     return load_model(
         cfg.model.family,
         source=path,
@@ -223,12 +219,13 @@ def random_model(cfg: DictConfig, task: Any) -> Any:
     )
 
 
-def _describe_base(cfg: DictConfig, plan: Plan, task: Any, model: Any) -> dict[str, Any]:
+def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
     """Return how the model of a run is built before any method, for `delta_lora.load`."""
     from delta_lora.adapter import describe_base
 
+    cfg = run.config
     is_random = cfg.model.init == "random"
-    source, revision = (None, None) if is_random else _known(cfg, plan.source)
+    source, revision = (None, None) if is_random else _weights(run)
     architecture: Any = OmegaConf.to_container(cfg.model.architecture) if is_random else None
     projections: Any = None
     if cfg.model.projections is not None:
@@ -247,10 +244,13 @@ def _describe_base(cfg: DictConfig, plan: Plan, task: Any, model: Any) -> dict[s
     )
 
 
-def _known(cfg: DictConfig, source: tuple[str, str | None] | None) -> tuple[str, str | None]:
-    if source is None:
-        raise ConfigError(f"model={cfg.model.name} has no weights; set model.path=FOLDER")
-    return source
+def _weights(run: Run) -> tuple[str, str | None]:
+    if run.weights is None:
+        raise ConfigError(
+            f"model={run.config.model.name} has no weights; set model.path=FOLDER, or "
+            "model.hub_id=NAME and model.revision=COMMIT"
+        )
+    return run.weights
 
 
 def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:

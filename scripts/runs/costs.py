@@ -52,14 +52,12 @@ class Cost:
     basis: str = ""
 
 
-def estimate(cfg: Any) -> Cost:
+def estimate(cfg: DictConfig) -> Cost:
     """Return the cost of the run of `cfg`.
 
     Args:
         cfg: from `scripts.runs.composition.compose`.
     """
-    if not isinstance(cfg, DictConfig):  # of a test
-        return Cost(basis="not a configuration of the suite")
     # Seeds, names and folders cost nothing; a table asks for the same row once a seed.
     content: Any = OmegaConf.to_container(cfg)
     for key in ("seed", "overrides", "paths", "logger"):

@@ -1,7 +1,4 @@
-"""Run one cell from its configuration to its record: build, fit, predict, score, write.
-
-What a cell is, whether it is done and what it starts from is decided in `scripts.runs.cell`.
-"""
+"""Execute one run from its configuration to its record: build, fit, score, write."""
 
 from __future__ import annotations
 
@@ -9,138 +6,124 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from delta_lora import processes
-from scripts.runs.building import Built, Plan, build
-from scripts.runs.folder import ADAPTER, RECORD, RESOURCES, load_record, predict
-from scripts.runs.recording import epoch_metrics, provenance_of, settings_of, training_facts
+from scripts.runs.building import Built, build, load_task
+from scripts.runs.checks import check, check_sources
+from scripts.runs.composition import ConfigError
+from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
+from scripts.runs.recording import config_of, record_of, write_failure
+from scripts.runs.run import Run
+from scripts.runs.starts import prepare, prepare_start
 from scripts.runs.workers import cells_on_device
 
 logger = logging.getLogger(__name__)
 
 
-def execute(cfg: DictConfig, plan: Plan, task: Any, *, is_main: bool) -> dict[str, Any]:
-    """Run a cell, or continue it, and write its record; arguments and errors as `_execute`.
-
-    The mirrors are closed however it ends: the next run of this process has its own.
-    """
-    mirrors: list[Any] = []
-    try:
-        return _execute(cfg, plan, task, mirrors, is_main=is_main)
-    finally:
-        for mirror in mirrors:
-            with _only_warned("closing the mirror"):
-                mirror.close()
-
-
-@contextlib.contextmanager
-def _only_warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning: a dashboard must not cost a run its record."""
-    try:
-        yield
-    except Exception as error:
-        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
-
-
-def _execute(
-    cfg: DictConfig, plan: Plan, task: Any, mirrors: list[Any], *, is_main: bool
-) -> dict[str, Any]:
-    """Run a cell, or continue it, and write its record.
+def execute(run: Run, *, wait: bool = True) -> dict[str, Any]:
+    """Execute a run, or continue it, or return its record if it is done.
 
     Args:
-        cfg: from `scripts.runs.composition.compose`.
-        plan: what is known about it.
-        task: from `load_task`.
-        mirrors: gets the loggers beside ``metrics.jsonl``.
-        is_main: whether this is the main process of a distributed run, or the only one.
+        run: the run.
+        wait: wait for another process in the same folder instead of failing.
 
     Returns:
-        The record; in other processes an empty dict.
+        The record (in processes of a distributed run other than the main one: an empty dict).
 
     Raises:
-        ConfigError: data, weights and settings do not fit.
+        ConfigError: the input is wrong; nothing was written.
+        LockedError: another process works in the run folder.
+        Exception: whatever stopped the run; the record then says ``failed`` and why.
     """
-    from hydra.utils import instantiate
+    if run.is_done:
+        return run.record()
+    check(run)
+    check_sources(run, set())  # before data are read and tokens made
+    is_main = processes.is_main()
+    with lock(run.folder, wait=wait) if is_main else contextlib.nullcontext():
+        state = run.status().state
+        if state == "done":  # another process finished it while this one waited
+            return run.record()
+        if state == "stale":
+            clear(run.folder)
+        (run.folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed
+        try:
+            return _execute(run, is_main=is_main)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if is_main:
+                write_failure(run, error)
+            raise
 
+
+def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
+    """Build, fit, score, write: the whole way of a run; arguments and errors as `execute`."""
     from delta_lora import memory
-    from delta_lora.protocols import Scores
 
     memory.release()  # of the run that this process made before
-    trainer = instantiate(cfg.trainer)
-    trainer.prepare_backend()
-    method = instantiate(cfg.method)
-    built = build(cfg, plan, task, trainer, method)
-    _log_start(cfg, plan, built, trainer.batch_size)
-    if is_main:
-        OmegaConf.save(cfg, plan.folder / "config.yaml", resolve=True)
-        mirrors += _mirrors(cfg, plan)
+    task = load_task(run.config)  # before anything expensive
+    prepare([run])
+    built = build(run, task, prepare_start(run))
+    _log_start(run, built)
+    with contextlib.ExitStack() as stack:
+        mirrors: list[Any] = []
+        if is_main:
+            OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
+            mirrors = _mirrors(run, stack)
+        fitted = _fit(run, built, mirrors)
+        scored = _score(run, built, is_main=is_main)
+        if not is_main:
+            return {}
+        record = {
+            **record_of(run, built, fitted, scored),
+            "adapter_sha256": _write_adapter(run, built, fitted.chosen_step),
+        }
+        if run.config.save_model:
+            record["model"]["saved_weights_sha256"] = _save_model(run, built)
+        finish(run.folder, record, {**fitted.resources, **scored.resources})
+        for mirror in mirrors:
+            with _only_warned("mirroring the record"):
+                mirror.log_record(record, run.folder / "predictions.jsonl")
+        return run.record()
 
-    result = trainer.fit(
+
+# ---------------------------------------------------------------------- fit
+
+
+def _fit(run: Run, built: Built, mirrors: list[Any]) -> Any:
+    """Train the model of a run, from its newest checkpoint on; return what came of it."""
+    task = built.task
+    return built.trainer.fit(
         built.model,
-        method=method,
+        method=built.method,
         task=task,
         train=built.train,
         validation=built.validation,
-        seed=cfg.seed,
-        folder=plan.folder,
+        seed=run.seed,
+        folder=run.folder,
         mirrors=mirrors,
-        identity=_identity(cfg, plan, task, built),
+        identity=_identity(run, built),
         score=None if task.selection_metric is None else _validation_score(task, built.tokenizer),
     )
-    resources = dict(result.resources)
-    began = time.monotonic()
-    with method.merged(built.model) as merged:
-        analysis = _similarities(built, merged) if is_main else {}
-        predictions = _predict(cfg, plan, task, built, merged)
-    resources["predict_time_s"] = time.monotonic() - began
-    if not is_main:
-        return {}
-    resources["cells_on_device"] = cells_on_device()  # neighbours spoil the times
-    began = time.monotonic()
-    split = task.scored_split
-    scores = task.score(predictions, split) if predictions else Scores({}, {})
-    references = task.reference_scores(split) if cfg.score_references else {}
-    resources["score_time_s"] = time.monotonic() - began
-
-    record = {
-        **settings_of(cfg, plan, task, built),
-        "init_from": None if plan.start is None else plan.start.facts,
-        "metrics": {**scores.values, **epoch_metrics(result.validation, task)},
-        "missing_metrics": scores.missing,
-        "reference_metrics": {name: found.values for name, found in references.items()},
-        "cosine_similarity": analysis,
-        "task_facts": task.describe(built.model, built.tokenizer),
-        "training": training_facts(cfg, built, trainer.batch_size, result, method),
-        "num_predictions": len(predictions),
-        "adapter_sha256": _write_adapter(cfg, plan, built, method, result.chosen_step),
-        "config": plan.signed,
-        "provenance": provenance_of(built.model),
-    }
-    if cfg.save_model:
-        record["model"]["saved_weights_sha256"] = _save_model(plan, built)
-    _finish(plan.folder, record, resources)
-    for mirror in mirrors:
-        with _only_warned("mirroring the record"):
-            mirror.log_record(record, plan.folder / "predictions.jsonl")
-    return load_record(plan.folder)
 
 
-def _identity(cfg: DictConfig, plan: Plan, task: Any, built: Built) -> dict[str, Any]:
+def _identity(run: Run, built: Built) -> dict[str, Any]:
     """Return what a checkpoint must agree on to be continued."""
     identity = {
         "base_weights_sha256": built.weights_sha256,
-        "data": task.provenance(),
+        "data": built.task.provenance(),
         "num_examples": len(built.train),
         "total_steps": built.total_steps,
     }
-    if plan.start is not None:
-        identity["init_from"] = plan.start.facts
-    if cfg.train_fraction is not None:
-        identity["train_fraction"] = cfg.train_fraction
+    if built.start is not None:
+        identity["init_from"] = built.start.facts
+    if run.config.train_fraction is not None:
+        identity["train_fraction"] = run.config.train_fraction
     return identity
 
 
@@ -155,88 +138,129 @@ def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, fl
     return score
 
 
-def _predict(
-    cfg: DictConfig, plan: Plan, task: Any, built: Built, merged: Any
-) -> list[dict[str, Any]]:
-    """Return the predictions of the scored split; none in processes other than the main one."""
-    if not cfg.predict:
-        return []
-    return predict(task, merged, built.tokenizer, plan.folder, task.scored_split)
+# ---------------------------------------------------------------------- score
 
 
-def _similarities(built: Built, merged: Any) -> Any:
+@dataclass(frozen=True)
+class Scored:
+    """What a trained model does.
+
+    Attributes:
+        scores: of the scored split.
+        references: what needs no model, by name.
+        similarity: of every adapted projection to what it was before training.
+        num_predictions: number of predictions that were scored.
+        resources: seconds.
+    """
+
+    scores: Any
+    references: dict[str, Any]
+    similarity: dict[str, float]
+    num_predictions: int
+    resources: dict[str, float]
+
+
+def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
+    """Predict the scored split on merged weights, each process its share, and score it."""
     from delta_lora.analysis import similarity
+    from delta_lora.protocols import Scores
 
-    return similarity.cosine_similarities(built.originals, merged)
+    task, predictions, analysis = built.task, [], {}
+    split = task.scored_split
+    began = time.monotonic()
+    with built.method.merged(built.model) as merged:
+        if is_main:
+            analysis = similarity.cosine_similarities(built.originals, merged)
+        if run.config.predict:
+            predictions = predict(task, merged, built.tokenizer, run.folder, split)
+    predicted = time.monotonic()
+    scores = task.score(predictions, split) if predictions else Scores({}, {})
+    is_asked = is_main and run.config.score_references
+    references = task.reference_scores(split) if is_asked else {}
+    return Scored(
+        scores=scores,
+        references=references,
+        similarity=analysis,
+        num_predictions=len(predictions),
+        resources={
+            "predict_time_s": predicted - began,
+            "cells_on_device": cells_on_device(),  # neighbours spoil the times
+            "score_time_s": time.monotonic() - predicted,
+        },
+    )
 
 
-def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, step: int) -> str:
+# ---------------------------------------------------------------------- write
+
+
+def _write_adapter(run: Run, built: Built, step: int) -> str:
     """Write every parameter that the run changed; return their checksum."""
     from delta_lora import adapter
 
     return adapter.write(
-        (plan.folder / ADAPTER).parent,
-        method.updated_tensors(built.model),
+        (run.folder / ADAPTER).parent,
+        built.method.updated_tensors(built.model),
         {
-            "method": OmegaConf.to_container(cfg.method, resolve=True),
-            "seed": cfg.seed,
+            "method": OmegaConf.to_container(run.config.method, resolve=True),
+            "seed": run.seed,
             "base": built.base,
-            "facts": method.describe(),
+            "facts": built.method.describe(),
             "step": step,
         },
     )
 
 
-def _save_model(plan: Plan, built: Built) -> str:
+def _save_model(run: Run, built: Built) -> str:
     """Write the whole model with its tokenizer; return the checksum of its weights."""
     from delta_lora.models import fingerprint
 
-    built.model.save_pretrained(plan.folder / "model")
-    built.tokenizer.save_pretrained(plan.folder / "model")
+    built.model.save_pretrained(run.folder / "model")
+    built.tokenizer.save_pretrained(run.folder / "model")
     return fingerprint(built.model)
 
 
-def _finish(folder: Path, record: dict[str, Any], resources: dict[str, Any]) -> None:
-    """Write the record; then the checkpoints have served.
-
-    Where a score is missing they stay, so that the run can be scored again without training.
-    """
-    from delta_lora import checkpoint
-
-    checkpoint.write_json(folder / RESOURCES, resources)
-    checkpoint.write_json(folder / RECORD, record)
-    if not record["missing_metrics"]:
-        checkpoint.remove(folder / "checkpoints")
-        checkpoint.remove(folder / "best")
-
-
-def _log_start(cfg: DictConfig, plan: Plan, built: Built, batch_size: int) -> None:
+def _log_start(run: Run, built: Built) -> None:
     parameters = built.parameters
     trainable, updatable = parameters["trainable"], parameters["updatable"]
     logger.info(
         "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
         "%d examples, batch %d, %d steps",
-        plan.folder.name, cfg.choices.method, cfg.choices.task, cfg.model.name,
+        run.name, run.choices.method, run.choices.task, run.config.model.name,
         f"{trainable:,}", trainable / 2**20, f"{updatable:,}", updatable / 2**20,
-        f"{parameters['total']:,}", len(built.train), batch_size, built.total_steps,
+        f"{parameters['total']:,}", len(built.train), built.trainer.batch_size, built.total_steps,
     )  # fmt: skip
 
 
-def _mirrors(cfg: DictConfig, plan: Plan) -> list[Any]:
+def _mirrors(run: Run, stack: contextlib.ExitStack) -> list[Any]:
+    """Return the mirrors of a run; they are closed with `stack`, however the run ends."""
     from hydra.utils import instantiate
 
-    if cfg.logger["_target_"] is None:
+    if run.config.logger["_target_"] is None:
         return []
-    choices = cfg.choices
-    return [
-        instantiate(
-            cfg.logger,
-            directory=plan.outputs,
-            signature=plan.folder.name,
-            group=plan.group,
-            tags=[choices.task, choices.method, choices.scale],
-            run_config=plan.signed,
-            _convert_="all",
-            _recursive_=False,  # what a run is made of is named in there, not to be made again
-        )
-    ]
+    choices = run.choices
+    mirror = instantiate(
+        run.config.logger,
+        directory=run.outputs,
+        signature=run.name,
+        group=run.group,
+        tags=[choices.task, choices.method, choices.scale],
+        run_config=config_of(run),
+        _convert_="all",
+        _recursive_=False,  # what a run is made of is named in there, not to be made again
+    )
+    stack.callback(_close, mirror)
+    return [mirror]
+
+
+def _close(mirror: Any) -> None:
+    with _only_warned("closing the mirror"):
+        mirror.close()
+
+
+@contextlib.contextmanager
+def _only_warned(what: str) -> Iterator[None]:
+    """Turn an error into a warning: a dashboard must not cost a run its record."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)

@@ -24,7 +24,7 @@ class LockedError(RuntimeError):
     """Another process works in the same run folder."""
 
 
-def load_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """Return a run's record with its resources under ``resources``."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     resources = folder / RESOURCES
@@ -156,6 +156,20 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no finished run: {ADAPTER} is missing")
     return load_file(path)
+
+
+def finish(folder: Path, record: dict[str, Any], resources: dict[str, Any]) -> None:
+    """Write the record; then the checkpoints have served.
+
+    Where a score is missing they stay, so that the run can be scored again without training.
+    """
+    from delta_lora import checkpoint
+
+    checkpoint.write_json(folder / RESOURCES, resources)
+    checkpoint.write_json(folder / RECORD, record)
+    if not record["missing_metrics"]:
+        checkpoint.remove(folder / "checkpoints")
+        checkpoint.remove(folder / "best")
 
 
 def clear(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -11,15 +12,15 @@ class Job:
     """One thing for a worker to do.
 
     Attributes:
-        kind: ``run`` runs the cell of ``overrides[0]``; ``prepare`` prepares all of `overrides`.
-        overrides: Hydra overrides, one tuple a cell.
+        function: what does it, ``module:name``; imported by the worker.
+        arguments: of the function; they are pickled.
         key: what the caller knows the job by; its own in one queue.
         after: key of the job without whose success this one is not done; None, or the key of no
             job of the queue: it waits for nothing.
     """
 
-    kind: str
-    overrides: tuple[tuple[str, ...], ...]
+    function: str
+    arguments: tuple[Any, ...]
     key: str
     after: str | None = None
 

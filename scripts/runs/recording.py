@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 
 from scripts.runs import provenance
-from scripts.runs.building import Built, Plan
+from scripts.runs.building import Built
 from scripts.runs.composition import ROOT
 from scripts.runs.folder import RECORD
+from scripts.runs.run import Run
 
-RECORD_SCHEMA = 1
+if TYPE_CHECKING:
+    from scripts.runs.execution import Scored
+
+RECORD_SCHEMA = 2
+#: of a configuration what is of this machine or this call alone.
+NOT_RECORDED = ("logger", "paths", "overrides")
 
 
-def what(cfg: DictConfig) -> dict[str, Any]:
-    """Return how a run was chosen."""
-    choices = cfg.choices
+def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, Any]:
+    """Return the record of a finished run, all but what it wrote.
+
+    Args:
+        run: the run.
+        built: what it was made of.
+        fitted: what came of the training (`delta_lora.result.FitResult`).
+        scored: what the trained model does.
+    """
+    task, cfg = built.task, run.config
     return {
-        "scale": choices.scale,
-        "seed": cfg.seed,
-        "method": choices.method,
-        "recipe": choices.recipe,
-    }
-
-
-def settings_of(cfg: DictConfig, plan: Plan, task: Any, built: Built) -> dict[str, Any]:
-    """Return what a record says of a run before its first step."""
-    return {
-        "schema": RECORD_SCHEMA,
-        "signature": plan.folder.name,
-        "group": plan.group,
+        **_identity(run),
         "status": "completed",
-        **what(cfg),
         "task": {"name": task.name, "version": task.version, **task.provenance()},
         "model": {
             "name": cfg.model.name,
@@ -41,27 +41,81 @@ def settings_of(cfg: DictConfig, plan: Plan, task: Any, built: Built) -> dict[st
             "hub_id": cfg.model.hub_id,
             "revision": cfg.model.revision,
             "weights_sha256": built.weights_sha256,
-            "pretrained_sha256": plan.pretrained_sha256,
+            "pretrained_sha256": _pretrained_sha256(run),
         },
         "parameters": built.parameters,
+        "init_from": None if built.start is None else built.start.facts,
+        "metrics": {**scored.scores.values, **_epoch_metrics(fitted.validation, task)},
+        "missing_metrics": scored.scores.missing,
+        "reference_metrics": {name: found.values for name, found in scored.references.items()},
+        "cosine_similarity": scored.similarity,
+        "task_facts": task.describe(built.model, built.tokenizer),
+        "training": _training_facts(run, built, fitted),
+        "num_predictions": scored.num_predictions,
+        "config": config_of(run),
+        "provenance": _provenance_of(built.model),
     }
 
 
-def training_facts(
-    cfg: DictConfig, built: Built, batch_size: int, result: Any, method: Any
-) -> dict[str, Any]:
+def write_failure(run: Run, error: Exception) -> None:
+    """Write the record of a run that was stopped by `error`."""
+    from delta_lora import checkpoint
+
+    record = {
+        **_identity(run),
+        "status": "failed",
+        "task": {"name": run.choices.task},
+        "error": {
+            "type": type(error).__name__,
+            "message": str(error) or type(error).__name__,
+            "traceback": traceback.format_exc(),
+        },
+        "config": config_of(run),
+    }
+    checkpoint.write_json(run.folder / RECORD, record)
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    """Return the configuration of a run as plain JSON values, all but `NOT_RECORDED`."""
+    content: Any = OmegaConf.to_container(run.config, resolve=True)
+    return {key: value for key, value in content.items() if key not in NOT_RECORDED}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """Return which run it is, and how it was chosen."""
+    choices = run.choices
+    return {
+        "schema": RECORD_SCHEMA,
+        "signature": run.name,
+        "group": run.group,
+        "meaning": run.meaning,
+        "scale": choices.scale,
+        "seed": run.seed,
+        "method": choices.method,
+        "recipe": choices.recipe,
+    }
+
+
+def _pretrained_sha256(run: Run) -> str | None:
+    """Return the checksum of the weights that the suite pre-trained for a run, where it did."""
+    made = None if run.pretraining is None else run.pretraining.completed()
+    return None if made is None else made["model"]["saved_weights_sha256"]
+
+
+def _training_facts(run: Run, built: Built, fitted: Any) -> dict[str, Any]:
     """Return what a record says of the training."""
+    cfg = run.config
     training = {
-        "steps": result.num_steps,
-        "epochs": result.num_epochs,
+        "steps": fitted.num_steps,
+        "epochs": fitted.num_epochs,
         "examples": len(built.train),
-        "batch_size": batch_size,
-        "final_train_loss": result.final_train_loss if result.num_steps else None,
-        "validation": result.validation,
-        "checkpoint_rule": result.checkpoint_rule,
-        "chosen_step": result.chosen_step,
-        "skipped_steps": result.skipped_steps,
-        "method": method.describe(),
+        "batch_size": built.trainer.batch_size,
+        "final_train_loss": fitted.final_train_loss if fitted.num_steps else None,
+        "validation": fitted.validation,
+        "checkpoint_rule": fitted.checkpoint_rule,
+        "chosen_step": fitted.chosen_step,
+        "skipped_steps": fitted.skipped_steps,
+        "method": built.method.describe(),
         "precision": {
             "training": cfg.trainer.precision,
             "float32_matmul": cfg.trainer.matmul_precision,
@@ -75,7 +129,7 @@ def training_facts(
     return training
 
 
-def epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
+def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, float]:
     """Return ``best_epoch/<metric>`` and ``last_epoch/<metric>`` where a metric selects."""
     from delta_lora.result import best_entry
 
@@ -90,31 +144,10 @@ def epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, fl
     }
 
 
-def provenance_of(model: Any) -> dict[str, Any]:
+def _provenance_of(model: Any) -> dict[str, Any]:
     """Return code, packages, and the device that the model is on."""
     return {
         "git": provenance.git_state(ROOT),
         "packages": provenance.packages(),
         "device": provenance.device(next(model.parameters()).device),
     }
-
-
-def write_failure(cfg: DictConfig, plan: Plan, error: Exception) -> None:
-    """Write the record of a run that was stopped by `error`."""
-    from delta_lora import checkpoint
-
-    record = {
-        "schema": RECORD_SCHEMA,
-        "signature": plan.folder.name,
-        "group": plan.group,
-        "status": "failed",
-        **what(cfg),
-        "task": {"name": cfg.choices.task},
-        "error": {
-            "type": type(error).__name__,
-            "message": str(error) or type(error).__name__,
-            "traceback": traceback.format_exc(),
-        },
-        "config": plan.signed,
-    }
-    checkpoint.write_json(plan.folder / RECORD, record)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.planning.disk import downloads, hub_cache
+from scripts.runs.cells import Cell
 from scripts.runs.costs import estimate
-from scripts.runs.plan import Cell
 
 GIB = 2**30
 
@@ -38,14 +38,14 @@ def disk_need(todo: Sequence[Cell], num_workers: int) -> Need:
         todo: the runs.
         num_workers: runs that work at the same time.
     """
-    costs = [estimate(item.config) for item in todo]
+    costs = [estimate(item.run.config) for item in todo]
     known = [(c.disk_bytes, c.disk_peak_bytes) for c in costs if c.disk_bytes is not None]
     kept = sum(stays for stays, _ in known)
     extra = sorted(((peak or stays) - stays for stays, peak in known), reverse=True)
     files: dict[tuple[str, str], int | None] = {}
     for item, cost in zip(todo, costs, strict=True):
         if cost.disk_bytes is not None:
-            files |= downloads(item.config)
+            files |= downloads(item.run.config)
     wanted: dict[str, int | None] = {}
     for (repository, _), size in files.items():
         before = wanted.get(repository, 0)
@@ -65,7 +65,7 @@ def check_disk_space(todo: Sequence[Cell], num_workers: int) -> None:
     """
     if not todo:
         return
-    folder = todo[0].folder.parent
+    folder = todo[0].run.outputs
     place = _existing(folder)
     need = disk_need(todo, num_workers)
     total, parts = need.peak, [f"{gib(need.kept)} stay, the rest while {num_workers} work(s)"]

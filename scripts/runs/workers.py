@@ -65,12 +65,12 @@ class _Answer:
 class _Worker:
     """A worker process, its pipe and what it is doing."""
 
-    def __init__(self, module: str, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
         self.log = log
         self.job: Job | None = None
         self.started = 0.0
         self.connection, theirs = _SPAWN.Pipe()
-        self.process: BaseProcess = _SPAWN.Process(target=_serve, args=(theirs, module, log))
+        self.process: BaseProcess = _SPAWN.Process(target=_serve, args=(theirs, log))
         with _environment(environment):
             self.process.start()
         theirs.close()
@@ -157,20 +157,16 @@ class Pool:
     """A fixed number of workers; use it in a ``with`` block.
 
     Args:
-        module: module with `compose`, `run` and `prepare` that the workers import.
         environments: environment variables of each worker, set before it starts; their number is
             the number of workers. ``CUDA_VISIBLE_DEVICES`` there names the worker's device.
         logs: folder for what the workers print; created if missing.
         name: start of the log files' names.
     """
 
-    def __init__(
-        self, module: str, *, environments: Sequence[Mapping[str, str]], logs: Path, name: str
-    ) -> None:
+    def __init__(self, *, environments: Sequence[Mapping[str, str]], logs: Path, name: str) -> None:
         if not environments:
             raise ValueError("a pool needs at least one worker")
         logs.mkdir(parents=True, exist_ok=True)
-        self._module = module
         began = {COMMAND_BEGAN: repr(_BEGAN)}
         self._slots = [
             _Slot(logs / f"{name}-worker{index}.log", {**environment, **began})
@@ -239,7 +235,7 @@ class Pool:
             job = queue.take(slot.device, devices)
             if job is not None:
                 if slot.worker is None or not slot.worker.process.is_alive():
-                    slot.worker = _Worker(self._module, slot.log, slot.environment)
+                    slot.worker = _Worker(slot.log, slot.environment)
                 slot.worker.give(job)
 
     def _goes_elsewhere(
@@ -290,7 +286,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, module: str, log: Path) -> None:
+def _serve(connection: Connection, log: Path) -> None:
     """Do jobs until the parent closes the pipe; the body of a worker process."""
     os.setsid()  # Ctrl-C reaches the parent only, which then stops the workers in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -306,7 +302,7 @@ def _serve(connection: Connection, module: str, log: Path) -> None:
         except EOFError:
             return
         try:
-            answer = _do(job, module)
+            answer = _do(job)
             connection.send(answer)
         except (KeyboardInterrupt, BrokenPipeError):
             return
@@ -316,15 +312,11 @@ def _serve(connection: Connection, module: str, log: Path) -> None:
             os._exit(1)  # at once: what would be tidied up may need the device
 
 
-def _do(job: Job, module: str) -> _Answer:
+def _do(job: Job) -> _Answer:
     """Do one job; return whether and why it failed."""
+    module, _, name = job.function.partition(":")
     try:
-        cell = importlib.import_module(module)
-        configs = [cell.compose(list(overrides)) for overrides in job.overrides]
-        if job.kind == "prepare":
-            cell.prepare(configs)
-        else:
-            cell.run(configs[0])
+        getattr(importlib.import_module(module), name)(*job.arguments)
     except Exception as error:  # whatever one cell does must not end the table
         traceback.print_exc()
         return _Answer(faults.reason_of(error), faults.kind_of(error))

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-import scripts.runs.cell  # noqa: F401  registers the resolver that lora_scaled uses
+import scripts.runs.composition  # noqa: F401  registers the resolver that lora_scaled uses
 from delta_lora.protocols import Method
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -25,8 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from delta_lora.draws import seed_everything
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer
-from scripts.runs import cell
-from scripts.runs.composition import options
+from scripts.runs.composition import compose, options
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate
 
 CURVES = Path(__file__).with_name("trajectories.json")
@@ -64,9 +63,9 @@ class CopyTask(Task):
 
 def trajectory(name: str, folder: Path) -> list[float]:
     """Return the loss of every step."""
-    cfg = cell.compose(
+    cfg = compose(
         [f"method={name}", "recipe.start_step=2", "recipe.adalora.interval=1"]
-        + [f"recipe.learning_rate.{key}=0.01" for key in cell.compose([]).recipe.learning_rate]
+        + [f"recipe.learning_rate.{key}=0.01" for key in compose([]).recipe.learning_rate]
     )
     seed_everything(5)
     sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}

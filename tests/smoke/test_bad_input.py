@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from scripts import train as command_line
-from scripts.runs import cell
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.run import Run
 
 
 @pytest.mark.parametrize(
@@ -27,12 +29,12 @@ from scripts.runs import cell
     ],
 )
 def test_mistyped_overrides(override: str, message: str) -> None:
-    with pytest.raises(cell.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         command_line.check_arguments(["scale=tiny", override])
 
 
 def test_keys_can_be_taken_away() -> None:
-    base = ["scale=tiny", "task=glue/mrpc", "recipe=glue/mrpc", "model=roberta_base", "method=peft"]
+    base = ["scale=tiny", "experiment=glue/mrpc", "method=peft"]
     taken = ["~method.peft.r", "~method.peft.lora_alpha", "~method.peft.lora_dropout"]
     command_line.check_arguments([*base, *taken, "method.peft.peft_type=HRA", "+method.peft.r=8"])
 
@@ -60,23 +62,23 @@ def test_keys_can_be_taken_away() -> None:
 def test_bad_values_are_found_before_data_or_weights_are_read(
     overrides: list[str], message: str, tmp_path: Path
 ) -> None:
-    cfg = cell.compose([*overrides, f"paths.outputs={tmp_path}", "logger=none"])
-    with pytest.raises(cell.ConfigError, match=message):
-        cell.run(cfg)
+    cfg = Run.compose([*overrides, f"paths.outputs={tmp_path}", "logger=none"])
+    with pytest.raises(ConfigError, match=message):
+        execute(cfg)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    cfg = cell.compose(["scale=tiny", f"paths.outputs={tmp_path / 'file' / 'runs'}"])
-    with pytest.raises(cell.ConfigError, match="cannot write to the output folder"):
-        cell.run(cfg)
+    cfg = Run.compose(["scale=tiny", f"paths.outputs={tmp_path / 'file' / 'runs'}"])
+    with pytest.raises(ConfigError, match="cannot write to the output folder"):
+        execute(cfg)
 
 
 def test_a_data_folder_that_does_not_exist(tmp_path: Path) -> None:
-    cfg = cell.compose(["task.source=files", f"task.data_dir={tmp_path / 'none'}"])
-    with pytest.raises(cell.ConfigError, match="no such folder"):
-        cell.run(cfg)
+    cfg = Run.compose(["task.source=files", f"task.data_dir={tmp_path / 'none'}"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        execute(cfg)
 
 
 @pytest.mark.parametrize(
@@ -100,18 +102,18 @@ def test_broken_files_are_named(
     for file in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
         (data / file).write_text(good)
     (data / name).write_text(content)
-    cfg = cell.compose(
+    cfg = Run.compose(
         small("task.source=files", "task.protocol=challenge", f"task.data_dir={data}")
     )
-    with pytest.raises(cell.ConfigError, match=message):
-        cell.run(cfg)
-    assert not (cell.run_dir(cfg) / "config.yaml").exists()
+    with pytest.raises(ConfigError, match=message):
+        execute(cfg)
+    assert not (cfg.folder / "config.yaml").exists()
 
 
 def test_an_update_that_never_fires_is_a_warning(
     small: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = cell.run(cell.compose(small("method=delta_lora", "method.start_step=6", "seed=3")))
+    record = execute(Run.compose(small("method=delta_lora", "method.start_step=6", "seed=3")))
     assert "the update never fires" in caplog.text
     assert record["training"]["method"]["num_weight_updates"] == 0
 

@@ -12,15 +12,18 @@ import transformers as tf
 
 import delta_lora
 from scripts import export
-from scripts.runs import cell
+from scripts.runs.checks import check
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.run import Run
 
 
 def test_a_run_loads_and_exports(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = cell.compose(small("method=delta_lora"))
-    record = cell.run(cfg)
-    folder = cell.run_dir(cfg)
+    cfg = Run.compose(small("method=delta_lora"))
+    record = execute(cfg)
+    folder = cfg.folder
     model = delta_lora.load(folder)
     assert isinstance(model, tf.GPT2LMHeadModel)
     (tmp_path / "of_somebody_else").mkdir()
@@ -29,7 +32,7 @@ def test_a_run_loads_and_exports(
     said = capsys.readouterr().out
     assert "rank 16 in 3 layers" in said  # 2 r of query and of value in one fused layer
     assert "outputs differ by at most" in said
-    base = cell.run_dir(cell.pretraining(cfg)) / "model"
+    base = cfg.pretraining.folder / "model"
     ids = torch.arange(20)[None]
     served = peft.PeftModel.from_pretrained(
         tf.AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft"
@@ -49,9 +52,9 @@ def test_a_run_loads_and_exports(
 def test_compressing_says_what_it_costs(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = cell.compose(small("method=lora"))
-    cell.run(cfg)
-    folder = cell.run_dir(cfg)
+    cfg = Run.compose(small("method=lora"))
+    execute(cfg)
+    folder = cfg.folder
     arguments = [str(folder), "--output", str(tmp_path), "--rank", "2", "--no-merged"]
     assert export.main(arguments) == 0
     said = capsys.readouterr().out
@@ -62,9 +65,9 @@ def test_compressing_says_what_it_costs(
 def test_full_fine_tuning_exports_merged_and_says_why_not_as_a_lora(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = cell.compose(small("method=full"))
-    cell.run(cfg)
-    assert export.main([str(cell.run_dir(cfg)), "--output", str(tmp_path)]) == 0
+    cfg = Run.compose(small("method=full"))
+    execute(cfg)
+    assert export.main([str(cfg.folder), "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "no PEFT LoRA:" in said
     assert (tmp_path / "merged" / "model.safetensors").is_file()
@@ -88,13 +91,11 @@ def test_wrong_input_is_said(
 def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
     small: Callable[..., list[str]],
 ) -> None:
-    cfg = cell.compose(
-        small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16")
-    )
-    record = cell.run(cfg)
+    cfg = Run.compose(small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16"))
+    record = execute(cfg)
     assert record["training"]["method"]["num_weight_updates"] == 4
     assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
-    model = delta_lora.load(cell.run_dir(cfg))
+    model = delta_lora.load(cfg.folder)
     layer = model.transformer.h[0].attn.c_attn
     assert layer.weight.dtype == torch.bfloat16
     assert layer.query.is_active
@@ -104,12 +105,12 @@ def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
 def test_writing_in_place_into_bfloat16_is_refused_before_anything_starts(
     small: Callable[..., list[str]],
 ) -> None:
-    cfg = cell.compose(small("method=delta_lora", "model.dtype=bfloat16"))
-    with pytest.raises(cell.ConfigError, match="form=closed_form"):
-        cell.run(cfg)
+    cfg = Run.compose(small("method=delta_lora", "model.dtype=bfloat16"))
+    with pytest.raises(ConfigError, match="form=closed_form"):
+        execute(cfg)
 
 
 def test_a_closed_form_does_not_start_from_another_run(small: Callable[..., list[str]]) -> None:
-    cfg = cell.compose(small("method=delta_lora", "method.form=closed_form", "init_from=glue/mnli"))
-    with pytest.raises(cell.ConfigError, match=r"use method\.form=in_place"):
-        cell.check(cfg)
+    cfg = Run.compose(small("method=delta_lora", "method.form=closed_form", "init_from=glue/mnli"))
+    with pytest.raises(ConfigError, match=r"use method\.form=in_place"):
+        check(cfg)

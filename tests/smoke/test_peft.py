@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from delta_lora.methods.peft import Peft
-from scripts.runs import cell
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.run import Run
 from tests.smoke.test_runs import contents
 from tests.smoke.test_starts import SIZES, small, tokenizer  # noqa: F401  fixtures
 
@@ -29,15 +31,15 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(
         f"method={method}", SIZES, "task.max_length=40", "trainer.checkpoint_every_steps=1",
         "method.learning_rate=0.01", "recipe.model_dropout=0.1",
     ]  # fmt: skip
-    straight = cell.compose(small("rte", *settings))
-    record = cell.run(straight)
+    straight = Run.compose(small("rte", *settings))
+    record = execute(straight)
     assert record["status"] == "completed"
     assert record["training"]["method"]["peft_version"]
     assert record["num_predictions"] == 12
     assert 0 < record["parameters"]["head"] < record["parameters"]["trainable"]
 
-    again = cell.compose(small("rte", *settings, f"paths.outputs={tmp_path / 'again'}"))
-    folder = cell.run_dir(again)
+    again = Run.compose(small("rte", *settings, f"paths.outputs={tmp_path / 'again'}"))
+    folder = again.folder
     assert folder.name == record["signature"]
 
     def stop(self: Peft, step: int) -> None:
@@ -47,17 +49,17 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(Peft, "after_step", stop)
         with pytest.raises(RuntimeError, match="stopped"):
-            cell.run(again)
+            execute(again)
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept[-1] == "step-00000002"
-    cell.run(again)
-    assert contents(folder) == contents(cell.run_dir(straight))
+    execute(again)
+    assert contents(folder) == contents(straight.folder)
 
 
 def test_a_prompt_on_a_causal_model_is_refused_before_data_are_read(tmp_path: Path) -> None:
-    cfg = cell.compose(["method=peft/prompt_tuning", f"paths.outputs={tmp_path}", "logger=none"])
-    with pytest.raises(cell.ConfigError, match="stand in one row without padding"):
-        cell.run(cfg)
+    cfg = Run.compose(["method=peft/prompt_tuning", f"paths.outputs={tmp_path}", "logger=none"])
+    with pytest.raises(ConfigError, match="stand in one row without padding"):
+        execute(cfg)
     assert not list(tmp_path.iterdir())
 
 
@@ -72,16 +74,16 @@ def test_a_prompt_on_a_causal_model_is_refused_before_data_are_read(tmp_path: Pa
 )
 def test_mistakes_are_found_before_any_work(override: str, message: str, tmp_path: Path) -> None:
     rest = [] if override.startswith("method=") else ["method=peft"]
-    with pytest.raises(cell.ConfigError, match=message):
-        cell.run(cell.compose([*rest, override, f"paths.outputs={tmp_path}", "logger=none"]))
+    with pytest.raises(ConfigError, match=message):
+        execute(Run.compose([*rest, override, f"paths.outputs={tmp_path}", "logger=none"]))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_optimiser_is_part_of_the_name_only_where_it_is_another() -> None:
-    plain = cell.compose(["method=lora"])
-    assert not {"optimizer", "momentum"} & set(cell.signed_config(plain)["trainer"])
+    plain = Run.compose(["method=lora"])
+    assert not {"optimizer", "momentum"} & set(plain.meaning["trainer"])
     names = {
-        cell.signature(cell.compose(["method=lora", *more]))
+        Run.compose(["method=lora", *more]).name
         for more in ([], ["trainer.optimizer=sgd"],
                      ["trainer.optimizer=sgd", "trainer.momentum=0.9"])
     }  # fmt: skip
@@ -90,9 +92,9 @@ def test_the_optimiser_is_part_of_the_name_only_where_it_is_another() -> None:
 
 def test_a_tiny_run_takes_the_rate_of_the_scale() -> None:
     def rate(scale: str) -> Any:
-        cfg = cell.compose(["task=glue/mrpc", "model=roberta_base", "recipe=glue/mrpc",
+        cfg = Run.compose(["experiment=glue/mrpc",
                             "method=peft/ia3", f"scale={scale}"])  # fmt: skip
-        return json.loads(json.dumps(cell.signed_config(cfg)))["method"]["learning_rate"]
+        return json.loads(json.dumps(cfg.meaning))["method"]["learning_rate"]
 
     assert rate("paper") == 3.0e-3
     assert rate("tiny") > rate("paper")

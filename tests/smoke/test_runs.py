@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from scripts.runs import cell
 from scripts.runs.composition import options
+from scripts.runs.execution import execute
+from scripts.runs.folder import LockedError, lock
+from scripts.runs.run import Run, Status
 from tests.smoke.conftest import command, environment
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
@@ -30,9 +32,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_through(method: str, small: Callable[..., list[str]]) -> None:
-    cfg = cell.compose(small(f"method={method}"))
-    assert cell.status(cfg).state in ("missing", "done")
-    record = cell.run(cfg)
+    cfg = Run.compose(small(f"method={method}"))
+    assert cfg.status().state in ("missing", "done")
+    record = execute(cfg)
     assert record["status"] == "completed"
     assert record["method"] == method
     assert record["task"]["protocol"] == "lora"
@@ -42,7 +44,7 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     }  # fmt: skip
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
-    folder = cell.run_dir(cfg)
+    folder = cfg.folder
     assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
     low_rank = 3 * 2 * 4 * 2 * 128
@@ -57,13 +59,13 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
         "full_frozen_embeddings": (record["parameters"]["total"] - 700 * 128, 0),
     }.get(method, (low_rank, 0))
     assert (record["parameters"]["trainable"], record["parameters"]["updatable"]) == expected
-    assert cell.status(cfg).state == "done"
-    again = cell.run(cfg)
+    assert cfg.status().state == "done"
+    again = execute(cfg)
     assert again == record
 
 
 def test_delta_lora_writes_w_and_says_how_often(small: Callable[..., list[str]]) -> None:
-    record = cell.run(cell.compose(small("method=delta_lora")))
+    record = execute(Run.compose(small("method=delta_lora")))
     assert record["training"]["method"] == {
         "num_weight_updates": 4,
         "first_weight_update_step": 2,
@@ -71,11 +73,11 @@ def test_delta_lora_writes_w_and_says_how_often(small: Callable[..., list[str]])
 
 
 def test_runs_without_updates_of_w_are_the_same_run(small: Callable[..., list[str]]) -> None:
-    delta = cell.compose(small("method=delta_lora", "method.update_ratio=0"))
-    plain = cell.compose(small("method=lora_no_dropout"))
+    delta = Run.compose(small("method=delta_lora", "method.update_ratio=0"))
+    plain = Run.compose(small("method=lora_no_dropout"))
     for cfg in (delta, plain):
-        cell.run(cfg)
-    a, b = (contents(cell.run_dir(cfg)) for cfg in (delta, plain))
+        execute(cfg)
+    a, b = (contents(cfg.folder) for cfg in (delta, plain))
     for name in ("metrics.jsonl", "predictions.jsonl", "adapter_model.safetensors"):
         assert a[name] == b[name]
 
@@ -85,13 +87,13 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
     moment: str, small: Callable[..., list[str]], outputs: Path, tmp_path: Path
 ) -> None:
     arguments = ["method=delta_lora", "trainer.max_steps=40", "seed=5"]
-    straight = cell.compose(small(*arguments))
-    cell.run(straight)
-    killed = cell.compose(small(*arguments, folder=tmp_path))
-    base = cell.run_dir(cell.pretraining(straight))
+    straight = Run.compose(small(*arguments))
+    execute(straight)
+    killed = Run.compose(small(*arguments, folder=tmp_path))
+    base = straight.pretraining.folder
     (tmp_path / base.name).symlink_to(base)
-    folder = cell.run_dir(killed)
-    assert folder.name == cell.run_dir(straight).name
+    folder = killed.folder
+    assert folder.name == straight.folder.name
 
     file = "metrics.jsonl" if moment == "training" else "predictions.partial.jsonl"
     process = subprocess.Popen(
@@ -105,18 +107,18 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
         time.sleep(0.005)
     process.wait(30)
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    assert cell.status(killed).state == "partial"
-    cell.run(killed)
-    assert contents(folder) == contents(cell.run_dir(straight))
+    assert killed.status().state == "partial"
+    execute(killed)
+    assert contents(folder) == contents(straight.folder)
 
 
 def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., list[str]]) -> None:
-    cfg = cell.compose(small("method=lora", "seed=77"))
+    cfg = Run.compose(small("method=lora", "seed=77"))
     with (
-        cell.lock(cell.run_dir(cfg), wait=False),
-        pytest.raises(cell.LockedError, match=r"process \d+ is already working in"),
+        lock(cfg.folder, wait=False),
+        pytest.raises(LockedError, match=r"process \d+ is already working in"),
     ):
-        cell.run(cfg, wait=False)
+        execute(cfg, wait=False)
 
 
 def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
@@ -140,14 +142,14 @@ def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(execution, "_mirrors", lambda cfg, plan: [Broken()])
-    cfg = cell.compose(small("method=lora", "seed=81"))
+    cfg = Run.compose(small("method=lora", "seed=81"))
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", fail)
         with pytest.raises(RuntimeError, match="no memory"):
-            cell.run(cfg)
+            execute(cfg)
     num_closed = len(closed)  # the run's own, and where it came first the pre-training's
     assert num_closed > 0
-    assert cell.run(cfg)["status"] == "completed"
+    assert execute(cfg)["status"] == "completed"
     assert len(closed) == num_closed + 1
     assert "mirroring the record failed: RuntimeError: no connection" in caplog.text
 
@@ -157,7 +159,7 @@ def test_a_failing_run_leaves_its_reason_and_can_be_run_again(
 ) -> None:
     from tasks.e2e import E2E
 
-    cfg = cell.compose(small("method=lora", "seed=78"))
+    cfg = Run.compose(small("method=lora", "seed=78"))
 
     def broken(*_: Any) -> None:
         raise RuntimeError("the disk is full")
@@ -165,33 +167,33 @@ def test_a_failing_run_leaves_its_reason_and_can_be_run_again(
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", broken)
         with pytest.raises(RuntimeError, match="the disk is full"):
-            cell.run(cfg)
-    record = json.loads((cell.run_dir(cfg) / "record.json").read_text())
+            execute(cfg)
+    record = json.loads((cfg.folder / "record.json").read_text())
     assert record["status"] == "failed"
     assert "in broken" in record["error"]["traceback"]
-    assert cell.status(cfg) == cell.CellStatus("failed", "the disk is full")
-    assert cell.run(cfg)["status"] == "completed"
+    assert cfg.status() == Status("failed", "the disk is full")
+    assert execute(cfg)["status"] == "completed"
 
 
 def test_a_run_on_another_base_is_stale(
     small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = cell.compose(small("method=lora"))
-    cell.run(cfg)
-    base = cell.run_dir(cell.pretraining(cfg)) / "record.json"
+    cfg = Run.compose(small("method=lora"))
+    execute(cfg)
+    base = cfg.pretraining.folder / "record.json"
     original = base.read_text()
     record = json.loads(original)
     record["model"]["saved_weights_sha256"] = "0" * 64
     base.write_text(json.dumps(record))
     try:
-        assert cell.status(cfg).state == "stale"
+        assert cfg.status().state == "stale"
     finally:
         base.write_text(original)
-    assert cell.status(cfg).state == "done"
+    assert cfg.status().state == "done"
 
 
 def test_the_untrained_model_is_a_run_of_no_steps(small: Callable[..., list[str]]) -> None:
-    record = cell.run(cell.compose(small("method=lora", "trainer.max_steps=0")))
+    record = execute(Run.compose(small("method=lora", "trainer.max_steps=0")))
     assert record["training"]["steps"] == 0
     assert record["num_predictions"] == 3
 
@@ -202,7 +204,7 @@ def test_wandb_runs_offline_without_a_question(
     arguments = small("method=lora", "logger=wandb", "seed=79")
     done = train(arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = cell.outputs(cell.compose(arguments)) / "wandb"
+    folder = Run.compose(arguments).outputs / "wandb"
     assert list(folder.glob("offline-run-*"))
 
 
@@ -210,19 +212,19 @@ def test_a_sweep_runs_every_combination(small: Callable[..., list[str]], train: 
     done = train(["-m", *small("method=delta_lora", "method.update_ratio=0.5,1")])
     assert done.returncode == 0, done.stderr[-2000:]
     for ratio in ("0.5", "1"):
-        cfg = cell.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
-        assert cell.status(cfg).state == "done"
+        cfg = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
+        assert cfg.status().state == "done"
 
 
 def test_a_signature_names_what_can_change_the_result_and_nothing_else(
     small: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     def name(*more: str) -> str:
-        return cell.signature(cell.compose(small("method=lora", *more)))
+        return Run.compose(small("method=lora", *more)).name
 
     for same in ("logger=wandb", f"paths.outputs={tmp_path}", "trainer.checkpoint_every_steps=3"):
         assert name(same) == name(), same
     for other in ("seed=2", "method.rank=2", "trainer.max_steps=5", "task.decoding.num_beams=3"):
         assert name(other) != name(), other
-    groups = {cell.group(cell.compose(small("method=lora", f"seed={seed}"))) for seed in (1, 2, 3)}
+    groups = {Run.compose(small("method=lora", f"seed={seed}")).group for seed in (1, 2, 3)}
     assert len(groups) == 1

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 import delta_lora
 from delta_lora.models import load_tokenizer
 from delta_lora.protocols import Scores
-from scripts.runs import cell
 from scripts.runs.building import base_model
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.folder import read_record
+from scripts.runs.run import Run
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
 
@@ -38,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tokenizer: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def overrides(task: str, *more: str) -> list[str]:
         return [
-            f"task=glue/{task}", f"recipe=glue/{task}", "model=roberta_base", "logger=none",
+            f"experiment=glue/{task}", "logger=none",
             "model.init=random", f"model.tokenizer_path={tokenizer}", "scale=paper",
             "+model.architecture.hidden_size=16", "+model.architecture.num_hidden_layers=1",
             "+model.architecture.num_attention_heads=2", "+model.architecture.intermediate_size=16",
@@ -52,8 +55,8 @@ def small(tokenizer: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def run(overrides: list[str]) -> tuple[dict[str, Any], Path]:
-    cfg = cell.compose(overrides)
-    return cell.run(cfg), cell.run_dir(cfg)
+    cfg = Run.compose(overrides)
+    return execute(cfg), cfg.folder
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,33 +89,31 @@ def test_a_run_starts_from_what_the_same_method_learned_on_mnli(
 
 
 def test_the_run_on_mnli_is_made_first_and_shared(small: Callable[..., list[str]]) -> None:
-    cfg = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=3"))
-    before = cell.start(cfg)
+    cfg = Run.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=3"))
+    before = cfg.start
     assert (before.choices.task, before.choices.method, before.seed) == ("glue/mnli", "lora", 3)
-    assert cell.signature(before) == cell.signature(
-        cell.compose(small("mnli", "method=lora", "seed=3"))
-    )
-    record = cell.run(cfg)
-    assert cell.status(before).state == "done"
+    assert before.name == Run.compose(small("mnli", "method=lora", "seed=3")).name
+    record = execute(cfg)
+    assert before.status().state == "done"
     # Overrides that are not about the task belong to the start too.
-    assert cell.load_record(cell.run_dir(before))["training"]["steps"] == 4
-    assert record["init_from"]["signature"] == cell.signature(before)
-    assert cell.status(cfg).state == "done"
-    path = cell.run_dir(before) / "record.json"
+    assert read_record(before.folder)["training"]["steps"] == 4
+    assert record["init_from"]["signature"] == before.name
+    assert cfg.status().state == "done"
+    path = before.folder / "record.json"
     changed = {**json.loads(path.read_text()), "adapter_sha256": "0" * 64}
     path.write_text(json.dumps(changed))
-    assert cell.status(cfg).state == "stale"
+    assert cfg.status().state == "stale"
 
 
 def test_the_start_is_part_of_the_name_only_where_there_is_one(
     small: Callable[..., list[str]],
 ) -> None:
-    plain = cell.compose(small("rte", "method=lora"))
-    assert "init_from" not in cell.signed_config(plain)
-    started = cell.compose(small("rte", "method=lora", "init_from=glue/mnli"))
-    assert cell.signature(plain) != cell.signature(started)
-    other_seed = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=2"))
-    assert cell.signature(started) != cell.signature(other_seed)
+    plain = Run.compose(small("rte", "method=lora"))
+    assert "init_from" not in plain.meaning
+    started = Run.compose(small("rte", "method=lora", "init_from=glue/mnli"))
+    assert plain.name != started.name
+    other_seed = Run.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=2"))
+    assert started.name != other_seed.name
 
 
 def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -121,12 +122,12 @@ def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Pat
         ("glue/mnil", "neither a task nor the folder of a run"),
         (str(tmp_path), "neither a task nor the folder of a run"),
     ):
-        with pytest.raises(cell.ConfigError, match=message):
-            cell.signature(cell.compose(small("rte", "method=lora", f"init_from={value}")))
+        with pytest.raises(ConfigError, match=message):
+            assert Run.compose(small("rte", "method=lora", f"init_from={value}")).name
     _, folder = run(small("mnli", "method=lora", "trainer.max_steps=1"))
-    other = cell.compose(small("rte", "method=delta_lora", f"init_from={folder}"))
-    with pytest.raises(cell.ConfigError, match="lora on roberta_base, this one is delta_lora"):
-        cell.run(other)
+    other = Run.compose(small("rte", "method=delta_lora", f"init_from={folder}"))
+    with pytest.raises(ConfigError, match="lora on roberta_base, this one is delta_lora"):
+        execute(other)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,10 @@ def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Pat
 def test_a_start_has_the_settings_of_the_run(
     small: Callable[..., list[str]], override: str
 ) -> None:
-    started = cell.compose(small("rte", "method=lora", "init_from=glue/mnli", override))
-    column = cell.compose(small("mnli", "method=lora", override))
-    assert cell.signature(cell.start(started)) == cell.signature(column)
-    assert cell.signature(column) != cell.signature(cell.compose(small("mnli", "method=lora")))
+    started = Run.compose(small("rte", "method=lora", "init_from=glue/mnli", override))
+    column = Run.compose(small("mnli", "method=lora", override))
+    assert started.start.name == column.name
+    assert column.name != Run.compose(small("mnli", "method=lora")).name
 
 
 @pytest.mark.parametrize("setting", ["rank", "alpha"])
@@ -148,8 +149,8 @@ def test_a_start_of_another_scaling_is_refused(
 ) -> None:
     _, folder = run(small("mnli", "method=lora", MNLI_SIZES, "trainer.max_steps=1"))
     other = small("rte", "method=lora", SIZES, f"init_from={folder}", f"method.{setting}=4")
-    with pytest.raises(cell.ConfigError, match=f"has {setting}=8, this one 4"):
-        cell.run(cell.compose(other))
+    with pytest.raises(ConfigError, match=f"has {setting}=8, this one 4"):
+        execute(Run.compose(other))
 
 
 def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> None:
@@ -187,7 +188,7 @@ def test_the_best_epoch_is_what_is_kept_everywhere(
     assert record["training"]["chosen_step"] == 3
     assert record["training"]["method"]["num_weight_updates"] == 0
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["step"] == 3
-    cfg = cell.compose(overrides)
+    cfg = Run.compose(overrides)
     task = instantiate(cfg.task)
     task.load()
     tokenizer = load_tokenizer(cfg.model.tokenizer_path)
@@ -231,18 +232,18 @@ def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
         "task.num_validation_statements=5", "task.tokenizer_documents=200",
         "model.architecture.vocab_size=600",
     ]  # fmt: skip
-    cfg = cell.compose(
+    cfg = Run.compose(
         [
-            "task=glue/rte", "recipe=glue/rte", "model=roberta_base", "method=lora", "scale=tiny",
+            "experiment=glue/rte", "method=lora", "scale=tiny",
             "logger=none", f"model.pretrain={pretraining!r}", SIZES, "trainer.max_steps=2",
             f"paths.outputs={tmp_path / 'outputs'}",
         ]
     )  # fmt: skip
-    record = cell.run(cfg)
-    base = cell.run_dir(cell.pretraining(cfg)) / "record.json"
+    record = execute(cfg)
+    base = cfg.pretraining.folder / "record.json"
     stored = json.loads(base.read_text())
     assert record["model"]["pretrained_sha256"] == stored["model"]["saved_weights_sha256"]
-    assert cell.status(cfg).state == "done"
+    assert cfg.status().state == "done"
     stored["model"]["saved_weights_sha256"] = "0" * 64
     base.write_text(json.dumps(stored))
-    assert cell.status(cfg).state == "stale"
+    assert cfg.status().state == "stale"

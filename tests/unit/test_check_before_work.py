@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 
 import delta_lora.sources
 from delta_lora.sources import RemoteFile
-from scripts.runs import batch, cell, plan
+from scripts.runs import checks
+from scripts.runs.batch import Batch
+from scripts.runs.cells import Cell
+from scripts.runs.checks import check_sources
+from scripts.runs.composition import ConfigError
+from scripts.runs.execution import execute
+from scripts.runs.run import Run
 from tasks.e2e import E2E
 
 MODEL = "facebook/bart-large"
@@ -32,8 +38,8 @@ def write_model(folder: Path, *left_out: str) -> Path:
 
 
 def composed(tmp_path: Path, *overrides: str, task: str = "e2e", model: str = "gpt2_medium") -> Any:
-    return cell.compose(
-        [f"task={task}", f"recipe={task}", f"model={model}", "method=lora", "logger=none",
+    return Run.compose(
+        [f"experiment={task}", f"model={model}", "method=lora", "logger=none",
          "trainer.device=cpu", f"paths.outputs={tmp_path / 'outputs'}", *overrides]
     )  # fmt: skip
 
@@ -94,8 +100,8 @@ def test_a_folder_without_safetensors_is_found_before_data_are_read(tmp_path: Pa
     folder = write_model(tmp_path / "model", "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     cfg = composed(tmp_path, f"model.path={folder}", "task.source=embedded")
-    with pytest.raises(cell.ConfigError, match=r"has no model\.safetensors .*pytorch_model\.bin"):
-        cell.run(cfg)
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors .*pytorch_model\.bin"):
+        execute(cfg)
     assert not (tmp_path / "outputs").exists()
 
 
@@ -105,59 +111,62 @@ def test_a_pin_without_safetensors_is_found_before_data_are_read(
 ) -> None:
     hub = Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "pytorch_model.bin")
     cfg = composed(tmp_path, "task.source=embedded", "model.architecture=null")
-    with pytest.raises(cell.ConfigError, match=r"gpt2-medium at revision .* has no model\.safet"):
-        cell.run(cfg)
-    assert hub.asked == [("openai-community/gpt2-medium", cfg.model.revision)]
+    with pytest.raises(ConfigError, match=r"gpt2-medium at revision .* has no model\.safet"):
+        execute(cfg)
+    assert hub.asked == [("openai-community/gpt2-medium", cfg.config.model.revision)]
 
 
 def test_a_tokenizer_of_its_own_is_looked_for_in_its_place(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "tokenizer.json")
     other = write_model(tmp_path / "other", "model.safetensors", "config.json")
     embedded = "task.source=embedded"
-    with pytest.raises(cell.ConfigError, match=r"model has no tokenizer\.json"):
-        cell.check_sources(composed(tmp_path, embedded, f"model.path={model}"), set())
+    with pytest.raises(ConfigError, match=r"model has no tokenizer\.json"):
+        check_sources(composed(tmp_path, embedded, f"model.path={model}"), set())
     both = [f"model.path={model}", f"model.tokenizer_path={other}"]
-    cell.check_sources(composed(tmp_path, embedded, *both), set())
+    check_sources(composed(tmp_path, embedded, *both), set())
     only = ["model.init=random", f"model.tokenizer_path={other}"]
-    cell.check_sources(composed(tmp_path, embedded, *only), set())
+    check_sources(composed(tmp_path, embedded, *only), set())
 
 
 def test_data_that_cannot_be_downloaded_are_found(tmp_path: Path, files: str) -> None:
     model = write_model(tmp_path / "model")
     settings = [f"model.path={model}", f"task.cache_dir={tmp_path / 'cache'}"]
     cfg = composed(tmp_path, *settings, f"task.release_lora.url={files}")
-    cell.check_sources(cfg, set())
+    check_sources(cfg, set())
     assert sorted(_Files.asked) == ["/test.txt", "/train.txt", "/valid.txt"]
     cfg = composed(tmp_path, *settings, f"task.release_lora.url={files}/absent")
-    with pytest.raises(cell.ConfigError, match=r"/absent/train\.txt .*404.*task\.source=files"):
-        cell.check_sources(cfg, set())
-    (cached := tmp_path / "cache" / "microsoft--LoRA" / cfg.task.release_lora.commit).mkdir(
+    with pytest.raises(ConfigError, match=r"/absent/train\.txt .*404.*task\.source=files"):
+        check_sources(cfg, set())
+    (cached := tmp_path / "cache" / "microsoft--LoRA" / cfg.config.task.release_lora.commit).mkdir(
         parents=True
     )
-    for name in cfg.task.release_lora.files:
+    for name in cfg.config.task.release_lora.files:
         (cached / name).write_text("in the cache")
     asked = len(_Files.asked)
-    cell.check_sources(cfg, set())
+    check_sources(cfg, set())
     assert len(_Files.asked) == asked
+
+
+def planned(todo: list[Cell]) -> Batch:
+    return Batch.plan(todo, scale="paper", extra=["trainer.device=cpu"], workers="1")
 
 
 def test_a_table_asks_once_for_each_model_and_each_data_source(
     tmp_path: Path, files: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "model.safetensors")
-    monkeypatch.setattr(cell, "check", lambda cfg: None)
+    monkeypatch.setattr(checks, "check", lambda run: None)
     settings = [f"task.cache_dir={tmp_path / 'cache'}", f"task.release.url={files}"]
 
-    def item(row: str, task: str, *more: str, seed: int = 1) -> plan.Cell:
+    def item(row: str, task: str, *more: str, seed: int = 1) -> Cell:
         overrides = (*settings, f"method={row}", f"seed={seed}", *more)
-        cfg = composed(tmp_path, *overrides, task=task, model="roberta_base")
-        return plan.Cell(row, task, seed, overrides, cfg, tmp_path / row)
+        return Cell(row, task, composed(tmp_path, *overrides, task=task, model="roberta_base"))
 
     rows = ("lora", "full", "delta_lora")
     todo = [item(row, "glue/rte", seed=seed) for row in rows for seed in (1, 2)]
     todo += [item(row, "glue/mrpc", "init_from=glue/mnli") for row in rows]
-    batch.check_before_work(todo, tmp_path / "results", cell)
-    assert hub.asked == [("FacebookAI/roberta-base", todo[0].config.model.revision)]
+    planned(todo).check(tmp_path / "results")
+    assert hub.asked == [("FacebookAI/roberta-base", todo[0].run.config.model.revision)]
     # Two files each of RTE and MRPC, and three of MNLI, which MRPC starts from.
     assert len(_Files.asked) == len(set(_Files.asked)) == 7
     assert sum("mnli" in path for path in _Files.asked) == 3
@@ -167,11 +176,10 @@ def test_a_row_whose_weights_are_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Hub(monkeypatch, tmp_path, "config.json", "vocab.json", "pytorch_model.bin")
-    monkeypatch.setattr(cell, "check", lambda cfg: None)
-    cfg = composed(tmp_path, "task.source=embedded", task="xsum", model="bart_large")
-    todo = [plan.Cell("lora", "xsum", 1, (), cfg, tmp_path / "x")]
+    monkeypatch.setattr(checks, "check", lambda run: None)
+    run = composed(tmp_path, "task.source=embedded", task="xsum", model="bart_large")
     with pytest.raises(ValueError, match=rf"row lora on xsum: {MODEL} at .* no model\.safetensors"):
-        batch.check_before_work(todo, tmp_path / "results", cell)
+        planned([Cell("lora", "xsum", run)]).check(tmp_path / "results")
 
 
 def test_a_folder_seen_for_its_tokenizer_is_still_looked_at_for_its_weights(
@@ -181,8 +189,8 @@ def test_a_folder_seen_for_its_tokenizer_is_still_looked_at_for_its_weights(
     cfg = composed(
         tmp_path, f"model.path={folder}", f"model.tokenizer_path={folder}", "task.source=embedded"
     )
-    with pytest.raises(cell.ConfigError, match=r"has no model\.safetensors"):
-        cell.check_sources(cfg, set())
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
+        check_sources(cfg, set())
 
 
 def test_the_tiny_scale_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +200,14 @@ def test_the_tiny_scale_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("xsum", "bart_large"),
         ("glue/rte", "roberta_base"),
     ):
-        cell.check_sources(composed(tmp_path, "scale=tiny", task=task, model=model), set())
+        check_sources(composed(tmp_path, "scale=tiny", task=task, model=model), set())
     assert hub.asked == []
 
 
 def test_a_new_pin_renames_no_run_that_does_not_read_it(tmp_path: Path) -> None:
     def name(*overrides: str) -> str:
         cfg = composed(tmp_path, *overrides, task="xsum", model="bart_large")
-        return cell.signature(cfg)
+        return cfg.name
 
     other = f"task.release.commit={hashlib.sha1(b'other').hexdigest()}"
     assert name("scale=tiny") == name("scale=tiny", other)

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 from delta_lora.sources import check_source
 from scripts import check_pins
 from scripts.check_pins import Pin, read_pins
-from scripts.runs import cell
-from scripts.runs.composition import CONFIGS
+from scripts.runs.composition import CONFIGS, compose
 from tasks.data import Release
 
 ADDRESSES = {
@@ -101,7 +100,7 @@ def path_of(pin: Pin) -> str:
 
 
 def releases(task: str) -> list[Release]:
-    config = cell.compose([f"task={task}"]).task
+    config = compose([f"task={task}"]).task
     values = [value for value in config.values() if OmegaConf.is_dict(value)]
     return [instantiate(v) for v in values if v.get("_target_") == "tasks.data.Release"]
 

@@ -8,8 +8,7 @@ import pytest
 
 from delta_lora.models import FAMILIES
 from scripts.reporting.spec import load_table, table_names
-from scripts.runs import cell
-from scripts.runs.composition import CONFIGS, options
+from scripts.runs.composition import CONFIGS, ConfigError, compose, options
 from scripts.runs.scale import SCALES
 
 
@@ -18,7 +17,7 @@ from scripts.runs.scale import SCALES
 def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str) -> None:
     spec = load_table(name)
     for base in spec.runs.values():
-        cfg = cell.compose([*base, *spec.rows[0].overrides, f"scale={scale}"])
+        cfg = compose([*base, *spec.rows[0].overrides, f"scale={scale}"])
         assert cfg.scale == scale
         if scale == "paper":
             assert cfg.task.source == "hub"
@@ -30,13 +29,13 @@ def test_every_run_of_every_table_composes_at_every_scale(name: str, scale: str)
 
 
 def test_the_batch_of_xsum_is_cut_to_what_one_gpu_holds() -> None:
-    xsum = ["task=xsum", "recipe=xsum", "model=bart_large", "method=lora"]
-    paper = cell.compose(xsum).trainer
+    xsum = ["experiment=xsum", "method=lora"]
+    paper = compose(xsum).trainer
     assert (paper.batch_size, paper.micro_batch_size, paper.group_by_length) == (64, 32, True)
-    tiny = cell.compose([*xsum, "scale=tiny"])
+    tiny = compose([*xsum, "scale=tiny"])
     assert (tiny.trainer.micro_batch_size, tiny.trainer.group_by_length) == (None, False)
-    assert not {"micro_batch_size", "group_by_length"} & set(cell.signed_config(tiny)["recipe"])
-    assert cell.compose(["task=e2e", "recipe=e2e"]).trainer.micro_batch_size is None
+    assert not {"micro_batch_size", "group_by_length"} & set(tiny.meaning["recipe"])
+    assert compose(["task=e2e", "recipe=e2e"]).trainer.micro_batch_size is None
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])
@@ -52,15 +51,15 @@ TASKS = [name for name in options("task") if not name.startswith("pretraining")]
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_experiment_is_one_word(task: str) -> None:
-    cfg = cell.compose([f"experiment={task}"])
+    cfg = compose([f"experiment={task}"])
     assert (cfg.choices.task, cfg.choices.recipe) == (task, task)
-    by_hand = cell.compose([f"task={task}", f"recipe={task}", f"model={cfg.choices.model}"])
+    by_hand = compose([f"experiment={task}", f"model={cfg.choices.model}"])
     for part in ("task", "recipe", "model", "method", "trainer"):
         assert cfg[part] == by_hand[part], part
 
 
 def test_the_command_line_wins_over_the_experiment() -> None:
-    cfg = cell.compose(["experiment=glue/mrpc", "model=bart_large", "recipe.rank=4"])
+    cfg = compose(["experiment=glue/mrpc", "model=bart_large", "recipe.rank=4"])
     assert (cfg.model.name, cfg.method.rank, cfg.choices.task) == ("bart_large", 4, "glue/mrpc")
 
 
@@ -77,17 +76,17 @@ def test_the_command_line_wins_over_the_experiment() -> None:
     ],
 )
 def test_what_does_not_belong_together_is_refused(overrides: str, words: str) -> None:
-    with pytest.raises(cell.ConfigError, match=re.escape(words)):
-        cell.compose(overrides.split())
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        compose(overrides.split())
 
 
 @pytest.mark.parametrize("overrides", ["task=glue/mnli recipe=e2e model=roberta_base",
                                        "experiment=xsum model=gpt2_medium"])  # fmt: skip
 def test_what_is_asked_for_by_name_is_composed(overrides: str) -> None:
-    cell.compose(overrides.split())
+    compose(overrides.split())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_generic_model_without_keys_of_one_architecture(family: str) -> None:
-    model = cell.compose(["experiment=e2e", f"model={family}"]).model
+    model = compose(["experiment=e2e", f"model={family}"]).model
     assert (model.family, model.architecture, model.config_overrides) == (family, None, {})

@@ -11,39 +11,39 @@ import pytest
 from scripts import tables as command
 from scripts.reporting.figures import build_figure, figure_to_csv, figure_to_markdown
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import list_cells
 from scripts.reporting.results import collect
 from scripts.reporting.spec import TableSpec, load_table
-from scripts.runs.plan import Cell
-from tests.unit import fake_cell
+from scripts.runs.cells import Cell
+from tests.unit import fake_runs
 
 SEEDS = [1, 2, 3]
 
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableSpec:
-    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(tmp_path / "outputs"))
+    fake_runs.install(monkeypatch.setattr)
+    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path / "outputs")
     return load_table("figure3")
 
 
 def cells_of(spec: TableSpec) -> list[Cell]:
-    return list_cells(spec, scale="tiny", seeds=SEEDS, extra=[], cell=fake_cell)
+    return spec.cells(scale="tiny", seeds=SEEDS)
 
 
 def finish(cells: list[Cell], **changes: Any) -> None:
     for cell in cells:
-        fake_cell.write(cell.config, {**fake_cell.record(cell.config), **changes})
+        fake_runs.write(cell.run, {**fake_runs.record(cell.run), **changes})
 
 
 def build(spec: TableSpec) -> dict[str, Any]:
-    return build_figure(spec, "tiny", SEEDS, (), collect(cells_of(spec), fake_cell))
+    return build_figure(spec, "tiny", SEEDS, (), collect(cells_of(spec)))
 
 
 def test_every_block_has_mean_and_interval_over_seeds(spec: TableSpec) -> None:
     finish(cells_of(spec))
     results = build(spec)
     lora = next(row for row in results["rows"] if row["method"] == "lora")
-    values = [fake_cell.similarity("lora", seed)["h.2.attn.query"] for seed in SEEDS]
+    values = [fake_runs.similarity("lora", seed)["h.2.attn.query"] for seed in SEEDS]
     block = lora["series"]["query"][2]
     assert block["mean"] == pytest.approx(sum(values) / 3, abs=1e-12)
     assert block["n"] == 3
@@ -65,7 +65,7 @@ def test_the_claim_is_judged_by_the_share_of_blocks(
         turn = {"lora": 0.3, "delta_lora": 0.1}.get(method, 0.2)
         return {f"h.{b}.{role}": 1 - turn for b in range(3) for role in ("query", "value")}
 
-    monkeypatch.setattr(fake_cell, "similarity", turned)
+    monkeypatch.setattr(fake_runs, "similarity", turned)
     finish(cells_of(spec))
     (claim,) = build(spec)["claims"]
     assert claim["verdict"] == "not reproduced"
@@ -75,7 +75,7 @@ def test_the_claim_is_judged_by_the_share_of_blocks(
 def test_equal_similarities_are_no_highest(
     spec: TableSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake_cell, "similarity", lambda *_: {"h.0.query": 1.0, "h.0.value": 1.0})
+    monkeypatch.setattr(fake_runs, "similarity", lambda *_: {"h.0.query": 1.0, "h.0.value": 1.0})
     finish(cells_of(spec))
     assert build(spec)["claims"][0]["verdict"] == "not reproduced"
 
@@ -91,7 +91,7 @@ def test_a_missing_run_is_named_and_leaves_the_claim_undecided(spec: TableSpec) 
 def test_command_writes_pictures_and_the_page(spec: TableSpec, tmp_path: Path) -> None:
     finish(cells_of(spec))
     arguments = ["figure3", "--scale", "tiny", "--results", str(tmp_path / "results")]
-    assert command.main([*arguments, "--accept"], fake_cell) == 0
+    assert command.main([*arguments, "--accept"]) == 0
     folder = tmp_path / "results" / "tiny"
     assert (folder / "figure3.png").read_bytes().startswith(b"\x89PNG")
     assert "Cosine similarity" in (folder / "figure3.svg").read_text(encoding="utf-8")
@@ -101,9 +101,9 @@ def test_command_writes_pictures_and_the_page(spec: TableSpec, tmp_path: Path) -
     assert "table 4 was not made at this scale" in page
     assert "Not made at this scale: table1, " in page
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert command.main(arguments, fake_cell) == 0
+    assert command.main(arguments) == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert command.main([*arguments, "--check"], fake_cell) == 0
+    assert command.main([*arguments, "--check"]) == 0
 
 
 def test_a_page_says_how_it_was_made(spec: TableSpec, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from hydra.utils import instantiate
 
-from scripts.runs import cell
+from scripts.runs.composition import ConfigError, compose
 from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
 
@@ -44,7 +44,7 @@ def write(folder: Path, task: str) -> Path:
 
 
 def configured(task: str, **changes: Any) -> Glue:
-    cfg = cell.compose([f"task=glue/{task}", f"recipe=glue/{task}", "method=lora"]).task
+    cfg = compose([f"experiment=glue/{task}", "method=lora"]).task
     made: Glue = instantiate(cfg, **changes)
     return made
 
@@ -304,7 +304,7 @@ def test_the_embedded_corpus_loads_through_the_same_code(
 @pytest.mark.parametrize("task", TASKS)
 def test_recipes_name_whose_alpha_and_batch_they_take(task: str) -> None:
     def recipe(*more: str) -> Any:
-        return cell.compose([f"task=glue/{task}", f"recipe=glue/{task}", "method=lora", *more])
+        return compose([f"experiment=glue/{task}", "method=lora", *more])
 
     paper, scripts = recipe(), recipe("recipe.variant=scripts")
     assert (paper.method.alpha, scripts.method.alpha) == (8, 16)
@@ -312,7 +312,7 @@ def test_recipes_name_whose_alpha_and_batch_they_take(task: str) -> None:
     assert paper.trainer.batch_size == batch
     assert scripts.trainer.batch_size == batch * (2 if task == "cola" else 8)
     assert (paper.method.dropout, paper.trainer.warmup_ratio) == (0.0, 0.06)
-    with pytest.raises(cell.ConfigError, match=r"variants\.both"):
+    with pytest.raises(ConfigError, match=r"variants\.both"):
         recipe("recipe.variant=both")
 
 

@@ -28,12 +28,13 @@ from scripts.planning.forward import Batch, write_down
 from scripts.planning.ledger import CPU, CUDA
 from scripts.planning.lengths import SHARES, Lengths, read_lengths
 from scripts.planning.workload import read_decoding, read_workload
-from scripts.reporting.plan import describe_costs, list_cells
+from scripts.reporting.plan import describe_costs
 from scripts.reporting.spec import ROOT, load_table
-from scripts.runs import cell, costs, space
+from scripts.runs import costs, space
 from scripts.runs.building import random_model
+from scripts.runs.checks import check
 from scripts.runs.composition import compose
-from scripts.runs.plan import Durations
+from scripts.runs.durations import Durations
 from tests.unit.test_parameter_counts import COUNTS, METHODS, SETTINGS
 
 E2E, WEBNLG, XSUM, COLA = SETTINGS.values()
@@ -86,7 +87,7 @@ def test_a_wrong_value_does_not_stop_a_plan(wrong: str) -> None:
     assert cost.seconds is cost.device_bytes is None
     assert "cannot be planned with" in cost.basis
     with pytest.raises(ValueError, match=wrong.partition("=")[0].rpartition(".")[2]):
-        cell.check(compose([*E2E, "method=lora", wrong]))
+        check(compose([*E2E, "method=lora", wrong]))
 
 
 def test_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_a_record_and_a_composed_run_of_one_kind_are_seen_as_such() -> None:
     cfg = compose([*E2E, "method=lora", "scale=tiny"])
     other = compose([*E2E, "method=full", "scale=tiny"])
     durations = Durations()
-    durations.add("a", cell.signed_config(cfg), 30.0)
+    durations.add("a", cfg.meaning, 30.0)
     assert durations.expect("b", other) == 30.0
     untrained = compose([*E2E, "method=lora", "scale=tiny", "trainer.max_steps=0"])
     assert durations.expect("b", untrained) is None
@@ -453,7 +454,7 @@ def test_disk_is_three_checkpoints_and_an_adapter(
 
 def cells(*overrides: str, table: str = "table1", seeds: tuple[int, ...] = (1,)) -> list[Any]:
     spec = load_table(table)
-    return list_cells(spec, scale="paper", seeds=list(seeds), extra=list(overrides), cell=cell)
+    return spec.cells(scale="paper", seeds=seeds, extra=overrides)
 
 
 @pytest.fixture
@@ -505,7 +506,7 @@ def test_the_plan_of_a_table_names_time_memory_and_disk(
 ) -> None:
     on(H100)
     todo = cells(table=table)
-    lines = describe_costs(todo, 1, Durations(), cell)
+    lines = describe_costs(todo, 1, Durations())
     text = " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 100
     assert f"of one NVIDIA H100 80GB HBM3 for {len(todo)} runs" in text
@@ -514,14 +515,14 @@ def test_the_plan_of_a_table_names_time_memory_and_disk(
     assert f"of device memory for one run: {largest} on" in text
     assert "with 1 worker(s)" in text
     assert "to download:" in text
-    assert describe_costs([], 1, Durations(), cell) == []
+    assert describe_costs([], 1, Durations()) == []
 
 
 def test_earlier_runs_count_before_an_estimate(on: Any) -> None:
     on(H100)
     todo, durations = cells(), Durations()
-    durations.add(cell.group(todo[0].config), {}, 7200.0)
-    text = " ".join(" ".join(describe_costs(todo, 2, durations, cell)).split())
+    durations.add(todo[0].run.group, {}, 7200.0)
+    text = " ".join(" ".join(describe_costs(todo, 2, durations)).split())
     assert "1 h 00 min for 1 runs, from earlier runs on this machine" in text
     assert "for 11 runs, one at a time" in text
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scripts.runs import cell
+from scripts.runs.run import Run
 from tasks.objectives.base import IGNORED, Token, make_blocks
 from tasks.pretraining import Pretraining
 
@@ -200,8 +200,8 @@ def test_the_last_token_of_a_cut_sequence_has_no_label(task, tokenizer):
 
 def test_the_gpt2_is_pretrained_as_its_records_say():
     """The values that make the identity of the tiny GPT-2; every E2E record contains their hash."""
-    cfg = cell.compose(["model=tiny_gpt2", "scale=tiny", "logger=none"])
-    content = cell.signed_config(cell.pretraining(cfg))
+    cfg = Run.compose(["model=tiny_gpt2", "scale=tiny", "logger=none"])
+    content = cfg.pretraining.meaning
     assert content["task"] == {
         "_target_": "tasks.pretraining.Pretraining",
         "objective": "causal",

@@ -15,23 +15,39 @@ from pathlib import Path
 import pytest
 
 from scripts import reproduce
-from scripts.reporting.plan import list_cells
 from scripts.reporting.spec import ROOT, load_table
-from scripts.runs import batch, devices, plan
+from scripts.runs import batch, checks, devices
+from scripts.runs.cells import Cell
 from scripts.runs.devices import Cuda
+from scripts.runs.durations import Durations, format_seconds
 from scripts.runs.jobs import Job, Outcome
+from scripts.runs.run import Run
 from scripts.runs.workers import Pool
-from tests.unit import fake_cell
+from tests.unit import fake_runs
 
-MODULE = "tests.unit.fake_cell"
-LAUNCH = f"import sys; from scripts.reproduce import main; sys.exit(main(sys.argv[1:], {MODULE!r}))"
+LAUNCH = (
+    "import sys; from tests.unit import fake_runs; fake_runs.install(); "
+    "from scripts.reproduce import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "outputs"
-    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(folder))
-    return folder
+    fake_runs.install(monkeypatch.setattr)
+    return tmp_path / "outputs"
+
+
+def arguments_for(folder: Path, *arguments: str) -> list[str]:
+    """Return the command line with outputs and results in `folder`."""
+    found, place = list(arguments), f"paths.outputs={folder / 'outputs'}"
+    for index, argument in enumerate(found):
+        if argument == "--args":
+            found[index + 1] += f" {place}"
+            break
+    else:
+        if not any(argument.startswith("--args=") for argument in found):
+            found += ["--args", place]
+    return ["table1", "--results", str(folder / "results"), *found]
 
 
 @pytest.fixture
@@ -39,8 +55,7 @@ def command(tmp_path: Path) -> Callable[..., int]:
     """Run the command in this process, at scale tiny."""
 
     def call(*arguments: str) -> int:
-        where = ["--scale", "tiny", "--results", str(tmp_path / "results")]
-        return reproduce.main(["table1", *where, *arguments], MODULE)
+        return reproduce.main(arguments_for(tmp_path, "--scale", "tiny", *arguments))
 
     return call
 
@@ -90,15 +105,12 @@ def test_plan_runs_nothing_and_estimates_from_earlier_runs(
     assert "expected time: unknown" in capsys.readouterr().out
     assert not outputs.exists()
 
-    cells = list_cells(
-        load_table("table1"), scale="tiny", seeds=[1, 2, 3], extra=[], cell=fake_cell
-    )
-    for cell in cells[:12]:  # all rows of seed 1, one of seed 2
-        fake_cell.write(cell.config, fake_cell.record(cell.config), {"train_time_s": 60.0})
+    extra = [f"paths.outputs={outputs}"]
+    cells = load_table("table1").cells(scale="tiny", seeds=[1, 2, 3], extra=extra)
+    for cell in cells[:12]:  # all rows of seed 1
+        fake_runs.write(cell.run, fake_runs.record(cell.run), {"train_time_s": 60.0})
     error = {"type": "RuntimeError", "message": "out of\nmemory"}
-    fake_cell.write(
-        cells[-1].config, fake_cell.record(cells[-1].config, status="failed", error=error)
-    )
+    fake_runs.write(cells[-1].run, fake_runs.record(cells[-1].run, status="failed", error=error))
     assert command("--plan", "--workers", "3") == 0
     out = capsys.readouterr().out
     assert "36 runs: 12 done, 0 partial, 0 stale, 1 failed, 23 missing" in out
@@ -144,11 +156,11 @@ def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ("--seeds", "1", "--workers", "1", "--args")
-    assert command(*arguments, "init_from=other fake.fail=dylora:1") == 1
+    assert command(*arguments, "init_from=webnlg fake.fail=dylora:1") == 1
     captured = capsys.readouterr()
     assert "runs that are only made to start others from them: 12\n" in captured.out
     assert "to run: 24; " in captured.out
-    assert "] dylora on other, seed 1: FAILED: RuntimeError: loss is <nan>" in captured.out
+    assert "] dylora on webnlg, seed 1: FAILED: RuntimeError: loss is <nan>" in captured.out
     reason = "not run: the run that it starts from failed: RuntimeError: loss is <nan>"
     assert f"] dylora on e2e, seed 1: {reason}" in captured.out
     assert f"dylora on e2e, seed 1: {reason}" in captured.err
@@ -158,7 +170,7 @@ def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     assert methods.count("dylora") == 1
     assert len(methods) == 23
 
-    assert command(*arguments, "init_from=other") == 0
+    assert command(*arguments, "init_from=webnlg") == 0
     assert "runs that are only made to start others from them: 1\n" in capsys.readouterr().out
     assert [method for _, method, *_ in calls(outputs)][23:] == ["dylora", "dylora"]
 
@@ -167,7 +179,7 @@ def test_models_are_pre_trained_only_where_they_lack(
     command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--prepare", "--workers", "1") == 0
-    assert "pre-training gpt2_medium (once) ..." in capsys.readouterr().out
+    assert "pre-training tiny_gpt2 (once) ..." in capsys.readouterr().out
     assert command("--seeds", "1", "--workers", "1") == 0
     assert "pre-training" not in capsys.readouterr().out
 
@@ -179,17 +191,24 @@ def test_scale_paper_without_a_gpu_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
-    where = ["table1", "--scale", "paper", "--results", str(tmp_path), "--seeds", "1"]
-    assert reproduce.main(where, MODULE) == 2
+    for name in ("check", "check_sources"):
+        monkeypatch.setattr(checks, name, lambda *_: None)
+
+    def command(*arguments: str) -> int:
+        return reproduce.main(
+            arguments_for(tmp_path, "--scale", "paper", "--seeds", "1", *arguments)
+        )
+
+    assert command() == 2
     error = capsys.readouterr().err
     for words in ("the driver is too old", "--scale tiny", "--args trainer.device=cpu"):
         assert words in error
     assert not outputs.exists()
-    assert reproduce.main([*where, "--plan"], MODULE) == 0
+    assert command("--plan") == 0
     assert "would be refused: scale=paper needs a CUDA device" in capsys.readouterr().out
-    assert reproduce.main([*where, "--args", "trainer.device=cpu"], MODULE) == 0
+    assert command("--args", "trainer.device=cpu") == 0
     assert "1 worker on the CPU" in capsys.readouterr().out
-    assert reproduce.main([*where, "--args", "trainer.device=cpu"], MODULE) == 0  # nothing to run
+    assert command("--args", "trainer.device=cpu") == 0  # nothing to run
 
 
 def test_a_failing_preparation_stops_with_its_reason(
@@ -202,7 +221,8 @@ def test_a_failing_preparation_stops_with_its_reason(
 
 def test_prepare_only_prepares(command: Callable[..., int], outputs: Path) -> None:
     assert command("--prepare", "--workers", "1") == 0
-    assert (outputs / "prepared").is_dir()
+    (made,) = outputs.glob("*/record.json")
+    assert made.parent.name.startswith("pretraining--full--seed1--")
     assert not (outputs / "calls.txt").exists()
 
 
@@ -219,8 +239,8 @@ def test_prepare_only_prepares(command: Callable[..., int], outputs: Path) -> No
         (["--args", "recipe.rank"], "is no override"),
         (["--args", "a='b"], "No closing quotation"),
         (["--args", "wrong=1"], "table1, row full: unknown key 'wrong'"),
-        (["--args", "fake.refuse=lora"], "row lora on e2e: rank=0 must be 1 or more"),
-        (["--args", "fake.absent=gpt2_medium"], "on e2e: gpt2_medium has no model.safetensors"),
+        (["--args", "recipe.rank=0"], "row lora on e2e: rank=0"),
+        (["--args", "model.path=/nowhere"], "table1, row full: model.path=/nowhere: no such fold"),
     ],
 )
 def test_bad_input_is_explained_before_any_work(
@@ -236,19 +256,18 @@ def test_bad_input_is_explained_before_any_work(
 
 
 def test_an_unusable_results_folder_is_found_before_any_work(
-    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., int], outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").write_text("")
-    where = ["--scale", "tiny", "--results", str(tmp_path / "file")]
-    assert reproduce.main(["table1", *where], MODULE) == 2
+    (tmp_path / "results").write_text("")
+    assert command() == 2
     assert "cannot write to the results folder" in capsys.readouterr().err
     assert not outputs.exists()
 
 
 def _launch(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    where = ["--scale", "tiny", "--results", str(tmp_path / "results"), "--seeds", "1"]
+    where = arguments_for(tmp_path, "--scale", "tiny", "--seeds", "1", *arguments)
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, "table1", *where, *arguments],
+        [sys.executable, "-c", LAUNCH, *where],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -291,9 +310,9 @@ def test_stopping_the_command_stops_its_workers(
     assert len(calls(outputs)) == 4  # full, dagger, double dagger, lora
 
 
-def test_planning_imports_no_heavy_package() -> None:
+def test_help_and_bad_arguments_come_before_heavy_packages() -> None:
     code = (
-        "import sys; from scripts import reproduce, tables; from scripts.runs import cell; "
+        "import sys; from scripts import audit, reproduce, tables; "
         "heavy = {'torch', 'transformers', 'datasets', 'evaluate'} & set(sys.modules); "
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
@@ -303,29 +322,15 @@ def test_planning_imports_no_heavy_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# ---------------------------------------------------------------------- the real cells
-
-
-def test_the_real_cells_of_table1_compose_and_keep_their_signature_when_reseeded() -> None:
-    from scripts.runs import cell
-
-    spec = load_table("table1")
-    cells = list_cells(spec, scale="tiny", seeds=[1, 2], extra=[], cell=cell)
-    assert len({c.signature for c in cells}) == 24
-    again = cell.compose(list(cells[-1].overrides))
-    assert cell.run_dir(again) == cells[-1].folder
-    assert {cell.group(c.config) for c in cells[:12]} == {cell.group(c.config) for c in cells[12:]}
-
-
 # ---------------------------------------------------------------------- parts
 
 
 def test_workers_share_the_jobs_in_order(outputs: Path) -> None:
-    configs = [(f"method={m}", "scale=tiny", "task=e2e", "seed=1", "recipe=e2e", "model=m")
-               for m in ("a", "b", "c")]  # fmt: skip
-    jobs = [Job("run", (overrides,), str(i)) for i, overrides in enumerate(configs)]
+    base = Run.compose(["experiment=e2e", "scale=tiny", f"paths.outputs={outputs}"])
+    runs = [base.with_seed(seed) for seed in (1, 2, 3)]
+    jobs = [Job(batch.EXECUTE, (run,), str(i)) for i, run in enumerate(runs)]
     outputs.mkdir()
-    with Pool(MODULE, environments=[{}], logs=outputs / "logs", name="x") as pool:
+    with Pool(environments=[{}], logs=outputs / "logs", name="x") as pool:
         outcomes = [outcome for outcome in pool.run(jobs) if outcome is not None]
         assert [outcome.job.key for outcome in outcomes] == ["0", "1", "2"]
         assert {outcome.error for outcome in outcomes} == {None}
@@ -337,7 +342,7 @@ def test_workers_share_the_jobs_in_order(outputs: Path) -> None:
 
 def test_a_pool_needs_a_worker(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one worker"):
-        Pool(MODULE, environments=[], logs=tmp_path, name="x")
+        Pool(environments=[], logs=tmp_path, name="x")
 
 
 def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
@@ -346,10 +351,10 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "30")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    label = plan.Cell("lora", "e2e", 1, (), None, tmp_path).label
+    label = Cell("lora", "e2e", Run.compose(["experiment=e2e", "scale=tiny"])).label
     with batch.Progress(2) as progress:
         progress.tick([label], "3 s")
-        progress.step(label, Outcome(Job("run", ((),), "x"), "RuntimeError: no", 2.0), "unknown")
+        progress.step(label, Outcome(Job("a:b", (), "x"), "RuntimeError: no", 2.0), "unknown")
     out, err = capsys.readouterr()
     assert out.strip() == "[1/2] lora on e2e, seed 1: FAILED: RuntimeError: no (2.0 s)"
     assert "left 3 s: lora on e2e, seed 1" in err
@@ -357,18 +362,18 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
 
 
 def test_durations_prefer_the_same_settings() -> None:
-    durations = plan.Durations()
-    config = {"choices": {"scale": "tiny", "task": "e2e"}}
-    other = {"choices": {"scale": "paper", "task": "e2e"}}
-    assert durations.expect("g", config) is None
-    durations.add("h", config, 10.0)
-    assert (durations.expect("g", config), durations.basis("g", config)) == (
-        10.0,
-        "same task, model, data and steps",
-    )
-    durations.add("g", config, 40.0)
-    assert (durations.expect("g", config), durations.basis("g", config)) == (40.0, "same settings")
-    assert durations.expect("g2", other) is None
+    durations = Durations()
+    run = Run.compose(["experiment=e2e", "scale=tiny", "method=lora"])
+    kin = Run.compose(["experiment=e2e", "scale=tiny", "method=delta_lora"])
+    other = Run.compose(["experiment=e2e", "scale=tiny", "method=lora", "trainer.max_steps=7"])
+    assert durations.expect(run) is None
+    durations.add(kin.group, kin.config, 10.0)
+    known = durations.expect(run), durations.basis(run)
+    assert known == (10.0, "same task, model, data and steps")
+    durations.add(run.group, run.config, 40.0)
+    another = run.with_seed(2)
+    assert (durations.expect(another), durations.basis(another)) == (40.0, "same settings")
+    assert durations.expect(other) is None
 
 
 @pytest.mark.parametrize(
@@ -382,7 +387,7 @@ def test_durations_prefer_the_same_settings() -> None:
     ],
 )
 def test_durations_read_well(seconds: float | None, text: str) -> None:
-    assert plan.format_seconds(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_runs_shared_by_two_tables_run_once(
@@ -398,8 +403,8 @@ def test_runs_shared_by_two_tables_run_once(
         first, name="table6", number=6, rows=rows, paper=paper, claims=(), contrasts=()
     )
     monkeypatch.setattr(reproduce, "load_table", {"table1": first, "table6": second}.__getitem__)
-    where = ["--scale", "tiny", "--results", str(tmp_path / "results"), "--seeds", "1"]
-    assert reproduce.main(["table1", "table6", "--workers", "1", *where], MODULE) == 0
+    where = arguments_for(tmp_path, "--scale", "tiny", "--seeds", "1", "--workers", "1")
+    assert reproduce.main(["table6", *where]) == 0
     assert "3 runs are shared by several rows or tables and run once" in capsys.readouterr().out
     assert len(calls(outputs)) == 12
     content = json.loads((tmp_path / "results" / "tiny" / "table6.json").read_text())

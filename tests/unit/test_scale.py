@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from scripts.reporting.spec import ROOT
-from scripts.runs import cell, devices, scale
+from scripts.runs import devices, scale
+from scripts.runs.checks import check
+from scripts.runs.composition import ConfigError
 from scripts.runs.devices import Cuda, Device
+from scripts.runs.execution import execute
+from scripts.runs.run import Run
 from scripts.runs.workers import CELLS_ON_DEVICE
 
 #: the cached function; tests replace it.
@@ -203,32 +207,32 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: a small model, so that it is built in no time.
-RUN = ["task=e2e", "recipe=e2e", "model=tiny_gpt2_scratch", "method=lora", "logger=none"]
+RUN = ["experiment=e2e", "method=lora", "logger=none"]
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_run_of_scale_paper_never_ends_up_on_the_cpu_unasked(tmp_path: Path) -> None:
     run = [*RUN, f"paths.outputs={tmp_path}"]
-    with pytest.raises(cell.ConfigError, match="scale=paper needs a CUDA device") as caught:
-        cell.run(cell.compose(run))
+    with pytest.raises(ConfigError, match="scale=paper needs a CUDA device") as caught:
+        execute(Run.compose(run))
     for words in ("the driver is too old", "scale=tiny", "trainer.device=cpu"):
         assert words in str(caught.value)
     assert not list(tmp_path.iterdir())
-    cell.check(cell.compose([*run, "trainer.device=cpu"]))
-    cell.check(cell.compose([*run, "scale=small"]))
+    check(Run.compose([*run, "trainer.device=cpu"]))
+    check(Run.compose([*run, "scale=small"]))
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_worker_that_was_given_a_device_must_have_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = cell.compose([*RUN, f"paths.outputs={tmp_path}", "scale=small"])
+    cfg = Run.compose([*RUN, f"paths.outputs={tmp_path}", "scale=small"])
     monkeypatch.setenv(CELLS_ON_DEVICE, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    cell.check(cfg)
+    check(cfg)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(cell.ConfigError, match="this worker's place on a GPU needs a CUDA device"):
-        cell.check(cfg)
+    with pytest.raises(ConfigError, match="this worker's place on a GPU needs a CUDA device"):
+        check(cfg)
 
 
 def test_the_probe_is_answered_by_the_real_torch() -> None:

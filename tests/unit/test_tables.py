@@ -19,11 +19,10 @@ from scripts import tables as command
 from scripts.reporting import results as tables
 from scripts.reporting import spec as table_spec
 from scripts.reporting.formats import to_csv, to_json, to_latex, to_markdown
-from scripts.reporting.plan import list_cells
 from scripts.reporting.spec import PAPER, TABLES, TableSpec, load_table, read_yaml
+from scripts.runs.cells import Cell
 from scripts.runs.jobs import Job, Outcome
-from scripts.runs.plan import Cell
-from tests.unit import fake_cell
+from tests.unit import fake_runs
 
 SEEDS = (1, 2, 3)
 
@@ -31,7 +30,8 @@ SEEDS = (1, 2, 3)
 @pytest.fixture(autouse=True)
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "outputs"
-    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(folder))
+    fake_runs.install(monkeypatch.setattr)
+    monkeypatch.setattr(fake_runs, "OUTPUTS", folder)
     return folder
 
 
@@ -41,17 +41,17 @@ def spec() -> TableSpec:
 
 
 def cells_of(spec: TableSpec, seeds: Sequence[int] = SEEDS, scale: str = "tiny") -> list[Cell]:
-    return list_cells(spec, scale=scale, seeds=seeds, extra=(), cell=fake_cell)
+    return spec.cells(scale=scale, seeds=seeds, extra=())
 
 
 def finish(cells: Sequence[Cell], **changes: Any) -> None:
     for cell in cells:
-        record = fake_cell.record(cell.config, **changes)
-        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+        record = fake_runs.record(cell.run, **changes)
+        fake_runs.write(cell.run, record, fake_runs.resources(cell.run))
 
 
 def build(spec: TableSpec, seeds: Sequence[int] = SEEDS, scale: str = "tiny") -> dict[str, Any]:
-    entries = tables.collect(cells_of(spec, seeds, scale), fake_cell)
+    entries = tables.collect(cells_of(spec, seeds, scale))
     return tables.build_results(spec, scale, seeds, (), entries)
 
 
@@ -115,10 +115,10 @@ def test_an_incomplete_optional_table_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "results" / "tiny").mkdir(parents=True)
     made = tmp_path / "results" / "tiny" / "extended.json"
     made.write_text("{}")
-    assert command.main(arguments, cell=fake_cell) == 0
+    assert command.main(arguments) == 0
     assert made.read_text() == "{}"
     finish(cells_of(load_table("extended")))
-    assert command.main(arguments, cell=fake_cell) == 0
+    assert command.main(arguments) == 0
     assert json.loads(made.read_text())["table"] == "extended"
     assert not made.with_name("extended_e2e.json").exists(), "nobody has made that one"
 
@@ -142,11 +142,11 @@ def test_table1_has_the_papers_rows_in_order_then_the_controls(spec: TableSpec) 
 def test_columns_are_the_metrics_of_their_task(name: str) -> None:
     from hydra.utils import instantiate
 
-    from scripts.runs import cell
+    from scripts.runs.composition import compose
 
     spec = load_table(name)
     for run, overrides in spec.runs.items():
-        task = instantiate(cell.compose([*overrides, "scale=paper"]).task)
+        task = instantiate(compose([*overrides, "scale=paper"]).task)
         metrics = {metric.name: metric for metric in task.metrics}
         for column in (c for c in spec.columns if c.run == run):
             assert column.metric is not None
@@ -263,7 +263,7 @@ def test_numbers_are_the_records_numbers_in_printed_units(spec: TableSpec) -> No
     assert (results["table"], results["scale"]) == ("table1", "tiny")
     assert results["columns"] == ["bleu", "nist", "meteor", "rouge_l", "cider"]
     lora = row(results, "lora")
-    scores = [fake_cell.record(c.config)["metrics"] for c in cells if c.row == "lora"]
+    scores = [fake_runs.record(c.run)["metrics"] for c in cells if c.row == "lora"]
     bleu = lora["metrics"]["bleu"]
     assert bleu["mean"] == pytest.approx(100 * sum(s["bleu"] for s in scores) / 3)
     assert lora["metrics"]["nist"]["mean"] == pytest.approx(sum(s["nist"] for s in scores) / 3)
@@ -304,7 +304,7 @@ def test_claims_follow_the_numbers(spec: TableSpec) -> None:
 def test_not_the_best_row_is_not_reproduced(
     spec: TableSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fake_cell.BASE, "full", 0.9)
+    monkeypatch.setitem(fake_runs.BASE, "full", 0.9)
     finish(cells_of(spec))
     c1 = claim(build(spec), "C1")
     assert [part["verdict"] for part in c1["parts"]] == ["reproduced"] * 5 + ["not reproduced"] * 5
@@ -315,7 +315,7 @@ def test_not_the_best_row_is_not_reproduced(
 def test_a_control_above_delta_lora_does_not_touch_the_claim(
     spec: TableSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fake_cell.BASE, "lora_scaled", 0.99)
+    monkeypatch.setitem(fake_runs.BASE, "lora_scaled", 0.99)
     finish(cells_of(spec))
     results = build(spec)
     assert claim(results, "C1")["verdict"] == "reproduced"
@@ -325,10 +325,10 @@ def test_a_control_above_delta_lora_does_not_touch_the_claim(
 
 def test_dearer_than_the_limit_is_not_comparable(spec: TableSpec) -> None:
     for cell in cells_of(spec):
-        measured = fake_cell.resources(cell.config)
+        measured = fake_runs.resources(cell.run)
         if cell.row == "delta_lora":
             measured["train_time_s"] *= 1.2
-        fake_cell.write(cell.config, fake_cell.record(cell.config), measured)
+        fake_runs.write(cell.run, fake_runs.record(cell.run), measured)
     c8 = claim(build(spec), "C8")
     assert [part["verdict"] for part in c8["parts"]] == ["reproduced", "not reproduced"]
     assert c8["verdict"] == "not reproduced"
@@ -337,9 +337,9 @@ def test_dearer_than_the_limit_is_not_comparable(spec: TableSpec) -> None:
 def finish_measured(spec: TableSpec, **changes: Any) -> None:
     """Write all runs; `changes` to the resources are functions of the cell."""
     for cell in cells_of(spec):
-        measured = fake_cell.resources(cell.config)
+        measured = fake_runs.resources(cell.run)
         measured |= {name: value(cell) for name, value in changes.items()}
-        fake_cell.write(cell.config, fake_cell.record(cell.config), measured)
+        fake_runs.write(cell.run, fake_runs.record(cell.run), measured)
 
 
 def test_time_is_judged_by_the_steps_where_they_were_measured(spec: TableSpec) -> None:
@@ -422,12 +422,12 @@ def test_side_columns_are_shown_below_the_table_and_not_judged(spec: TableSpec) 
     column = table_spec.Column("last", "BLEU, last epoch", "e2e", "last_epoch/bleu", 100.0, 2, True)
     wide = dataclasses.replace(spec, side_columns=(column,))
     for cell in cells_of(wide):
-        record = fake_cell.record(cell.config)
+        record = fake_runs.record(cell.run)
         record["metrics"]["last_epoch/bleu"] = record["metrics"]["bleu"] - 0.1
         record["training"] = {
             "steps": 10, "epochs": 2, "checkpoint_rule": "best", "validation": [{}] * cell.seed,
         }  # fmt: skip
-        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+        fake_runs.write(cell.run, record, fake_runs.resources(cell.run))
     results = build(wide)
     lora = row(results, "lora")
     shift = lora["side_metrics"]["last"]["mean"] - lora["metrics"]["bleu"]["mean"]
@@ -461,10 +461,10 @@ def test_a_table_of_two_tasks_reads_each_column_from_its_own_run(spec: TableSpec
         spec, runs=runs, columns=columns, claims=(), contrasts=(), paper={"title": "", "rows": {}}
     )
     for cell in cells_of(wide):
-        shift = 0.1 if cell.run == "two" else 0.0
-        record = fake_cell.record(cell.config)
+        shift = 0.1 if cell.on == "two" else 0.0
+        record = fake_runs.record(cell.run)
         record["metrics"]["bleu"] += shift
-        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+        fake_runs.write(cell.run, record, fake_runs.resources(cell.run))
     lora = row(build(wide), "lora")
     first, second = (lora["metrics"][name]["mean"] for name in ("first", "second"))
     assert second - first == pytest.approx(10.0)
@@ -480,8 +480,8 @@ def test_failed_and_missing_runs_stay_visible(spec: TableSpec) -> None:
     finish([c for c in cells if c.row not in ("adalora", "dylora")])
     for cell in (c for c in cells if c.row == "adalora"):
         error = {"type": "RuntimeError", "message": "loss is <nan> | at\nstep 3 & later_on"}
-        record = fake_cell.record(cell.config, status="failed", error=error)
-        fake_cell.write(cell.config, record)
+        record = fake_runs.record(cell.run, status="failed", error=error)
+        fake_runs.write(cell.run, record)
     results = build(spec)
     assert row(results, "adalora")["metrics"]["bleu"]["n"] == 0
     assert [item["seed"] for item in row(results, "adalora")["absent"]] == [1, 2, 3]
@@ -506,7 +506,7 @@ def test_a_failure_without_a_record_is_shown(spec: TableSpec) -> None:
         (False, "the run that it starts from failed: no memory", "not run"),
     ):
         failures = {victim.signature: Outcome(job, reason, 2.0, was_run)}
-        entries = tables.collect(cells, fake_cell, failures=failures)
+        entries = tables.collect(cells, failures=failures)
         text = to_markdown(tables.build_results(spec, "tiny", SEEDS, (), entries))
         assert f"LoRA, seed 2: {state}: {reason}" in text
     assert re.search(r"\| LoRA \[\d\] .* \(2; ", text)
@@ -515,10 +515,10 @@ def test_a_failure_without_a_record_is_shown(spec: TableSpec) -> None:
 def test_a_metric_that_could_not_run_is_empty_with_its_reason(spec: TableSpec) -> None:
     reason = "METEOR needs Java; install a Java runtime"
     for cell in cells_of(spec):
-        record = fake_cell.record(cell.config)
+        record = fake_runs.record(cell.run)
         del record["metrics"]["meteor"]
         record["missing_metrics"]["meteor"] = reason
-        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+        fake_runs.write(cell.run, record, fake_runs.resources(cell.run))
     results = build(spec)
     assert row(results, "lora")["metrics"]["meteor"]["mean"] is None
     text = to_markdown(results)
@@ -530,9 +530,9 @@ def test_a_metric_that_could_not_run_is_empty_with_its_reason(spec: TableSpec) -
 
 def test_a_metric_the_task_does_not_give_is_named(spec: TableSpec) -> None:
     for cell in cells_of(spec):
-        record = fake_cell.record(cell.config)
+        record = fake_runs.record(cell.run)
         record["metrics"]["nist_perl"] = record["metrics"].pop("nist")
-        fake_cell.write(cell.config, record, fake_cell.resources(cell.config))
+        fake_runs.write(cell.run, record, fake_runs.resources(cell.run))
     text = to_markdown(build(spec))
     assert "NIST: the run has no metric 'nist' (it has: bleu, cider, meteor, nist_perl" in text
 
@@ -577,7 +577,7 @@ def test_only_the_papers_scale_lacks_the_warning(spec: TableSpec) -> None:
     assert "These are not the paper's numbers." in to_latex(build(spec))
     paper = to_markdown(build(spec, scale="paper"))
     assert "not the paper's" not in paper
-    entries = tables.collect(cells_of(spec, scale="paper"), fake_cell)
+    entries = tables.collect(cells_of(spec, scale="paper"))
     changed = tables.build_results(spec, "paper", SEEDS, ["recipe.rank=8"], entries)
     assert "Settings differ from the paper's" in to_markdown(changed)
     assert "recipe.rank=8" in to_markdown(changed)
@@ -693,7 +693,7 @@ def test_markdown_and_latex_tables_are_rectangular(spec: TableSpec) -> None:
 def test_accepted_records_stand_in_for_run_folders(spec: TableSpec, tmp_path: Path) -> None:
     cells = cells_of(spec)
     finish(cells)
-    entries = tables.collect(cells, fake_cell)
+    entries = tables.collect(cells)
     folder = tmp_path / "results" / "runs" / "tiny" / "table1"
     assert len(tables.accept(entries, folder)) == 36
     before = to_json(tables.build_results(spec, "tiny", SEEDS, (), entries))
@@ -701,7 +701,7 @@ def test_accepted_records_stand_in_for_run_folders(spec: TableSpec, tmp_path: Pa
         for path in cell.folder.iterdir():
             path.unlink()
     accepted = tables.read_accepted(tmp_path / "results" / "runs")
-    again = tables.collect(cells, fake_cell, accepted=accepted)
+    again = tables.collect(cells, accepted=accepted)
     assert to_json(tables.build_results(spec, "tiny", SEEDS, (), again)) == before
 
 
@@ -710,7 +710,7 @@ def test_records_of_uncommitted_code_are_not_accepted(spec: TableSpec, tmp_path:
     git = {"commit": "0123456789abcdef", "dirty": True}
     finish(cells, provenance={"git": git, "device": {"name": "test CPU"}})
     with pytest.raises(ValueError, match="36 of 36 records come from uncommitted"):
-        tables.accept(tables.collect(cells, fake_cell), tmp_path / "runs")
+        tables.accept(tables.collect(cells), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -734,17 +734,17 @@ def test_command_regenerates_from_records(
     spec: TableSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["1", "--scale", "tiny", "--results", str(tmp_path / "results")]
-    assert command.main(arguments, fake_cell) == 2
+    assert command.main(arguments) == 2
     assert "no finished run at scale tiny" in capsys.readouterr().err
     finish(cells_of(spec))
-    assert command.main([*arguments, "--accept"], fake_cell) == 0
+    assert command.main([*arguments, "--accept"]) == 0
     written = (tmp_path / "results" / "tiny" / "table1.md").read_text(encoding="utf-8")
     assert written in capsys.readouterr().out
     assert len(list((tmp_path / "results" / "runs").rglob("*.json"))) == 36
-    assert command.main([*arguments, "--check"], fake_cell) == 0
+    assert command.main([*arguments, "--check"]) == 0
     path = tmp_path / "results" / "tiny" / "table1.csv"
     path.write_text(path.read_text().replace("bleu", "blue", 1))
-    assert command.main([*arguments, "--check"], fake_cell) == 1
+    assert command.main([*arguments, "--check"]) == 1
     assert "table1.csv differs from what its records give" in capsys.readouterr().out
 
 

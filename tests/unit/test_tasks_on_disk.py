@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-from scripts.runs import cell
+from scripts.runs.composition import compose
 from tasks import encoded
 from tasks.data import Release
 from tasks.embedded import e2e, glue, webnlg, xsum
@@ -39,7 +39,7 @@ def write(name: str, folder: Path) -> Path:
 
 
 def make(name: str, *more: str) -> Any:
-    cfg = cell.compose([f"task={name}", f"recipe={name}", "method=lora", *more])
+    cfg = compose([f"experiment={name}", "method=lora", *more])
     task = instantiate(cfg.task)
     task.load()
     return task
@@ -241,7 +241,7 @@ def test_glue_reads_the_same_rows_from_the_hub_and_from_files(tmp_path: Path) ->
         path = cache / f"{file.replace('dev', 'validation')}-00000-of-00001.parquet"
         pyarrow.parquet.write_table(table, path)
         sums[f"mnli/{path.name}"] = encoded._sha256(path)
-    cfg = cell.compose(["task=glue/mnli", "recipe=glue/mnli", "method=lora"]).task
+    cfg = compose(["experiment=glue/mnli", "method=lora"]).task
     task = instantiate(cfg, cache_dir=str(tmp_path / "cache"))
     task.release = Release("owner/name", "0" * 40, "http://127.0.0.1:9", sums)
     task.load()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.runs import cell
 from scripts.runs.building import draw_rows
+from scripts.runs.run import Run
 
 ROWS = list(range(200))
 
@@ -35,6 +35,6 @@ def test_a_bad_share_is_named(fraction: object) -> None:
 
 def test_a_share_names_another_run_and_none_the_same() -> None:
     base = ["task=e2e", "method=lora", "scale=tiny"]
-    plain = cell.signature(cell.compose(base))
-    assert cell.signature(cell.compose([*base, "train_fraction=null"])) == plain
-    assert cell.signature(cell.compose([*base, "train_fraction=0.05"])) != plain
+    plain = Run.compose(base).name
+    assert Run.compose([*base, "train_fraction=null"]).name == plain
+    assert Run.compose([*base, "train_fraction=0.05"]).name != plain

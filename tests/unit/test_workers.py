@@ -13,21 +13,21 @@ from scripts.runs import faults, workers
 from scripts.runs.jobs import Job, Outcome, Queue
 from scripts.runs.workers import CELLS_ON_DEVICE, Pool, cells_on_device
 
-MODULE = "tests.unit.fault_cell"
+RUN = "tests.unit.fault_jobs:run"
 
 
 def job(text: str, after: str | None = None) -> Job:
-    return Job("run", ((text,),), text.partition(":")[0], after)
+    return Job(RUN, (text,), text.partition(":")[0], after)
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Outcome]]:
     """Do jobs on workers for the devices named (None: no device); return outcomes by key."""
-    monkeypatch.setenv("FAULT_CELL_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("FAULT_JOBS_LOG", str(tmp_path / "log"))
 
     def call(jobs: Sequence[Job], devices: Sequence[str | None]) -> dict[str, Outcome]:
         environments = [{} if d is None else {"CUDA_VISIBLE_DEVICES": d} for d in devices]
-        with Pool(MODULE, environments=environments, logs=tmp_path, name="x") as pool:
+        with Pool(environments=environments, logs=tmp_path, name="x") as pool:
             found = [outcome for outcome in pool.run(jobs) if outcome is not None]
         assert len(found) == len(jobs)
         return {outcome.job.key: outcome for outcome in found}

@@ -1,8 +1,8 @@
-"""A stand-in for `scripts.runs.cell` whose runs fail as those on a broken CUDA device do.
+"""Jobs that fail as runs on a broken CUDA device do.
 
-An override is ``<name>:<behaviour>``. With ``@<device>`` behind it, it is that of this device only;
+A job is ``<name>:<behaviour>``. With ``@<device>`` behind it, it is that of this device only;
 elsewhere the run lasts until three runs were begun there. Every run is noted in the file that the
-environment variable FAULT_CELL_LOG names.
+environment variable FAULT_JOBS_LOG names.
 """
 
 import os
@@ -21,16 +21,12 @@ class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 
 
-def compose(overrides):
-    return overrides[0]
-
-
-def run(config):
+def run(job):
     global _broken
-    name, _, behaviour = config.partition(":")
+    name, _, behaviour = job.partition(":")
     behaviour, _, device = behaviour.partition("@")
     here = os.environ.get("CUDA_VISIBLE_DEVICES")
-    log = Path(os.environ["FAULT_CELL_LOG"])
+    log = Path(os.environ["FAULT_JOBS_LOG"])
     with log.open("a") as stream:
         stream.write(f"{os.getpid()} {here} {name}\n")
     if _broken:

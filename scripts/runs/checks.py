@@ -1,0 +1,148 @@
+"""Checks of a run before any work: its settings, its device, and what it loads.
+
+Nothing of size is read, and what a check finds is a message that says what to change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from omegaconf import OmegaConf
+
+from scripts.runs import devices
+from scripts.runs.building import as_config_error, random_model
+from scripts.runs.composition import ConfigError
+from scripts.runs.faults import NO_DEVICE
+from scripts.runs.meaning import hash_of
+from scripts.runs.run import Run
+from scripts.runs.workers import CELLS_ON_DEVICE
+
+
+def check(run: Run) -> None:
+    """Check everything about a run that needs no data and no weights.
+
+    Raises:
+        ConfigError: a value is not allowed; the message says which and what is.
+    """
+    from hydra.utils import instantiate
+
+    cfg = run.config
+    folder = run.outputs
+    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"cannot write to the output folder {folder}; choose another with paths.outputs=FOLDER"
+        )
+    if cfg.task.get("source") == "files" and cfg.task.get("data_dir") is None:
+        raise ConfigError("task.source=files needs task.data_dir=FOLDER")
+    parts = {}
+    for part in ("trainer", "task", "method"):
+        with as_config_error():
+            parts[part] = instantiate(cfg[part])
+    family = parts["task"].family
+    if family not in (None, cfg.model.family):
+        raise ConfigError(
+            f"model={run.choices.model} is of the family {cfg.model.family}, but "
+            f"task={run.choices.task} is learned by a {family}; use "
+            f"experiment={run.choices.task}, or model={family} model.path=FOLDER"
+        )
+    if cfg.init_from is not None and cfg.method.get("form") == "closed_form":
+        raise ConfigError(
+            f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
+            "to W would have to be written into it; use method.form=in_place"
+        )
+    if cfg.model.architecture is not None and cfg.model.path is None:
+        _check_fits(run)
+    _check_device(run)
+
+
+def _check_device(run: Run) -> None:
+    """Check that a run which is made for a GPU, or whose worker was given one, can use one.
+
+    Raises:
+        ConfigError: torch sees none; the run would end up on the CPU, where it may take weeks.
+    """
+    cfg = run.config
+    is_given = CELLS_ON_DEVICE in os.environ and os.environ.get("CUDA_VISIBLE_DEVICES")
+    reasons = {
+        "scale=paper": cfg.scale == "paper",
+        "trainer.device=cuda": cfg.trainer.device == "cuda",
+        "this worker's place on a GPU": is_given,
+    }
+    wanted = [reason for reason, holds in reasons.items() if holds]
+    if cfg.trainer.device == "cpu" or not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        why = devices.cuda().problem or "this process sees none"
+        raise ConfigError(
+            f"{wanted[0]} needs a CUDA device, and {NO_DEVICE}: {why}. Use scale=tiny, or "
+            "trainer.device=cpu to train on the CPU (the paper's models: weeks)"
+        )
+
+
+def _check_fits(run: Run) -> None:
+    """Inject the method into a model without storage: finds ranks and names that do not fit."""
+    import torch
+    from hydra.utils import instantiate
+
+    cfg = run.config
+    with as_config_error(), torch.device("meta"):
+        task = instantiate(cfg.task)
+        model = random_model(cfg, task)
+        instantiate(cfg.method).inject(
+            model,
+            projections=cfg.model.projections,
+            head=task.head,
+            total_steps=10**9,
+            seed=cfg.seed,
+        )
+
+
+def check_sources(run: Run, seen: set[str]) -> None:
+    """Check that weights, tokenizer and data of a run are there or can be downloaded.
+
+    Files are looked at, not read at length; the network is asked only for what the caches lack. The
+    run that this one starts from (``init_from``) is checked too.
+
+    Args:
+        run: the run.
+        seen: what was found before is not looked for again; what is found now is added.
+
+    Raises:
+        ConfigError: something is missing; the message says what, and what to do.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora.sources import check_source
+
+    for source, revision, needs in _model_sources(run):
+        key = f"{source}@{revision} {sorted(needs.items())}"
+        if key not in seen:
+            with as_config_error():
+                check_source(source, revision, **needs)
+            seen.add(key)
+    key = hash_of({"task": OmegaConf.to_container(run.config.task, resolve=True)})
+    if key not in seen:
+        with as_config_error(RuntimeError):  # a download that cannot be had is one
+            instantiate(run.config.task).check_source()
+        seen.add(key)
+    if run.start_run is not None:
+        check_sources(run.start_run, seen)
+
+
+def _model_sources(run: Run) -> Iterator[tuple[str, str | None, dict[str, bool]]]:
+    """Yield what a run loads: folder or hub id, revision, and what of it is needed."""
+    if run.pretraining is not None:  # made by the suite itself, later
+        return
+    cfg = run.config
+    has_tokenizer = cfg.model.tokenizer_path is not None
+    if has_tokenizer:
+        yield str(cfg.model.tokenizer_path), None, {"model": False, "tokenizer": True}
+    source = run.weights
+    if source is None or (cfg.model.init == "random" and has_tokenizer):
+        return
+    is_loaded = cfg.model.init != "random"
+    yield *source, {"model": is_loaded, "tokenizer": not has_tokenizer}

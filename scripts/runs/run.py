@@ -1,0 +1,234 @@
+"""One run: its configuration, its name, its folder, its state, its record.
+
+A run's folder ``outputs/<name>/`` holds ``config.yaml``, ``metrics.jsonl``, ``predictions.jsonl``,
+``record.json`` (what a repetition gives again to the bit), ``resources.json`` (seconds, memory,
+rates), ``checkpoints/`` and ``adapter/``. What means the same always has the same folder: asking
+again continues a killed run, or says that it is done.
+
+A run may start from another one: from the model that it pre-trained (``model.pretrain``), or from
+what it trained on another task (``init_from``). Such runs are made first where they do not exist.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from scripts.runs import composition
+from scripts.runs.composition import ROOT, ConfigError
+from scripts.runs.folder import RECORD, read_record
+from scripts.runs.meaning import hash_of, meaning_of
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a run: done, partial, missing, stale or failed, and why."""
+
+    state: str
+    reason: str = ""
+
+
+class Run:
+    """One run.
+
+    Args:
+        config: from `scripts.runs.composition.compose`; not changed afterwards.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def compose(cls, overrides: Sequence[str]) -> Run:
+        """Return the run of Hydra overrides such as ``experiment=e2e`` and ``seed=2``.
+
+        Raises:
+            ConfigError: they do not compose.
+        """
+        return cls(composition.compose(overrides))
+
+    def with_seed(self, seed: int) -> Run:
+        """Return the same run with another seed; composing it anew takes a quarter of a second."""
+        config = self.config.copy()
+        config.seed = seed
+        run = Run(config)
+        if self.start is None:  # nothing else depends on the seed
+            run.meaning = {**self.meaning, "seed": seed}
+        return run
+
+    def __repr__(self) -> str:
+        return f"Run({self.name})"
+
+    # ------------------------------------------------------------------ what it is called
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.config.seed)
+
+    @property
+    def choices(self) -> DictConfig:
+        """The chosen member of each group of the configuration: ``choices.method`` and so on."""
+        return self.config.choices
+
+    @cached_property
+    def meaning(self) -> dict[str, Any]:
+        """All that its result depends on; plain JSON values.
+
+        Raises:
+            ConfigError: a folder does not exist, or settings of the task are not allowed.
+        """
+        before, made = self.start, self.pretraining
+        if isinstance(before, Path):
+            name = read_record(before)["signature"]
+        else:
+            name = None if before is None else before.name
+        return meaning_of(
+            self.config, pretrained=None if made is None else hash_of(made.meaning), start=name
+        )
+
+    @cached_property
+    def name(self) -> str:
+        """Task, method, seed and the hash of its meaning: ``e2e--delta_lora--seed1--<12 hex>``."""
+        return f"{self._label}--seed{self.seed}--{hash_of(self.meaning)}"
+
+    @cached_property
+    def group(self) -> str:
+        """The same without the seed: what the runs of one cell of a table share."""
+        return f"{self._label}--{hash_of({**self.meaning, 'seed': None})}"
+
+    @property
+    def _label(self) -> str:
+        return f"{self.meaning['task']['name']}--{self.meaning['method']['name']}"
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of all run folders."""
+        chosen = self.config.paths.outputs
+        return ROOT / "outputs" if chosen is None else Path(chosen)
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self.outputs / self.name
+
+    # ------------------------------------------------------------------ how far it is
+
+    def status(self) -> Status:
+        """Return whether it is done, partial, missing, stale or failed."""
+        folder = self.folder
+        if not (folder / RECORD).exists():
+            started = (folder / "checkpoints").is_dir() or (folder / "config.yaml").exists()
+            return Status("partial", "started, not finished") if started else Status("missing")
+        record = read_record(folder)
+        if record["status"] == "failed":
+            return Status("failed", record["error"]["message"])
+        made = None if self.pretraining is None else self.pretraining.completed()
+        if made is not None:
+            known = record["model"].get("pretrained_sha256")
+            if known not in (None, made["model"]["saved_weights_sha256"]):
+                return Status("stale", "the pre-trained model was made anew since")
+        before = self.start
+        base = completed(before.folder if isinstance(before, Run) else before)
+        if base is not None and base["adapter_sha256"] != record["init_from"]["adapter_sha256"]:
+            return Status("stale", "the run that it starts from was made anew since")
+        return Status("done")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its record stands and what it starts from is still the same."""
+        return self.status().state == "done"
+
+    def record(self) -> dict[str, Any]:
+        """Return its record with its resources under ``resources``."""
+        return read_record(self.folder)
+
+    def completed(self) -> dict[str, Any] | None:
+        """Return its record where it is completed, else None."""
+        return completed(self.folder)
+
+    # ------------------------------------------------------------------ what it starts from
+
+    @cached_property
+    def pretraining(self) -> Run | None:
+        """The run that pre-trains its model; None where its weights come from outside."""
+        if self.config.model.pretrain is None:
+            return None
+        return _pretraining(tuple(self.config.model.pretrain), self.config.paths.outputs)
+
+    @cached_property
+    def start(self) -> Run | Path | None:
+        """The run whose weights it starts from, or that run's folder; None where there is none.
+
+        ``init_from`` names an experiment, or is the folder of a finished run. The run of another
+        experiment is the same command with that one: same model, method, scale and seed, and every
+        override of a single value, those of ``task.`` and ``recipe.`` included. So a table whose
+        runs all take ``recipe.rank=4`` starts from its own cell there.
+
+        Raises:
+            ConfigError: it is neither, or the run would start from itself.
+        """
+        if self.config.init_from is None:
+            return None
+        name, overrides = str(self.config.init_from), list(self.config.overrides)
+        if name in composition.experiments(overrides):
+            if name == self.choices.task:
+                raise ConfigError(f"init_from={name} is the task of this run itself; use null")
+            kept = (*_kept(overrides), f"experiment={name}", f"model={self.choices.model}")
+            return _composed(kept).with_seed(self.seed)
+        folder = Path(name).expanduser().resolve()
+        if not (folder / RECORD).is_file():
+            raise ConfigError(
+                f"init_from={name} is neither an experiment nor the folder of a run with a "
+                f"{RECORD}; use an experiment such as glue/mnli, a run folder, or null"
+            )
+        return folder
+
+    @property
+    def start_run(self) -> Run | None:
+        """`start` where it is a run that can still be made, else None."""
+        return self.start if isinstance(self.start, Run) else None
+
+    @property
+    def weights(self) -> tuple[str, str | None] | None:
+        """Folder or hub id, and revision, of the pre-trained weights; None without any."""
+        model = self.config.model
+        if self.pretraining is not None:
+            return str(self.pretraining.folder / "model"), None
+        if model.path is not None:
+            return str(Path(model.path).expanduser()), None
+        return None if model.hub_id is None else (model.hub_id, model.revision)
+
+
+def completed(folder: Path | None) -> dict[str, Any] | None:
+    """Return the record of the run in a folder where it is completed, else None."""
+    if folder is None or not (folder / RECORD).exists():
+        return None
+    record = read_record(folder)
+    return record if record["status"] == "completed" else None
+
+
+def _kept(overrides: Iterable[str]) -> Iterator[str]:
+    dropped = ("experiment", "task", "recipe", "model", "seed", "init_from", "score_references")
+    for override in overrides:
+        if override.partition("=")[0].lstrip("+~") not in dropped:
+            yield override
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Run:
+    return Run.compose(overrides)
+
+
+@functools.cache
+def _pretraining(overrides: tuple[str, ...], outputs: str | None) -> Run:
+    run = _composed((*overrides, "save_model=true", "predict=false", "logger=none"))
+    config = run.config.copy()
+    config.paths.outputs = outputs
+    return Run(config)

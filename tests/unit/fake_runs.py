@@ -1,0 +1,181 @@
+"""Runs that take no time and can be told to go wrong; all but their work is real.
+
+Overrides of the form ``fake.<behaviour>=<method>:<seed>`` make one run fail, get killed, wait or be
+locked. `install` puts what stands here in the place of the real work.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from scripts.runs import batch, composition
+from scripts.runs.folder import LockedError
+from scripts.runs.recording import config_of
+from scripts.runs.run import Run
+
+BASE = {"full": 0.60, "lora": 0.50, "dylora": 0.40, "adalora": 0.45, "delta_lora": 0.70}
+METRICS = {"bleu": 1.0, "nist": 10.0, "meteor": 0.8, "rouge_l": 0.9, "cider": 4.0}
+#: overrides that change no composition but a value, so that one composition serves many tests.
+VALUES = ("fake.", "paths.outputs=", "seed=")
+_compose = composition.compose
+#: folder of all run folders where no override names one; a test sets it.
+OUTPUTS: Path | None = None
+
+
+def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let runs be composed and executed by this module, here and by the workers.
+
+    Args:
+        put: sets an attribute; a test gives that of its monkeypatch.
+    """
+    put(composition, "compose", compose)
+    put(batch, "EXECUTE", f"{__name__}:execute")
+    put(batch, "PREPARE", f"{__name__}:prepare")
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose; of runs that differ in their method alone, all but the first in no time."""
+    methods = [o for o in overrides if o.startswith("method")]
+    if not any(o.startswith("recipe.") for o in overrides) and len(methods) == 1:
+        name = methods[0].removeprefix("method=")
+        path = composition.CONFIGS / "method" / f"{name}.yaml"
+        own = OmegaConf.load(path) if path.is_file() else {}
+        if own and "defaults" not in own:
+            cfg = _composed(tuple(o for o in overrides if o not in methods)).copy()
+            with open_dict(cfg):
+                cfg.method, cfg.choices.method = own, name
+            OmegaConf.resolve(cfg)
+            return cfg
+    return _compose(overrides)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose as the suite does; the same overrides once."""
+    cfg = _composed(tuple(o for o in overrides if not o.startswith(VALUES))).copy()
+    with open_dict(cfg):
+        cfg.overrides, cfg.fake = list(overrides), {}
+        cfg.paths.outputs = None if OUTPUTS is None else str(OUTPUTS)
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key == "seed":
+                cfg.seed = int(value)
+            elif key == "paths.outputs":
+                cfg.paths.outputs = value
+            elif key.startswith("fake."):
+                cfg.fake[key.removeprefix("fake.")] = value
+    return cfg
+
+
+def prepare(runs: Sequence[Run]) -> None:
+    """Write that the models of `runs` are pre-trained."""
+    if runs[0].config.fake.get("prepare") == "fail":
+        raise RuntimeError("no space left on device")
+    for run in runs:
+        assert run.pretraining is not None
+        run.pretraining.folder.mkdir(parents=True, exist_ok=True)
+        made = {"status": "completed", "model": {"saved_weights_sha256": "made"}}
+        (run.pretraining.folder / "record.json").write_text(json.dumps(made))
+
+
+def record(run: Run, **changes: Any) -> dict[str, Any]:
+    """Return the completed record of a run."""
+    seed, method = run.seed, run.choices.method
+    base = BASE.get(method, 0.55)
+    score = base + 0.01 * (seed - 2) + 0.001 * ((seed * 7) % 5) * (len(method) % 3)
+    return {
+        "schema": 2,
+        "signature": run.name,
+        "group": run.group,
+        "meaning": run.meaning,
+        "status": "completed",
+        "scale": run.choices.scale,
+        "seed": seed,
+        "method": method,
+        "recipe": run.choices.recipe,
+        "task": {"name": "e2e", "version": 1, "protocol": "lora", "source": "embedded"},
+        "model": {"name": run.choices.model},
+        "init_from": None if run.start_run is None else {"adapter_sha256": None},
+        "parameters": {"trainable": 393216, "updatable": 50331648, "head": 0, "total": 354823168},
+        "metrics": {name: score * factor for name, factor in METRICS.items()},
+        "missing_metrics": {},
+        "reference_metrics": {},
+        "cosine_similarity": similarity(method, seed),
+        "adapter_sha256": None,
+        "training": {"steps": 10, "epochs": 1, "checkpoint_rule": "last"},
+        "config": config_of(run),
+        "provenance": {
+            "git": {"commit": "0123456789abcdef", "dirty": False},
+            "device": {"name": "test CPU", "type": "cpu"},
+        },
+        **changes,
+    }
+
+
+def similarity(method, seed):
+    """Return values by which LoRA turns least and Delta-LoRA most, in every block."""
+    turn = {"lora": 0.01, "full_query_value": 0.02, "delta_lora": 0.03}.get(method, 0.015)
+    return {
+        f"h.{block}.attn.{role}": 1 - turn - 0.001 * block - 0.0001 * seed
+        for block in range(4)
+        for role in ("query", "value")
+    }
+
+
+def resources(run):
+    factor = 1.05 if run.choices.method == "delta_lora" else 1.0
+    seconds = 10.0 * factor * (1 + 0.01 * run.seed)
+    return {
+        "train_time_s": seconds,
+        "predict_time_s": 2.0,
+        "score_time_s": 1.0,
+        "peak_memory_bytes": int(7e8 * factor),
+        "tokens_per_s": 1000.0,
+        "sessions": 1,
+    }
+
+
+def write(run: Run, content: dict[str, Any], measured: dict[str, Any] | None = None) -> None:
+    """Write the record of a run, and its resources."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "record.json").write_text(json.dumps(content))
+    if measured is not None:
+        (run.folder / "resources.json").write_text(json.dumps(measured))
+
+
+def calls_file(outputs: Path) -> Path:
+    """Return where every run that was begun is noted."""
+    return outputs / "calls.txt"
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Behave as told, or write the record of a run."""
+    method = run.choices.method
+    sys.stdout.write(f"running {method}\n")
+    sys.stdout.flush()
+    with calls_file(run.outputs).open("a") as stream:
+        stream.write(f"{os.getpid()} {method} {run.seed} {os.environ.get('OMP_NUM_THREADS')}\n")
+    behaviour, here = run.config.fake, f"{method}:{run.seed}"
+    if behaviour.get("kill") == here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour.get("exit") == here:
+        os._exit(3)
+    if behaviour.get("lock") == here:
+        raise LockedError("process 7 is already working in this folder")
+    if behaviour.get("wait") == here:
+        time.sleep(60)
+    if behaviour.get("fail") == here:
+        error = {"type": "RuntimeError", "message": "loss is <nan> | at step 3"}
+        write(run, {**record(run), "status": "failed", "error": error})
+        raise RuntimeError(error["message"])
+    result = record(run)
+    write(run, result, resources(run))
+    return result
