@@ -7,13 +7,19 @@ The same records give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from scripts.auditing.algebra import equivalence_section, gradient_section, rank_section
-from scripts.auditing.costs import memory_section, precision_section
-from scripts.auditing.scores import dropout_section, low_resource_section
+from scripts.auditing.sections import (
+    dropout,
+    equivalence,
+    gradients,
+    low_resource,
+    memory,
+    precision,
+    rank,
+)
 from scripts.auditing.words import Content, Record, Section
 from scripts.reporting.formats import md_table
 from scripts.reporting.results import code_of, device_of
@@ -38,20 +44,7 @@ def build(records: Content) -> dict[str, Any]:
     wrong = sorted({r["scale"] for r in used} - {records["scale"]})
     if wrong:
         raise ValueError(f"records of scale {wrong} on a page of scale {records['scale']}")
-    by_part: dict[str, list[Record]] = {}
-    for record in measured:
-        by_part.setdefault(record["part"], []).append(record)
-    settings = records["settings"]
-    made: list[Section | None] = [
-        rank_section(by_part.get("rank", []), settings["rank"]),
-        gradient_section(by_part.get("gradients", []), settings["gradients"]),
-        equivalence_section(by_part.get("equivalence", []), settings["equivalence"]),
-        dropout_section(runs, settings),
-        low_resource_section(runs, settings),
-        precision_section(by_part.get("precision", []), settings["precision"]),
-        memory_section(by_part.get("memory", []), settings["memory"]),
-    ]
-    sections = [section for section in made if section is not None]
+    sections = list_sections(runs, measured, records["settings"])
     distinct = {r["signature"]: r for r in [*used, *measured]}.values()
     return {
         "page": "audit",
@@ -74,6 +67,38 @@ def build(records: Content) -> dict[str, Any]:
     }
 
 
+def list_sections(runs: Content, measured: Iterable[Record], settings: Content) -> list[Section]:
+    """Return the sections for which there are records, in the order of the page.
+
+    Args:
+        runs: ``<part>/<row>/<value>`` -> seed -> record.
+        measured: records of measurements.
+        settings: of the audit.
+    """
+    by_part: dict[str, list[Record]] = {}
+    for record in measured:
+        by_part.setdefault(record["part"], []).append(record)
+
+    def made(part: str, module: Any) -> Section | None:
+        found = module.facts(by_part.get(part, []), settings[part])
+        return None if found is None else module.words(found)
+
+    def scored(module: Any) -> Section | None:
+        found = module.facts(runs, settings)
+        return None if found is None else module.words(found)
+
+    sections = [
+        made("rank", rank),
+        made("gradients", gradients),
+        made("equivalence", equivalence),
+        scored(dropout),
+        scored(low_resource),
+        made("precision", precision),
+        made("memory", memory),
+    ]
+    return [section for section in sections if section is not None]
+
+
 def to_markdown(content: Content) -> str:
     """Return the page."""
     seeds = ",".join(map(str, content["seeds"]))
@@ -82,6 +107,13 @@ def to_markdown(content: Content) -> str:
         command += f' ARGS="{" ".join(content["overrides"])}"'
     lines = [f"# Audit of Delta-LoRA (scale: {content['scale']})", "", "## What we found", ""]
     lines += [f"- {sentence}" for sentence in content["found"]]
+    lines += [
+        "",
+        "A verdict near its limit says so and gives both figures: it may turn with another ",
+    ]
+    lines[-1] += (
+        "processor, library or seed. How near is near stands in `configs/audit/_base.yaml`."
+    )
     if content["scale"] != "paper":
         lines += [
             "",
