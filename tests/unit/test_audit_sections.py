@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from scripts.auditing.limits import Judged, judge, judge_distance, nearest
 from scripts.auditing.scores import difference, interval
@@ -19,6 +22,11 @@ from scripts.auditing.sections import (
     rank,
 )
 from scripts.auditing.words import near, near_among
+from scripts.planning.adaptation import Adaptation
+from scripts.planning.architecture import Architecture
+from scripts.planning.forward import Batch, write_down
+from scripts.planning.ledger import CPU
+from scripts.planning.memory import step_bytes
 from tests.unit.audit_records import (
     SETTINGS,
     comparisons,
@@ -361,6 +369,43 @@ def test_without_the_reference_no_peak_is_compared() -> None:
     assert found is not None
     assert (found.reference, found.ratios) == (None, {})
     assert memory.words(found).findings[0].startswith("The formula fits")
+
+
+def test_the_two_formulas_of_memory_agree_where_the_pass_does_not_matter() -> None:
+    """The audit's pass makes all logits, that of `scripts.planning` those with a loss."""
+    root = Path(__file__).resolve().parents[2]
+    content = json.loads((root / "results" / "tiny" / "audit.json").read_text(encoding="utf-8"))
+    grids = next(s["picture"]["grids"] for s in content["sections"] if s["key"] == "memory")
+    model = OmegaConf.load(root / "configs" / "model" / "tiny_gpt2_scratch.yaml").architecture
+    shape = Architecture(
+        family="gpt2", width=model.n_embd, num_layers=model.n_layer, num_heads=model.n_head,
+        inner=4 * model.n_embd, vocabulary=model.vocab_size, num_positions=model.n_positions,
+    )  # fmt: skip
+    rank, compared = SETTINGS["memory"]["rank"], 0
+    for method in SETTINGS["memory"]["methods"]:
+        is_low_rank = method["kind"] == "low_rank"
+        adaptation = Adaptation(
+            method["kind"],
+            method["name"],
+            rank=rank * is_low_rank,
+            forward_rank=rank * method.get("forward_rank", 1) * is_low_rank,
+            extra_per_branch=rank * method.get("extra_per_branch", 0),
+            kept_factors=method.get("kept_factors", 0),
+            makes_a=method["name"] in ("adalora", "dylora", "delta_closed_form"),
+            makes_b=method["name"] in ("dylora", "delta_closed_form"),
+            dropout=0.1 * method.get("dropout", False),
+            states=0 if method.get("optimizer") == "sgd" else 2,
+        )
+        for point in grids[method["label"]]:
+            sequences, length = point["batch"], point["length"]
+            batch = Batch(sequences, length, targets=sequences * (length - 1))
+            planned = step_bytes(write_down(shape, adaptation, batch, CPU), accumulates=False)
+            for category in ("weights", "gradients", "optimizer", "method"):
+                assert planned[category] == point["expected"][category], (method["name"], category)
+            for category in ("activations", "peak"):
+                assert planned[category] == pytest.approx(point["measured"][category], rel=0.01)
+            compared += 1
+    assert compared == 54
 
 
 # ---------------------------------------------------------------------- all
