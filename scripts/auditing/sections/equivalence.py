@@ -172,10 +172,10 @@ def facts(records: Sequence[Record], settings: Content) -> Facts | None:
 def _names(first: int, clips: Sequence[float], others: Sequence[int]) -> dict[Case, str]:
     """Return every case in words, in the order of the table."""
     names: dict[Case, str] = {(first, None, False, False): f"K = {first}"}
+    names |= {(K, None, False, False): f"K = {K}" for K in others}
     names |= {(first, c, False, False): f"clipped at {c:g}" for c in clips}
     names[first, None, True, False] = "another module"
     names[first, clips[0], True, False] = f"another module, clipped at {clips[0]:g}"
-    names |= {(K, None, False, False): f"K = {K}" for K in others}
     names[first, None, False, True] = "rate / (1 + λ)"
     return names
 
