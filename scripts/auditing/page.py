@@ -134,7 +134,7 @@ def to_markdown(content: Content) -> str:
     for section in content["sections"]:
         lines += ["", f"## {section['title']}", "", f"**Asked.** {section['asked']}", ""]
         lines += [f"![{section['title']}](audit_{section['key']}.svg)", ""]
-        lines += ["**Found.** " + " ".join(section["findings"]), ""]
+        lines += ["**Found.**", "", *(f"- {finding}" for finding in section["findings"]), ""]
         lines += md_table(section["head"], section["rows"])
         lines += ["", f"**Measured on.** {section['measured_on']}", ""]
         lines += [f"**Does not show.** {section['not_shown']}"]
