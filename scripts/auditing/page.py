@@ -1,6 +1,6 @@
 """The page of the audit: what was found, by rules, from records and from nothing else.
 
-Every sentence under "finding" is chosen by a rule from the numbers it states, with the thresholds
+Every sentence under "Found" is chosen by a rule from the numbers it states, with the limits
 of ``configs/audit``; a number that contradicts what was expected gives the sentence that says so.
 The same records give the same bytes.
 """
@@ -23,6 +23,15 @@ from scripts.auditing.sections import (
 from scripts.auditing.words import Content, Record, Section
 from scripts.reporting.formats import md_table
 from scripts.reporting.results import code_of, device_of
+
+NEAR = (
+    "A verdict near its limit says so and gives both figures: it may turn with another processor, "
+    "library or seed. How near is near stands in `configs/audit/_base.yaml`."
+)
+NOT_THE_PAPER = (
+    "**These are not the paper's models.** What is algebra holds at every size; a score, an error "
+    "or a memory size holds for this scale only."
+)
 
 
 def build(records: Content) -> dict[str, Any]:
@@ -101,41 +110,56 @@ def list_sections(runs: Content, measured: Iterable[Record], settings: Content) 
 
 def to_markdown(content: Content) -> str:
     """Return the page."""
+    lines = [f"# Audit of Delta-LoRA (scale: {content['scale']})", "", "## What we found", ""]
+    lines += [f"- {sentence}" for sentence in content["found"]]
+    lines += ["", NEAR]
+    if content["scale"] != "paper":
+        lines += ["", NOT_THE_PAPER]
+    lines += ["", *_origin(content)]
+    for section in content["sections"]:
+        lines += ["", *_section(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(content: Content) -> list[str]:
+    """Return how the page was made, and what is missing."""
     seeds = ",".join(map(str, content["seeds"]))
     command = f"make audit SCALE={content['scale']} SEEDS={seeds}"
     if content["overrides"]:
         command += f' ARGS="{" ".join(content["overrides"])}"'
-    lines = [f"# Audit of Delta-LoRA (scale: {content['scale']})", "", "## What we found", ""]
-    lines += [f"- {sentence}" for sentence in content["found"]]
-    lines += [
-        "",
-        "A verdict near its limit says so and gives both figures: it may turn with another ",
-    ]
-    lines[-1] += (
-        "processor, library or seed. How near is near stands in `configs/audit/_base.yaml`."
-    )
-    if content["scale"] != "paper":
-        lines += [
-            "",
-            "**These are not the paper's models.** What is algebra holds at every size; a ",
-        ]
-        lines[-1] += "score, an error or a memory size holds for this scale only."
-    lines += ["", f"Made by `{command}` from {content['num_runs']} runs and "]
-    lines[-1] += f"{content['num_measurements']} measurements; generated, never edited."
-    lines += ["", f"- Model: {', '.join(content['models'])}"]
     commits = [
         f"{str(c['commit'])[:12]}{' with uncommitted changes' if c['dirty'] else ''} ({c['runs']})"
         for c in content["code"]
     ]
-    lines += [f"- Code: commit {', '.join(commits)}", f"- Device: {', '.join(content['devices'])}"]
+    lines = [
+        f"Made by `{command}` from {content['num_runs']} runs and {content['num_measurements']} "
+        "measurements; generated, never edited.",
+        "",
+        f"- Model: {', '.join(content['models'])}",
+        f"- Code: commit {', '.join(commits)}",
+        f"- Device: {', '.join(content['devices'])}",
+    ]
     if content["missing"]:
         shown = ", ".join(content["missing"][:6])
         lines.append(f"- **Not there yet ({len(content['missing'])}):** {shown}, ...")
-    for section in content["sections"]:
-        lines += ["", f"## {section['title']}", "", f"**Asked.** {section['asked']}", ""]
-        lines += [f"![{section['title']}](audit_{section['key']}.svg)", ""]
-        lines += ["**Found.**", "", *(f"- {finding}" for finding in section["findings"]), ""]
-        lines += md_table(section["head"], section["rows"])
-        lines += ["", f"**Measured on.** {section['measured_on']}", ""]
-        lines += [f"**Does not show.** {section['not_shown']}"]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _section(section: Content) -> list[str]:
+    return [
+        f"## {section['title']}",
+        "",
+        f"**Asked.** {section['asked']}",
+        "",
+        f"![{section['title']}](audit_{section['key']}.svg)",
+        "",
+        "**Found.**",
+        "",
+        *(f"- {finding}" for finding in section["findings"]),
+        "",
+        *md_table(section["head"], section["rows"]),
+        "",
+        f"**Measured on.** {section['measured_on']}",
+        "",
+        f"**Does not show.** {section['not_shown']}",
+    ]
