@@ -34,6 +34,7 @@ from delta_lora.checks import check_choice, check_integer, check_real
 from delta_lora.low_rank import LowRankLinear, weight_slice
 from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.methods.lora import Lora
+from delta_lora.protocols import Method
 
 #: loss of a model at a step.
 StepLoss = Callable[[nn.Module, int], Tensor]
@@ -144,8 +145,7 @@ def compare(
     check_integer("start_step", start_step, at_least=-1)
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
     check_real("learning_rate_factor", learning_rate_factor, above=0)
-    make = OPTIMIZERS[optimizer]
-    whole = 1 + update_ratio
+    make, keywords = OPTIMIZERS[optimizer], options or {}
     where = {"projections": projections, "head": head, "total_steps": steps, "seed": seed}
 
     model = build()
@@ -155,28 +155,16 @@ def compare(
         start_step=start_step,
     )  # fmt: skip
     delta.inject(model, **where)  # type: ignore[arg-type]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optim = make(trained, lr=learning_rate, **(options or {}))
-    num_clipped = 0
-    for step in range(steps):
-        num_clipped += _backward(loss(model, step), optim, trained, max_grad_norm)
-        delta.before_step(step)
-        optim.step()
-        delta.after_step(step)
+    optim = make(_trained(model), lr=learning_rate, **keywords)
+    num_clipped = _train(model, delta, optim, loss, steps, max_grad_norm)
     with delta.merged(model) as merged:
         ours = _weights(originals, merged)
 
     model = build()
     lora = Lora(rank=rank, alpha=alpha, learning_rate=learning_rate, dropout=0.0)
     lora.inject(model, **where)  # type: ignore[arg-type]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optim = make(trained, lr=learning_rate * learning_rate_factor, **(options or {}))
-    for step in range(steps):
-        if step == start_step + 1:
-            _shift_and_scale(model, update_ratio)
-        factor = whole if step <= start_step else 1.0
-        _backward(loss(model, step) * factor, optim, trained, max_grad_norm)
-        optim.step()
+    optim = make(_trained(model), lr=learning_rate * learning_rate_factor, **keywords)
+    _train(model, lora, optim, _of_twin(loss, update_ratio, start_step), steps, max_grad_norm)
     with lora.merged(model) as merged:
         theirs = _weights(originals, merged)
 
@@ -191,18 +179,44 @@ def compare(
     )
 
 
-def _backward(
-    loss: Tensor,
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _train(
+    model: nn.Module,
+    method: Method,
     optim: torch.optim.Optimizer,
-    trained: list[nn.Parameter],
+    loss: StepLoss,
+    steps: int,
     max_grad_norm: float | None,
-) -> bool:
-    """Compute and clip the gradients; return whether clipping acted."""
-    optim.zero_grad()
-    loss.backward()
-    if max_grad_norm is None:
-        return False
-    return bool(nn.utils.clip_grad_norm_(trained, max_grad_norm) > max_grad_norm)
+) -> int:
+    """Train, with the hooks of the method; return at how many steps clipping acted."""
+    trained = _trained(model)
+    num_clipped = 0
+    for step in range(steps):
+        total = loss(model, step)
+        optim.zero_grad()
+        total.backward()
+        if max_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+            num_clipped += bool(norm > max_grad_norm)
+        method.before_step(step)
+        optim.step()
+        method.after_step(step)
+    return num_clipped
+
+
+def _of_twin(loss: StepLoss, update_ratio: float, start_step: int) -> StepLoss:
+    """Return the loss of the twin, whose layers change before the first step that W follows."""
+
+    def changed(model: nn.Module, step: int) -> Tensor:
+        if step == start_step + 1:
+            _shift_and_scale(model, update_ratio)
+        factor = 1 + update_ratio if step <= start_step else 1.0
+        return loss(model, step) * factor
+
+    return changed
 
 
 @torch.no_grad()

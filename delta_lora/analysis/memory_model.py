@@ -15,7 +15,9 @@ Categories, in bytes:
 sum of the tensors alive, on CUDA `torch.cuda.max_memory_allocated`. Memory that a kernel takes
 inside itself is not seen on a CPU.
 
-`expected_memory` computes them from the shapes of a GPT-2. Per token, with width d, h heads, a
+`expected_memory` computes them from the shapes of a GPT-2, for a pass that makes the logits of
+every position. (The suite's own loop makes only those with a loss, which keeps an index and fewer
+logits; ``scripts/planning`` plans that pass, of more models.) Per token, with width d, h heads, a
 feed-forward layer of 4 d, V words and L blocks, autograd saves these floats:
 
 | what | full | W_Q, W_V frozen but for a branch |

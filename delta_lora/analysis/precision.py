@@ -24,6 +24,8 @@ from delta_lora.methods.delta_lora import ClosedFormBranch, DeltaLora
 #: in_place: W float32; in_place_rounded: W rounded to bfloat16 after every step; closed_form: W
 #: bfloat16 and never written.
 FORMS = ("in_place", "in_place_rounded", "closed_form")
+#: every branch with its layer.
+Branches = list[tuple[LowRankLinear, LowRankBranch]]
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -83,19 +85,14 @@ def change_errors(
     check_choice("form", form, FORMS)
     check_integer("steps", steps, at_least=1)
     check_integer("every", every, at_least=1)
-    model = build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
-    if form == "closed_form":
-        model = model.to(torch.bfloat16)
+    model = _start(build(), form)
     method = DeltaLora(
         rank=rank, alpha=alpha, learning_rate=learning_rate, update_ratio=update_ratio,
         start_step=start_step, form="closed_form" if form == "closed_form" else "in_place",
     )  # fmt: skip
     method.inject(model, projections=projections, head=head, total_steps=steps, seed=seed)
-    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
-    initial = [_slice(layer, b) for layer in layers for b in layer.branches]
+    branches = _branches(model)
+    initial = [_slice(layer, branch) for layer, branch in branches]
     kept: list[Tensor] = []
     groups = [
         {"params": [p for _, p in group["params"]], "lr": group["lr"]}
@@ -108,21 +105,41 @@ def change_errors(
         loss(model, step).backward()
         method.before_step(step)
         if step == start_step + 1:
-            kept = [_product(b) for layer in layers for b in layer.branches]
+            kept = [_product(branch) for _, branch in branches]
         optimizer.step()
         method.after_step(step)
         if form == "in_place_rounded":
             round_weights(model)
         if kept and ((step + 1) % every == 0 or step + 1 == steps):
-            wanted, missed = [], []
-            branches = [(layer, b) for layer in layers for b in layer.branches]
-            for (layer, branch), W_0, before in zip(branches, initial, kept, strict=True):
-                ideal = update_ratio * (_product(branch) - before)
-                found = _carried(branch) if form == "closed_form" else _slice(layer, branch) - W_0
-                wanted.append(ideal)
-                missed.append(found - ideal)
-            errors.append((step + 1, _norm(missed) / _norm(wanted)))
+            ideal = [
+                update_ratio * (_product(branch) - before)
+                for (_, branch), before in zip(branches, kept, strict=True)
+            ]
+            found = _changes(branches, initial, form)
+            missed = [a - b for a, b in zip(found, ideal, strict=True)]
+            errors.append((step + 1, _norm(missed) / _norm(ideal)))
     return errors
+
+
+@torch.no_grad()
+def _start(model: nn.Module, form: str) -> nn.Module:
+    """Round all weights to bfloat16; return the model in the type that the form trains in."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16))
+    return model.to(torch.bfloat16) if form == "closed_form" else model
+
+
+def _branches(model: nn.Module) -> Branches:
+    layers = (m for m in model.modules() if isinstance(m, LowRankLinear))
+    return [(layer, branch) for layer in layers for branch in layer.branches]
+
+
+def _changes(branches: Branches, initial: list[Tensor], form: str) -> list[Tensor]:
+    """Return the change that each W made, or that the closed form carries, in float64."""
+    if form == "closed_form":
+        return [_carried(branch) for _, branch in branches]
+    pairs = zip(branches, initial, strict=True)
+    return [_slice(layer, branch) - W_0 for (layer, branch), W_0 in pairs]
 
 
 def _slice(layer: LowRankLinear, branch: LowRankBranch) -> Tensor:

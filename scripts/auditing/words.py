@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.reporting import stats
+from scripts.auditing.limits import Judged
 
 Content = Mapping[str, Any]
 Record = Mapping[str, Any]
+#: more figures near a limit are counted, fewer are named.
+MOST_NAMED = 3
 
 
 @dataclass
@@ -46,6 +48,16 @@ def number(value: float) -> str:
     return f"{value:.2f}" if 0.01 <= abs(value) < 100 else f"{value:.1e}".replace("e-0", "e-")
 
 
+def setting(value: float) -> str:
+    """Return a number that was chosen, as it was chosen."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def percent(share: float, form: str = ".0f") -> str:
+    """Return a share in percent."""
+    return f"{100 * share:{form}} %"
+
+
 def span(values: Iterable[float], form: str = "{:g}") -> str:
     """Return ``4`` or ``3 to 4``."""
     found = sorted(values)
@@ -60,20 +72,28 @@ def listing(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def interval(summary: stats.Summary) -> str:
-    """Return mean and interval, with the sign."""
-    if summary.ci95 is None:
-        return f"{summary.mean:+.2f}, one seed"
-    return f"{summary.mean:+.2f} [{summary.ci95[0]:+.2f}, {summary.ci95[1]:+.2f}]"
+def near(judged: Judged | None) -> str:
+    """Return a note with the figure and its limit where they are near, else nothing."""
+    if judged is None or not judged.is_near:
+        return ""
+    return f" (near the limit: {number(judged.value)} against {limit_of(judged)})"
 
 
-def direction(summary: stats.Summary) -> str:
-    """Return ``above``, ``below`` or ``not distinguishable`` from the interval of a difference.
+def near_among(by_name: Mapping[str, Judged]) -> str:
+    """Return a note with those of several figures that are near their common limit, or nothing."""
+    close = {name: judged for name, judged in by_name.items() if judged.is_near}
+    if not close:
+        return ""
+    limit = limit_of(next(iter(close.values())))
+    if len(close) > MOST_NAMED:
+        values = sorted(judged.value for judged in close.values())
+        count = "all" if len(close) == len(by_name) else f"{len(close)} of"
+        said = f"{count} {len(by_name)}, {number(values[0])} to {number(values[-1])}"
+    else:
+        said = listing([f"{name} {number(judged.value)}" for name, judged in close.items()])
+    return f" (near the limit: {said} against {limit})"
 
-    One seed has no interval: ``not judged``.
-    """
-    if summary.ci95 is None:
-        return "not judged"
-    if summary.ci95[0] <= 0 <= summary.ci95[1]:
-        return "not distinguishable"
-    return "above" if summary.mean > 0 else "below"
+
+def limit_of(judged: Judged) -> str:
+    """Return a limit with at most two digits: a tolerance that was computed has many."""
+    return f"{judged.limit:.2g}".replace("e-0", "e-")
