@@ -60,6 +60,9 @@ class OneOf:
 
     options: Sequence[str]
 
+    def __str__(self) -> str:
+        return f"one of {', '.join(repr(option) for option in self.options)}"
+
 
 def check_values(
     declaration: Callable[..., Any], values: Mapping[str, Any], *, prefix: str = ""
@@ -111,23 +114,22 @@ def _check_value(name: str, value: Any, hint: Any, rule: Any = None) -> None:
 
 
 def documented(cls: Class) -> Class:
-    """Copy the sentences below the fields of a class into its docstring, where `help` looks."""
+    """Add to a docstring the sentences below the fields, with what is allowed, for `help`."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except OSError:  # installed without its source
         return cls
     [definition] = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    lines = [
-        textwrap.fill(
-            f"{field.target.id}: {inspect.cleandoc(below.value.value)}",
-            width=96, initial_indent=" " * 4, subsequent_indent=" " * 8,
-        )
-        for field, below in pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    ]  # fmt: skip
-    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines])
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Args:"]
+    hints = get_type_hints(cls, include_extras=True)
+    for field, below in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            name, sentence = ast.unparse(field.target), ast.literal_eval(below.value)
+            rule = f" ({get_args(hints[name])[1]})" if get_origin(hints[name]) is Annotated else ""
+            text = " ".join(f"{name}{rule}: {sentence}".split())
+            lines.append(textwrap.indent(textwrap.fill(text, 88, subsequent_indent="    "), "    "))
+    cls.__doc__ = "\n".join(lines)
     return cls
 
 
@@ -226,8 +228,7 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> str:
         ValueError: the value is none of them.
     """
     if value not in options:
-        allowed = ", ".join(repr(option) for option in options)
-        raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}")
+        raise ValueError(f"{name}={value!r} is not known; choose {OneOf(options)}")
     return value
 
 

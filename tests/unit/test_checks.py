@@ -28,6 +28,8 @@ class Declared:
     unbounded: float = 0.0
     flag: bool = False
     word: Annotated[str, OneOf(("a", "b"))] = "a"
+    """Which."""
+
     text: str = ""
     names: Sequence[str] = ()
 
@@ -117,5 +119,8 @@ def test_an_annotation_that_nobody_can_check_is_our_bug() -> None:
 
 def test_sentences_below_fields_are_in_the_docstring() -> None:
     assert Declared.__doc__ == (
-        "Some values.\n\nArgs:\n    whole: How many there are.\n    real: How much of it."
+        "Some values.\n\nArgs:\n"
+        "    whole (>= 1): How many there are.\n"
+        "    real (> 0 and <= 1): How much of it.\n"
+        "    word (one of 'a', 'b'): Which."
     )
