@@ -254,26 +254,30 @@ class Loop:
 
     def _forward_backward(self, batches: list[Batch], num_targets: int) -> Tensor:
         """Add up the gradients of the step; return this process's summed loss."""
-        accelerator = self.accelerator
-        loss_sum = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         for micro_step, batch in enumerate(batches):
-            is_last = micro_step == len(batches) - 1
             seed_everything(self.seed, self.step, micro_step, self.rank)
             self.method.before_micro_batch(self.step, micro_step)
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.wrapped):
-                with accelerator.autocast():
-                    summed = self.task.loss(
-                        self.wrapped, batch.to(self.device), self.settings.label_smoothing
-                    )
-                # Several processes average their gradients; the sum is wanted.
-                loss = summed * (self.world / num_targets)
-                if is_last and (extra := self.method.extra_loss()) is not None:
-                    loss = loss + extra
-                # Not `accelerator.backward`, which divides by what other tools' variables say.
-                loss = loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
-                loss.backward()
-            loss_sum += summed.detach()
-        return loss_sum
+            is_last = micro_step == len(batches) - 1
+            loss += self._add_gradients(batch, num_targets, is_last=is_last)
+        return loss
+
+    def _add_gradients(self, batch: Batch, num_targets: int, *, is_last: bool) -> Tensor:
+        """Add the gradients of one micro-batch; return its summed loss, without its graph."""
+        accelerator = self.accelerator
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+            with accelerator.autocast():
+                summed = self.task.loss(
+                    self.wrapped, batch.to(self.device), self.settings.label_smoothing
+                )
+            # Several processes average their gradients; the sum is wanted.
+            loss = summed * (self.world / num_targets)
+            if is_last and (extra := self.method.extra_loss()) is not None:
+                loss = loss + extra
+            # Not `accelerator.backward`, which divides by what other tools' variables say.
+            loss = loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
+            loss.backward()
+        return summed.detach()
 
     def _clip_gradients(self) -> float:
         """Clip if asked to; return the norm before clipping, or NaN where no log line needs it."""
