@@ -29,11 +29,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 @documented
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """AdamW or another optimiser with a warm-up schedule; the recipe's values are the keywords.
 
-    A value is used as it is given.
+    A value is used as it is given, and none changes afterwards.
 
     Raises:
         TypeError: a value of another type.
@@ -140,7 +140,6 @@ class Trainer:
 
     def __post_init__(self) -> None:
         check_values(Trainer, vars(self), prefix="trainer.")
-        self.no_decay = tuple(self.no_decay)
         if self.momentum > 0 and self.optimizer not in ("sgd", "rmsprop"):
             raise ValueError(
                 f"trainer.momentum={self.momentum} has no meaning for "

@@ -333,6 +333,12 @@ def test_every_default_is_allowed_and_kept_as_it_is(name: str) -> None:
         assert getattr(Trainer(batch_size=8, **{name: default}), name) is default
 
 
+def test_no_value_changes_after_it_was_checked() -> None:
+    trainer = Trainer(**SETTINGS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        trainer.batch_size = 0  # type: ignore[misc]
+
+
 def test_what_is_declared_once_can_be_read_by_people_and_programs() -> None:
     assert Trainer.__doc__ is not None
     for name in FIELDS:
