@@ -1,7 +1,7 @@
-"""The training loop: one fit from its start, or its newest checkpoint, to its end.
+"""The loop: one fit from its start, or its newest checkpoint, to its end.
 
-Read `Loop.run` first; the settings are those of `delta_lora.trainer.Trainer`. What makes a run
-repeatable:
+Read `Loop.run`, then the helpers in the order in which it calls them. What can be set is declared
+in `delta_lora.trainer.Trainer`. What makes a run repeatable:
 
 * Everything random is a function of (seed, epoch) or (seed, step, micro-batch, process), never of
   history. A run that was killed therefore continues to the bit-identical result from weights,
@@ -21,9 +21,11 @@ A forward pass alone waits for nobody.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from delta_lora import checkpoint, memory
+from delta_lora import checkpoint, engine, memory
 from delta_lora.draws import seed_everything, step_indices
 from delta_lora.optimization import schedule_factor
 from delta_lora.protocols import Batch, Method, Task
 from delta_lora.result import FitResult, best_entry
-from delta_lora.runlog import Progress, RunLog
+from delta_lora.runlog import MetricLogger, Progress, RunLog
 from delta_lora.session import Session, stop_signals
 from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
 
@@ -49,75 +51,88 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 25
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Loop:
     """State of one fit.
 
-    Args:
+    Attributes:
         settings: the trainer's values.
-        accelerator: device, precision and processes.
-        model: after ``method.inject``; the others as `delta_lora.trainer.Trainer.fit`.
+        accelerator: from `delta_lora.engine.start`.
+        model: after ``method.inject``; it and the others are the arguments of
+            `delta_lora.trainer.Trainer.fit`.
     """
 
-    def __init__(
-        self,
-        settings: Trainer,
-        accelerator: Accelerator,
-        model: nn.Module,
-        *,
-        method: Method,
-        task: Task,
-        train: Sequence[Any],
-        validation: Sequence[Any],
-        seed: int,
-        folder: Path,
-        mirrors: Sequence[Any],
-        identity: Mapping[str, Any],
-        score: Callable[[nn.Module], dict[str, float]] | None,
-    ) -> None:
-        self.settings, self.accelerator = settings, accelerator
-        self.bare_model, self.method, self.task = model, method, task
-        self.train, self.validation = train, validation
-        self.seed, self.folder = seed, folder
-        self.mirrors, self.identity, self.score = mirrors, dict(identity), score
-        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+    settings: Trainer
+    accelerator: Accelerator
+    model: nn.Module
+    method: Method
+    task: Task
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    seed: int
+    folder: Path
+    mirrors: Sequence[MetricLogger]
+    identity: dict[str, Any]
+    score: Callable[[nn.Module], dict[str, float]] | None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.world = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.device = self.accelerator.device
         if settings.batch_size < self.world:
             raise ValueError(
                 f"batch_size={settings.batch_size} is smaller than the number of processes "
                 f"({self.world}), so that one would have nothing to do; use fewer processes"
             )
-        self.device = accelerator.device
-        self.total = settings.total_steps(len(train))
-        self.warmup = settings.total_warmup_steps(self.total)
-        self.steps_per_epoch = settings.steps_per_epoch(len(train))
-        self.step = 0
+        self.total_steps = settings.total_steps(len(self.train))
+        self.warmup_steps = settings.total_warmup_steps(self.total_steps)
+        self.steps_per_epoch = settings.steps_per_epoch(len(self.train))
+        self.step = 0  # optimiser steps that were applied
         self.result = FitResult(checkpoint_rule=settings.checkpoint_rule)
         self._watched: WatchedLoss | None = None
+        self._loss_sum = torch.zeros((), device=self.device)
         self._num_targets_logged = 0
-        self._is_due = False
+        self._checkpoint_is_due = False
 
     def run(self) -> FitResult:
         """Train to the end; see `delta_lora.trainer.Trainer.fit` for what is raised."""
-        self._say_where()
-        self._warn_of_long_warmup()
-        stored = checkpoint.latest(self.folder / "checkpoints")
-        self._build(stored)
-        self._open(stored)
+        self._say_what_runs()
+        self._start()  # at the newest checkpoint, if there is one
         with (
             stop_signals() as self.stop,
             contextlib.closing(self.progress),
             checkpoint.Writer() as self.writer,
         ):
-            self.model.train()
+            self.wrapped.train()
             self._evaluate_if_due()  # an evaluation that was interrupted
-            while self.step < self.total:
-                self._train_step()
+            while self.step < self.total_steps:
+                batches = self._draw_batches()
+                num_targets = self._count_targets(batches)
+                self._set_learning_rate()
+
+                for attempt in itertools.count(1):
+                    loss = self._forward_backward(batches, num_targets)
+                    norm = self._clip_gradients()
+                    self.method.before_step(self.step)
+                    self.optimizer.step()
+                    if not self.optimizer.step_was_skipped:
+                        break
+                    self._repeat_with_smaller_scale(attempt)
+
+                self.method.after_step(self.step)
+                self.optimizer.zero_grad()
+                self.step += 1
+
+                self._count_step(batches, num_targets, loss)
+                self._log_if_due(norm)
                 self._evaluate_if_due()
                 self._save_if_due()
         return self._finish()
 
     # ------------------------------------------------------------------ beginning
 
-    def _say_where(self) -> None:
+    def _say_what_runs(self) -> None:
         if self.accelerator.is_main_process:
             is_cuda = self.device.type == "cuda"
             logger.info(
@@ -125,99 +140,78 @@ class Loop:
                 self.device, f" ({torch.cuda.get_device_name(self.device)})" if is_cuda else "",
                 self.world, self.settings.precision, self.settings.matmul_precision,
             )  # fmt: skip
-
-    def _warn_of_long_warmup(self) -> None:
-        if 0 < self.total <= self.warmup:
+        if 0 < self.total_steps <= self.warmup_steps:
             logger.warning(
                 "warm-up of %d steps is not shorter than the run of %d steps: "
                 "the learning rate never reaches its value",
-                self.warmup, self.total,
+                self.warmup_steps, self.total_steps,
             )  # fmt: skip
 
-    def _build(self, stored: checkpoint.Checkpoint | None) -> None:
-        """Put the model on its device, make the optimiser, and restore both from `stored`."""
-        model, method = self.bare_model, self.method
-        if self.settings.gradient_checkpointing:
-            self._use_cache = model.config.use_cache  # type: ignore[union-attr]
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            model.config.use_cache = False  # type: ignore[union-attr]
-        model.to(self.device)
-        self.optimizer = self.settings.optimizer(model, method)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if stored is not None:
-            _check_identity(stored, self.identity, self.folder)
-            self.step = stored.step
-            self.result = FitResult(**stored.state["result"])
-            checkpoint.restore_weights(model, stored.tensors.get("weights", {}))
-            method.load_state_dict(stored.tensors.get("method", {}))
-            logger.info("continuing at step %d of %d", self.step, self.total)
-        #: what evaluation runs: the model without the wrapper that waits for other processes.
-        self.network: nn.Module = model
-        if self.settings.compile:
-            self.network = torch.compile(model, dynamic=True)  # type: ignore[assignment]
-        with _forward_unchanged(self.network, model):
-            self.model, self.prepared = self.accelerator.prepare(self.network, self.optimizer)
-        if stored is not None:
-            # Behind `prepare`, which would move the optimiser's step counters to the device.
-            checkpoint.restore_optimizer(
-                self.optimizer, stored.tensors.get("optimizer", {}), stored.state["optimizer"]
-            )
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(stored.state["loss_scaler"])
+    def _start(self) -> None:
+        """Put the model on its device and build what a step needs, as the newest checkpoint says.
 
-    def _open(self, stored: checkpoint.Checkpoint | None) -> None:
-        """Open log, progress and clock where the stored run left them."""
+        `optimizer` is accelerate's, around torch's. Training calls `wrapped`, which averages
+        gradients over processes; evaluation calls `network`, which waits for nobody.
+        """
+        stored = checkpoint.latest(self.folder / "checkpoints")
+        if self.settings.gradient_checkpointing:
+            self._enable_gradient_checkpointing()
+        self.model.to(self.device)
+        optimizer = self.settings.build_optimizer(self.model, self.method)
+        if stored is not None:
+            self._restore_model(stored)
+        self.network, self.wrapped, self.optimizer = engine.prepare(
+            self.accelerator, self.model, optimizer, compiles=self.settings.compile
+        )
+        if stored is not None:
+            self._restore_optimizer(stored)
+        self._open_log(position=0 if stored is None else stored.state["log_position"])
+        self.session = Session(self.device, self.result.resources)
+
+    def _enable_gradient_checkpointing(self) -> None:
+        model: Any = self.model
+        self._use_cache = model.config.use_cache
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+
+    def _restore_model(self, stored: checkpoint.Checkpoint) -> None:
+        """Take step, result, weights and method state from a checkpoint of this very run."""
+        _check_identity(stored, self.identity, self.folder)
+        self.step = stored.step
+        self.result = FitResult(**stored.state["result"])
+        checkpoint.restore_weights(self.model, stored.tensors.get("weights", {}))
+        self.method.load_state_dict(stored.tensors.get("method", {}))
+        logger.info("continuing at step %d of %d", self.step, self.total_steps)
+
+    def _restore_optimizer(self, stored: checkpoint.Checkpoint) -> None:
+        """Take the rest; behind `prepare`, which would move step counters to the device."""
+        checkpoint.restore_optimizer(
+            self.optimizer.optimizer,
+            stored.tensors.get("optimizer", {}),
+            stored.state["optimizer"],
+        )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(stored.state["loss_scaler"])
+        sums, self._num_targets_logged = stored.state.get("unlogged", ([], 0))
+        self._loss_sum += _own(sums, self.rank, self.world)
+        if self.accelerator.is_main_process:
+            checkpoint.drop_after(self.folder / "best", self.step)
+
+    def _open_log(self, *, position: int) -> None:
+        """Open log and progress; only the main process has a log."""
         is_main = self.accelerator.is_main_process
         self.folder.mkdir(parents=True, exist_ok=True)
-        position = 0 if stored is None else stored.state["log_position"]
-        if stored is not None and is_main:
-            checkpoint.drop_after(self.folder / "best", self.step)
-        self.log = (
-            RunLog(self.folder / "metrics.jsonl", position=position, mirrors=self.mirrors)
-            if is_main
-            else None
-        )
+        path = self.folder / "metrics.jsonl"
+        self.log = RunLog(path, position=position, mirrors=self.mirrors) if is_main else None
         self.progress = Progress(
-            self.total, initial=self.step, description="train", unit="step", enabled=is_main
+            self.total_steps, initial=self.step, description="train", unit="step", enabled=is_main
         )
-        self.session = Session(self.device, self.result.resources)
-        self._loss_sum = torch.zeros((), device=self.device)
-        if stored is not None:
-            sums, self._num_targets_logged = stored.state.get("unlogged", ([], 0))
-            self._loss_sum += _own(sums, self.rank, self.world)
 
     # ------------------------------------------------------------------ one step
 
-    def _train_step(self) -> None:
-        """Take one optimiser step, and log it where it is one to be logged."""
-        step, settings = self.step, self.settings
-        batches = self._batches(step)
-        num_targets = self._agree_on(sum(batch.num_targets for batch in batches))
-        if num_targets == 0:
-            raise ValueError(
-                f"step {step} has no target at all (examples {batches[0].example_ids[:8]}); "
-                "check truncation and the data"
-            )
-        factor = schedule_factor(settings.schedule, step, self.warmup, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        is_log_step = self._logs_at(step + 1)
-        loss, norm = self._optimizer_step(batches, num_targets, want_norm=is_log_step)
-        self.method.after_step(step)
-        self.prepared.zero_grad()
-
-        self._watched = WatchedLoss(step, loss, [i for b in batches for i in b.example_ids])
-        self._loss_sum += loss
-        self._num_targets_logged += num_targets
-        self.session.num_tokens += sum(batch.num_tokens for batch in batches) * self.world
-        self.step = step + 1
-        self.result.num_steps = self.step
-        self.result.num_epochs = self.step / self.steps_per_epoch
-        self.progress.update(1, self._log_step(norm) if is_log_step else "")
-
-    def _batches(self, step: int) -> list[Batch]:
-        """Return this process's part of the global batch, cut into micro-batches."""
-        indices = step_indices(len(self.train), self.settings.batch_size, self.seed, step)
+    def _draw_batches(self) -> list[Batch]:
+        """Return this process's part of the step's examples, cut into micro-batches."""
+        indices = step_indices(len(self.train), self.settings.batch_size, self.seed, self.step)
         start, stop = (len(indices) * r // self.world for r in (self.rank, self.rank + 1))
         own = indices[start:stop]
         if self.settings.group_by_length:
@@ -228,43 +222,53 @@ class Loop:
             for start in range(0, len(own), size)
         ]
 
-    def _optimizer_step(
-        self, batches: list[Batch], num_targets: int, *, want_norm: bool
-    ) -> tuple[Tensor, float]:
-        """Apply one optimiser step; return this process's summed loss and the gradient norm."""
-        for attempt in range(MAX_SKIPPED_STEPS):
-            loss = torch.zeros((), device=self.device)
-            for micro_step, batch in enumerate(batches):
-                is_last = micro_step == len(batches) - 1
-                loss += self._backward(batch, micro_step, num_targets, is_last=is_last)
-            norm = self._clip(want_norm)
-            self.method.before_step(self.step)
-            self.prepared.step()
-            if not self.prepared.step_was_skipped:
-                return loss, norm
-            self.prepared.zero_grad()
-            self.result.skipped_steps += 1
-            logger.warning(
-                "step %d: gradients overflowed in fp16; repeating it with a smaller loss scale "
-                "(attempt %d of %d)",
-                self.step, attempt + 2, MAX_SKIPPED_STEPS,
-            )  # fmt: skip
-        raise NonFiniteLossError(
-            f"step {self.step}: gradients overflowed {MAX_SKIPPED_STEPS} times in a row in fp16; "
-            "use trainer.precision=bf16"
-        )
+    def _count_targets(self, batches: list[Batch]) -> int:
+        """Return the number of targets of the step, on all processes.
 
-    def _backward(
-        self, batch: Batch, micro_step: int, num_targets: int, *, is_last: bool
-    ) -> Tensor:
-        """Add the gradients of one micro-batch; return its summed loss."""
+        Raises:
+            NonFiniteLossError: the loss of the step before was not finite, on any process.
+            ValueError: there is no target.
+        """
+        num_targets = sum(batch.num_targets for batch in batches)
+        if self.world == 1:
+            self._check_loss()
+        else:  # one exchange for both
+            is_bad = self._watched is not None and not self._watched.is_finite
+            both = torch.tensor([num_targets, int(is_bad)], device=self.device)
+            num_targets, num_bad = self.accelerator.reduce(both, reduction="sum").tolist()
+            if num_bad and self._watched is not None:
+                raise self._watched.error()
+        if num_targets == 0:
+            raise ValueError(
+                f"step {self.step} has no target at all (examples {batches[0].example_ids[:8]}); "
+                "check truncation and the data"
+            )
+        return num_targets
+
+    def _set_learning_rate(self) -> None:
+        factor = schedule_factor(
+            self.settings.schedule, self.step, self.warmup_steps, self.total_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _forward_backward(self, batches: list[Batch], num_targets: int) -> Tensor:
+        """Add up the gradients of the step; return this process's summed loss."""
+        loss = torch.zeros((), device=self.device)
+        for micro_step, batch in enumerate(batches):
+            seed_everything(self.seed, self.step, micro_step, self.rank)
+            self.method.before_micro_batch(self.step, micro_step)
+            is_last = micro_step == len(batches) - 1
+            loss += self._add_gradients(batch, num_targets, is_last=is_last)
+        return loss
+
+    def _add_gradients(self, batch: Batch, num_targets: int, *, is_last: bool) -> Tensor:
+        """Add the gradients of one micro-batch; return its summed loss, without its graph."""
         accelerator = self.accelerator
-        seed_everything(self.seed, self.step, micro_step, self.rank)
-        self.method.before_micro_batch(self.step, micro_step)
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(self.wrapped):
             with accelerator.autocast():
                 summed = self.task.loss(
-                    self.model, batch.to(self.device), self.settings.label_smoothing
+                    self.wrapped, batch.to(self.device), self.settings.label_smoothing
                 )
             # Several processes average their gradients; the sum is wanted.
             loss = summed * (self.world / num_targets)
@@ -275,47 +279,82 @@ class Loop:
             loss.backward()
         return summed.detach()
 
-    def _clip(self, want_norm: bool) -> float:
-        """Clip if asked to; return the norm before clipping, or NaN where nobody asks for it."""
+    def _clip_gradients(self) -> float:
+        """Clip if asked to; return the norm before clipping, or NaN where no log line needs it."""
+        is_wanted = self._logs_at(self.step + 1)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.settings.max_grad_norm is not None:
-            norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
-            return float(norm) if want_norm and norm is not None else math.nan
-        if not want_norm:
+            norm = self.accelerator.clip_grad_norm_(trained, self.settings.max_grad_norm)
+            return float(norm) if is_wanted and norm is not None else math.nan
+        if not is_wanted:
             return math.nan
         self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.trained if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    # ------------------------------------------------------------------ log and evaluation
+    def _repeat_with_smaller_scale(self, attempt: int) -> None:
+        """Prepare to repeat a step whose gradients overflowed in fp16.
+
+        Raises:
+            NonFiniteLossError: it was the last attempt.
+        """
+        self.optimizer.zero_grad()
+        self.result.skipped_steps += 1
+        if attempt == MAX_SKIPPED_STEPS:
+            raise NonFiniteLossError(
+                f"step {self.step}: gradients overflowed {MAX_SKIPPED_STEPS} times in a row in "
+                "fp16; use trainer.precision=bf16"
+            )
+        logger.warning(
+            "step %d: gradients overflowed in fp16; repeating it with a smaller loss scale "
+            "(attempt %d of %d)",
+            self.step, attempt + 1, MAX_SKIPPED_STEPS,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ log
+
+    def _count_step(self, batches: list[Batch], num_targets: int, loss: Tensor) -> None:
+        """Add an applied step to what the next log line and the result tell."""
+        example_ids = [i for batch in batches for i in batch.example_ids]
+        self._watched = WatchedLoss(self.step - 1, loss, example_ids)
+        self._loss_sum += loss
+        self._num_targets_logged += num_targets
+        self.session.num_tokens += sum(batch.num_tokens for batch in batches) * self.world
+        self.result.num_steps = self.step
+        self.result.num_epochs = self.step / self.steps_per_epoch
 
     def _logs_at(self, step: int) -> bool:
-        return step % self.settings.log_every_steps == 0 or step == self.total
+        return step % self.settings.log_every_steps == 0 or step == self.total_steps
 
-    def _log_step(self, norm: float) -> str:
-        """Write the log line of the steps since the last one; return it for people."""
+    def _log_if_due(self, norm: float) -> None:
+        """Show the step; where a line is due, log the mean loss since the last one."""
+        if not self._logs_at(self.step):
+            self.progress.update()
+            return
         self._check_loss()
-        total_loss = self._sum(self._loss_sum)
-        self.result.final_train_loss = total_loss / self._num_targets_logged
+        loss = self._sum(self._loss_sum) / self._num_targets_logged
         self._loss_sum.zero_()
         self._num_targets_logged = 0
-        values = {
-            "epoch": self.result.num_epochs,
-            "train/loss": self.result.final_train_loss,
-            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "train/grad_norm": norm,
-        }
+        self.result.final_train_loss = loss
         if self.log is not None:
+            values = {
+                "epoch": self.result.num_epochs,
+                "train/loss": loss,
+                "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "train/grad_norm": norm,
+            }
             self.log.log(self.step, values, self.session.measured())
-        return (
-            f"loss {self.result.final_train_loss:.4f}, {self.session.tokens_per_s():.0f} "
-            f"tokens/s, {memory.peak_bytes(self.device) / 2**30:.2f} GiB"
-        )
+        gib = memory.peak_bytes(self.device) / 2**30
+        note = f"loss {loss:.4f}, {self.session.tokens_per_s():.0f} tokens/s, {gib:.2f} GiB"
+        self.progress.update(note=note)
+
+    # ------------------------------------------------------------------ evaluation
 
     def _evaluates_at(self, step: int) -> bool:
         every = self.settings.evaluate_every_epochs
         if every is None or step == 0 or not len(self.validation):
             return False
-        return step == self.total or step % (self.steps_per_epoch * every) == 0
+        return step == self.total_steps or step % (self.steps_per_epoch * every) == 0
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at ends of epochs; a signal stops it at once, with a checkpoint before it."""
@@ -332,16 +371,16 @@ class Loop:
             self.result.validation = before
             self._save(log_position=position)
             raise KeyboardInterrupt(
-                f"stopped in the evaluation at step {self.step} of {self.total}"
+                f"stopped in the evaluation at step {self.step} of {self.total_steps}"
             ) from None
-        self.model.train()
+        self.wrapped.train()
 
     def _evaluate(self) -> None:
-        """Record loss and metrics of the validation split, and keep the best step."""
+        """Record loss and metrics of the validation split, and keep the step if it is the best."""
         values = {"loss": self._validation_loss()}
         if self.score is not None:
-            self.bare_model.eval()
-            values.update(self.score(self.bare_model))
+            self.model.eval()
+            values.update(self.score(self.model))
         entry = {"step": self.step, "epoch": self.result.num_epochs, **values}
         if self.log is not None:
             named = {f"validation/{name}": value for name, value in values.items()}
@@ -349,18 +388,7 @@ class Loop:
         self.result.validation = [*self.result.validation, entry]
         is_best = best_entry(self.result.validation, self.task) == entry
         if self.settings.checkpoint_rule == "best" and is_best:
-            self.result.chosen_step = self.step
-            if self.accelerator.is_main_process:
-                self.writer.save(
-                    self.folder / "best",
-                    self.step,
-                    tensors={
-                        "weights": self.method.updated_tensors(self.bare_model),
-                        "method": self.method.state_dict(),
-                    },
-                    state=values,
-                    keep=2,  # a kill before the next checkpoint needs the one before
-                )
+            self._save_best(values)
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -383,38 +411,38 @@ class Loop:
     def _save_if_due(self) -> None:
         """Write a checkpoint where it is time, at log steps; stop where a signal asked for it."""
         every = self.settings.checkpoint_every_steps
-        self._is_due = self._is_due or (every is not None and self.step % every == 0)
+        if every is not None and self.step % every == 0:
+            self._checkpoint_is_due = True
         if not self._logs_at(self.step):
             return
         is_late = self.session.since_mark_s() >= self.settings.checkpoint_every_s
         is_late, is_stopping = self._any(is_late), self._any(self.stop.requested)
-        if is_late or self._is_due or is_stopping or self.step == self.total:
+        is_end = self.step == self.total_steps
+        if is_late or self._checkpoint_is_due or is_stopping or is_end:
             self._save()
-        if is_stopping and self.step < self.total:
-            raise KeyboardInterrupt(f"stopped at step {self.step} of {self.total}")
+        if is_stopping and not is_end:
+            raise KeyboardInterrupt(f"stopped at step {self.step} of {self.total_steps}")
 
     def _save(self, log_position: int | None = None) -> None:
         """Begin to write a checkpoint of this step, with the log up to `log_position`."""
-        self._is_due = False
+        self._checkpoint_is_due = False
         self.session.mark()
         sums = self.accelerator.gather(self._loss_sum.reshape(1)).tolist()
         self.result.resources = self.session.resources()
         if self.log is None:
             return
         with self.session.apart(wait=False):
-            state_tensors, state_plain = checkpoint.optimizer_tensors(self.optimizer)
+            optimizer_tensors, optimizer_state = checkpoint.optimizer_tensors(
+                self.optimizer.optimizer
+            )
             scaler = self.accelerator.scaler
             self.writer.save(
                 self.folder / "checkpoints",
                 self.step,
-                tensors={
-                    "weights": self.method.updated_tensors(self.bare_model),
-                    "optimizer": state_tensors,
-                    "method": self.method.state_dict(),
-                },
+                tensors={**self._changed_tensors(), "optimizer": optimizer_tensors},
                 state={
                     "identity": self.identity,
-                    "optimizer": state_plain,
+                    "optimizer": optimizer_state,
                     "log_position": self.log.position() if log_position is None else log_position,
                     "result": vars(self.result),
                     "unlogged": [sums, self._num_targets_logged],
@@ -422,24 +450,23 @@ class Loop:
                 },
             )
 
-    # ------------------------------------------------------------------ end
+    def _changed_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what training changed of the model."""
+        return {
+            "weights": self.method.updated_tensors(self.model),
+            "method": self.method.state_dict(),
+        }
 
-    def _finish(self) -> FitResult:
-        """Put the chosen step's weights and method state into the model."""
-        memory.synchronize(self.device)
-        self.result.resources = self.session.resources()
-        self.method.finish(self.total)
-        self.result.chosen_step = self.total
-        if self.settings.checkpoint_rule == "best" and self.total > 0:
-            self._restore_best()
-        if self.log is not None:
-            self.log.close()
-        self.accelerator.wait_for_everyone()
-        if self.settings.gradient_checkpointing:
-            self.bare_model.gradient_checkpointing_disable()  # type: ignore[operator]
-            self.bare_model.config.use_cache = self._use_cache  # type: ignore[union-attr]
-        self.bare_model.eval()
-        return self.result
+    def _save_best(self, values: dict[str, float]) -> None:
+        self.result.chosen_step = self.step
+        if self.accelerator.is_main_process:
+            self.writer.save(
+                self.folder / "best",
+                self.step,
+                tensors=self._changed_tensors(),
+                state=values,
+                keep=2,  # a kill before the next checkpoint needs the one before
+            )
 
     def _restore_best(self) -> None:
         chosen = best_entry(self.result.validation, self.task)
@@ -458,23 +485,31 @@ class Loop:
                 f"{folder} holds {found}, but step {chosen['step']} is the best; remove "
                 f"{self.folder} and run again"
             )
-        checkpoint.restore_weights(self.bare_model, best.tensors["weights"])
+        checkpoint.restore_weights(self.model, best.tensors["weights"])
         self.method.load_state_dict(best.tensors["method"])
         self.result.chosen_step = best.step
 
-    # ------------------------------------------------------------------ what processes agree on
+    # ------------------------------------------------------------------ end
 
-    def _agree_on(self, num_targets: int) -> int:
-        """Return the number of targets on all processes; stop all where a loss was not finite."""
-        if self.world == 1:
-            self._check_loss()
-            return num_targets
-        is_bad = self._watched is not None and not self._watched.is_finite
-        values = torch.tensor([num_targets, int(is_bad)], device=self.device)
-        total, num_bad = self.accelerator.reduce(values, reduction="sum").tolist()
-        if num_bad and self._watched is not None:
-            raise self._watched.error()
-        return int(total)
+    def _finish(self) -> FitResult:
+        """Put the chosen step's weights and method state into the model."""
+        memory.synchronize(self.device)
+        self.result.resources = self.session.resources()
+        self.method.finish(self.total_steps)
+        self.result.chosen_step = self.total_steps
+        if self.settings.checkpoint_rule == "best" and self.total_steps > 0:
+            self._restore_best()
+        if self.log is not None:
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        if self.settings.gradient_checkpointing:
+            model: Any = self.model
+            model.gradient_checkpointing_disable()
+            model.config.use_cache = self._use_cache
+        self.model.eval()
+        return self.result
+
+    # ------------------------------------------------------------------ what processes agree on
 
     def _check_loss(self) -> None:
         """Raise where the loss of the last step, on any process, was not finite."""
@@ -492,27 +527,6 @@ class Loop:
             tensor = torch.as_tensor(value, device=self.device)
             value = self.accelerator.reduce(tensor, reduction="sum")
         return value.item() if isinstance(value, Tensor) else value
-
-
-@contextlib.contextmanager
-def _forward_unchanged(*modules: nn.Module) -> Iterator[None]:
-    """Undo what `Accelerator.prepare` does to `forward` in half precision.
-
-    The loop enters autocast itself, so that nothing is left behind: a model that was trained in
-    half precision decodes in the type of its weights, compiled or not, and is freed with its run.
-
-    Args:
-        modules: the model, and its compiled form, which hands attributes on to the model.
-    """
-    names = ("forward", "_original_forward")
-    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
-    try:
-        yield
-    finally:
-        for module, values in zip(modules, before, strict=True):
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(values)
 
 
 def _own(sums: Sequence[float], rank: int, world: int) -> float:

@@ -18,6 +18,8 @@ from typing import Any, Protocol, cast
 
 from tqdm import tqdm
 
+from delta_lora.checks import check_choice
+
 logger = logging.getLogger(__name__)
 
 
@@ -136,8 +138,9 @@ class Progress:
 class WandbMirror:
     """Mirrors a run to Weights & Biases.
 
-    Without a key the run is written offline, without a prompt. The run's id is its signature, its
-    group the signature without the seed, so that seeds of one configuration stand together.
+    Without a key the run is written offline, without a prompt. The run's id and name are its
+    signature, its group the signature without the seed, so that seeds of one configuration stand
+    together.
 
     Args:
         project: wandb project.
@@ -167,8 +170,7 @@ class WandbMirror:
     ) -> None:
         import wandb
 
-        if mode not in ("auto", "online", "offline"):
-            raise ValueError(f"logger.mode={mode!r}; allowed: auto, online, offline")
+        check_choice("logger.mode", mode, ("auto", "online", "offline"))
         has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
         if mode == "online" and not has_key:
             raise ValueError(
@@ -185,7 +187,7 @@ class WandbMirror:
             mode=cast(Any, mode),
             dir=str(directory),
             id=signature,
-            name=f"{'-'.join(tags)}-{signature[:6]}",
+            name=signature,
             group=group,
             tags=list(tags),
             config=dict(run_config),

@@ -189,7 +189,7 @@ def measure(settings: dict[str, Any]) -> dict[str, int]:
         "updatable": method.num_updatable_parameters,
         "total": total,
     }
-    optimizer = trainer.optimizer(model, method)
+    optimizer = trainer.build_optimizer(model, method)
     if settings["steps"]:
         loss = _loss(cfg, task, model, Batch(**settings["batch"]))
         found |= memory_model.measure_step(

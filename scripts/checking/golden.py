@@ -108,7 +108,7 @@ def _train(
     kept = _keep_factors(model, method)
     settings = Trainer(batch_size=1, device=device, adam_epsilon=ADAM_EPSILON)
     settings.prepare_backend()
-    loss = _steps(model, method, model_name, settings.optimizer(model, method), device)
+    loss = _steps(model, method, model_name, settings.build_optimizer(model, method), device)
     changed = set(method.updated_tensors(model))
     frozen_are_equal = all(
         torch.equal(p, before[name]) for name, p in model.named_parameters() if name not in changed

@@ -248,7 +248,7 @@ def _state_after_a_step(
     method.inject(model, projections=None, head=(), total_steps=2, seed=1)
     trainer = Trainer(batch_size=1, device=context.device)
     trainer.prepare_backend()
-    optimizer = trainer.optimizer(model, method)
+    optimizer = trainer.build_optimizer(model, method)
     task = synthetic.task(workload.model)
     batch = task.collate([workload.groups[0]]).to(context.device)
     method.before_micro_batch(0, 0)

@@ -97,8 +97,9 @@ def test_heavy_optional_packages_are_imported_where_they_are_used(path: Path) ->
     assert not [m for m in imports(path, top_level_only=True) if within(m, *LAZY)]
 
 
-def test_the_trainer_names_no_method_and_no_task() -> None:
-    text = (ROOT / "delta_lora" / "trainer.py").read_text(encoding="utf-8").lower()
+@pytest.mark.parametrize("file", ["trainer.py", "loop.py", "engine.py", "optimization.py"])
+def test_the_trainer_names_no_method_and_no_task(file: str) -> None:
+    text = (ROOT / "delta_lora" / file).read_text(encoding="utf-8").lower()
     names = [p.stem for p in (ROOT / "configs" / "method").glob("*.yaml")]
     names += ["deltalora", "adalora", "dylora", "e2e", "webnlg", "xsum", "glue"]
     # Ordinary words: the package itself, and what "full" means elsewhere.

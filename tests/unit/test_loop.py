@@ -10,13 +10,14 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from delta_lora import checkpoint
@@ -24,7 +25,7 @@ from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.protocols import MetricSpec
 from delta_lora.session import Session
 from delta_lora.trainer import Trainer
-from delta_lora.watched_loss import WatchedLoss
+from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
 from tests.contract.models import CASES
 from tests.golden.test_trajectories import CopyTask
 from tests.toy import ToyMethod, ToyTask, toy_model
@@ -208,6 +209,47 @@ def test_a_signal_in_an_evaluation_loses_nothing(where: str, tmp_path: Path) -> 
 
 
 # ---------------------------------------------------------------------- half precision
+
+
+def skip_steps(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> None:
+    """Let the optimiser skip these of its calls, as the loss scaler does when fp16 overflows."""
+    numbers, step = itertools.count(), AcceleratedOptimizer.step
+
+    def step_or_skip(self: Any, closure: Any = None) -> None:
+        self.skips = next(numbers) in calls
+        if not self.skips:
+            step(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step_or_skip)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: self.skips))
+
+
+def test_a_step_that_the_loss_scaler_skips_is_repeated_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"dropout": 0.3, "micro_batch_size": 4, "max_steps": 6}
+    expected, straight = fit(tmp_path / "a", **settings)
+    skip_steps(monkeypatch, calls={0, 3, 4})
+    method = ToyMethod()
+    found, result = fit(tmp_path / "b", method=method, **settings)
+    assert torch.equal(weights(found), weights(expected))
+    assert (result.skipped_steps, result.num_steps) == (3, straight.num_steps)
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+    for hook, steps in (
+        ("before", [0, 0, 1, 2, 2, 2, 3, 4, 5]),
+        ("after", [0, 1, 2, 3, 4, 5]),
+    ):
+        assert [step for name, step in method.calls if name == hook] == steps
+
+
+def test_a_step_that_is_always_skipped_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    skip_steps(monkeypatch, calls=range(2, 1000))
+    with pytest.raises(NonFiniteLossError, match="step 2: gradients overflowed 25 times in a row"):
+        fit(tmp_path, max_steps=6)
+    assert "attempt 25 of 25" in caplog.text
+    assert "attempt 26" not in caplog.text
 
 
 def plain_and_called(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

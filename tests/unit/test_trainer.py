@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,7 +23,6 @@ from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.draws import step_indices
-from delta_lora.methods.full_sgd import FullSgd
 from delta_lora.optimization import schedule_factor
 from delta_lora.result import FitResult
 from delta_lora.trainer import Trainer
@@ -162,26 +166,17 @@ def test_every_optimiser_goes_its_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_full_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
+def test_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
     """Decay 0.1 but for biases, warm-up of 3 steps, linear decay: written out step by step."""
-    task = ToyTask()
+    model, _ = fit(tmp_path, optimizer="sgd", momentum=momentum, no_decay=["bias"])
+    task, twin = ToyTask(), toy_model()
     task.load()
-    method, model = FullSgd(learning_rate=0.05, momentum=momentum), toy_model()
-    method.inject(model, projections=None, head=(), total_steps=20, seed=1)
-    trainer = Trainer(**{**SETTINGS, "no_decay": ["bias"]})
-    trainer.fit(
-        model, method=method, task=task, train=task.examples("train"),
-        validation=task.examples("validation"), seed=1, folder=tmp_path,
-    )  # fmt: skip
-    assert isinstance(trainer.optimizer(model, method), torch.optim.SGD)
-
-    twin = toy_model()
     velocity = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
     for step in range(20):
         batch = task.collate(step_indices(32, 8, 1, step))
         twin.zero_grad()
         (task.loss(twin, batch) / batch.num_targets).backward()
-        rate = 0.05 * schedule_factor("linear", step, 3, 20)
+        rate = 0.02 * schedule_factor("linear", step, 3, 20)
         with torch.no_grad():
             for name, p in twin.named_parameters():
                 assert p.grad is not None
@@ -192,11 +187,13 @@ def test_full_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
     torch.testing.assert_close(weights(model), weights(twin), atol=1e-6, rtol=1e-5)
 
 
-def test_two_optimisers_are_refused() -> None:
-    method = FullSgd(learning_rate=0.05)
-    trainer = Trainer(**{**SETTINGS, "optimizer": "adafactor"})
-    with pytest.raises(ValueError, match=r"optimizer=adafactor, but this method brings .*SGD"):
-        trainer.optimizer(toy_model(), method)
+def test_a_method_that_trains_nothing_is_refused() -> None:
+    class Idle(ToyMethod):
+        def param_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+            return []
+
+    with pytest.raises(ValueError, match="trains no parameter; check its settings"):
+        Trainer(**SETTINGS).build_optimizer(toy_model(), Idle())
 
 
 @pytest.mark.parametrize(
@@ -289,9 +286,74 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         Trainer(**{**SETTINGS, **settings})
 
 
-def test_a_string_is_not_a_number() -> None:
-    with pytest.raises(TypeError, match="max_steps='10' is a str, not an integer"):
-        Trainer(**{**SETTINGS, "max_steps": "10"})
+FIELDS = {field.name: field for field in dataclasses.fields(Trainer)}
+#: a value that no field allows, by the plain type of the field.
+NEVER_ALLOWED: dict[Any, list[Any]] = {
+    int: ["2", 1.5, 2.0, True, math.nan, math.inf, [1], -(10**9)],
+    float: ["2", "1e-3", True, math.nan, math.inf, -math.inf, [1.0], -1e300],
+    bool: ["true", 0, 1, 0.0, None],
+    str: ["no such choice", "", 1, True, None],
+    Sequence[str]: ["bias", [1], None, 1, True],
+}
+
+
+def plain_type(name: str) -> tuple[Any, bool]:
+    """Return the type of a field without None, and whether None is allowed."""
+    hint = get_type_hints(Trainer)[name]
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    [kind] = (part for part in parts if part is not NoneType)
+    return kind, NoneType in parts
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name in FIELDS for v in NEVER_ALLOWED[plain_type(name)[0]]]
+)
+def test_every_field_is_checked(name: str, value: Any) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"^trainer\.{name}={re.escape(repr(value))}"
+    ):
+        Trainer(**{**SETTINGS, name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_none_is_allowed_where_it_is_declared(name: str) -> None:
+    if plain_type(name)[1]:
+        assert getattr(Trainer(**{**SETTINGS, name: None}), name) is None
+    else:
+        with pytest.raises((TypeError, ValueError), match=rf"^trainer\.{name}=None"):
+            Trainer(**{**SETTINGS, name: None})
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "device"])
+def test_every_default_is_allowed_and_kept_as_it_is(name: str) -> None:
+    default = FIELDS[name].default
+    if default is dataclasses.MISSING:
+        assert name == "batch_size", "the only value without a default"
+    else:
+        assert getattr(Trainer(batch_size=8, **{name: default}), name) is default
+
+
+def test_no_value_changes_after_it_was_checked() -> None:
+    trainer = Trainer(**SETTINGS)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        trainer.batch_size = 0  # type: ignore[misc]
+
+
+def test_what_is_declared_once_can_be_read_by_people_and_programs() -> None:
+    assert Trainer.__doc__ is not None
+    for name in FIELDS:
+        assert re.search(rf"^    {name}\b.*: [A-Z`]", Trainer.__doc__, re.MULTILINE), name
+    parameters = inspect.signature(Trainer).parameters
+    assert list(parameters) == list(FIELDS)
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert parameters["eval_batch_size"].default == 8
+    assert get_type_hints(Trainer)["micro_batch_size"] == int | None
+
+
+def test_the_yaml_names_exactly_the_keywords_of_the_constructor() -> None:
+    text = (ROOT / "configs" / "trainer" / "default.yaml").read_text(encoding="utf-8")
+    names = re.findall(r"^(\w+):", text, re.MULTILINE)
+    assert names == ["_target_", *FIELDS], "in the order of the declaration"
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
