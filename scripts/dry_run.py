@@ -119,7 +119,7 @@ def row_settings(spec: TableSpec, row: Any, *, is_small: bool) -> dict[str, Any]
     """
     run, base = next(iter(spec.runs.items()))
     overrides = [*base, *row.overrides, "scale=paper", "seed=1", "model.init=random"]
-    model = next(o.partition("=")[2] for o in base if o.startswith("model="))
+    model = _composed(tuple(overrides)).choices.model
     if model == "bart_large":
         overrides.append(BART_DROPOUT)
     if is_small:

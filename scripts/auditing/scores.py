@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.reporting import stats
 from scripts.auditing.limits import Judged
 from scripts.auditing.words import Content
+from scripts.reporting import stats
 
 #: seed -> score in printed units.
 BySeed = Mapping[int, float]

@@ -35,6 +35,8 @@ from scripts.runs.building import random_model
 from scripts.runs.checks import check
 from scripts.runs.composition import compose
 from scripts.runs.durations import Durations
+from scripts.runs.recording import config_of
+from scripts.runs.run import Run
 from tests.unit.test_parameter_counts import COUNTS, METHODS, SETTINGS
 
 E2E, WEBNLG, XSUM, COLA = SETTINGS.values()
@@ -87,7 +89,7 @@ def test_a_wrong_value_does_not_stop_a_plan(wrong: str) -> None:
     assert cost.seconds is cost.device_bytes is None
     assert "cannot be planned with" in cost.basis
     with pytest.raises(ValueError, match=wrong.partition("=")[0].rpartition(".")[2]):
-        check(compose([*E2E, "method=lora", wrong]))
+        check(Run.compose([*E2E, "method=lora", wrong]))
 
 
 def test_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -405,21 +407,22 @@ def config(**changes: Any) -> dict[str, Any]:
 def test_a_run_of_another_kind_predicts_nothing(changes: dict[str, Any]) -> None:
     durations = Durations()
     durations.add("a", config(**changes), 30.0)
-    assert durations.expect("b", config()) is None
-    assert durations.basis("b", config()) == "no earlier run"
+    run = SimpleNamespace(group="b", config=config())
+    assert durations.expect(run) is None
+    assert durations.basis(run) == "no earlier run"
     durations.add("c", config(), 50.0)
-    assert durations.expect("b", config()) == 50.0
-    assert durations.basis("b", config()) == "same task, model, data and steps"
+    assert durations.expect(run) == 50.0
+    assert durations.basis(run) == "same task, model, data and steps"
 
 
 def test_a_record_and_a_composed_run_of_one_kind_are_seen_as_such() -> None:
-    cfg = compose([*E2E, "method=lora", "scale=tiny"])
-    other = compose([*E2E, "method=full", "scale=tiny"])
+    run = Run.compose([*E2E, "method=lora", "scale=tiny"])
+    other = Run.compose([*E2E, "method=full", "scale=tiny"])
     durations = Durations()
-    durations.add("a", cfg.meaning, 30.0)
-    assert durations.expect("b", other) == 30.0
-    untrained = compose([*E2E, "method=lora", "scale=tiny", "trainer.max_steps=0"])
-    assert durations.expect("b", untrained) is None
+    durations.add(run.group, json.loads(json.dumps(config_of(run))), 30.0)
+    assert durations.expect(other) == 30.0
+    untrained = Run.compose([*E2E, "method=lora", "scale=tiny", "trainer.max_steps=0"])
+    assert durations.expect(untrained) is None
 
 
 # ---------------------------------------------------------------------- disk
@@ -470,7 +473,7 @@ def test_a_disk_that_is_too_small_is_named_before_any_work(
     outputs = nothing_cached / "outputs"
     todo = cells(f"paths.outputs={outputs}")
     one, two = space.disk_need(todo, 1), space.disk_need(todo, 2)
-    assert one.kept == two.kept == sum(costs.estimate(c.config).disk_bytes for c in todo)
+    assert one.kept == two.kept == sum(costs.estimate(c.run.config).disk_bytes for c in todo)
     assert one.peak < two.peak
     free = SimpleNamespace(free=one.peak)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)

@@ -47,7 +47,7 @@ class Facts:
         apart: the change of the second minus that of the first; None: not both are known.
         gaps: second minus first, by dropout.
         score: what the score is called.
-        run: overrides of the runs.
+        experiment: what is trained.
     """
 
     xs: tuple[str, ...]
@@ -57,7 +57,7 @@ class Facts:
     apart: Difference | None
     gaps: Mapping[str, Difference]
     score: str
-    run: tuple[str, ...]
+    experiment: str
 
 
 def facts(runs: Content, settings: Content) -> Facts | None:
@@ -93,7 +93,7 @@ def facts(runs: Content, settings: Content) -> Facts | None:
         apart=apart,
         gaps={x: found for x, found in gaps.items() if found is not None},
         score=settings["score"]["label"],
-        run=tuple(settings["run"]),
+        experiment=settings["experiment"],
     )
 
 
@@ -111,7 +111,7 @@ def words(facts: Facts) -> Section:
         head=["Method", *(f"dropout {x}" for x in facts.xs)],
         rows=[[label, *cells(points, facts.xs)] for label, points in facts.curves.items()],
         measured_on=(
-            f"{facts.score} of ordinary runs of the recipe ({' '.join(facts.run)}), which stand in "
+            f"{facts.score} of ordinary runs (experiment={facts.experiment}), which stand in "
             "Tables 1 and 5 too where they are the same; mean ± half the 95 % interval (seeds)."
         ),
         not_shown=(

@@ -39,7 +39,7 @@ class Facts:
         num_rows: training rows at the shares, ascending.
         num_steps: of the runs, ascending.
         score: what the score is called.
-        run: overrides of the runs.
+        experiment: what is trained.
     """
 
     xs: tuple[str, ...]
@@ -48,7 +48,7 @@ class Facts:
     num_rows: tuple[int, ...]
     num_steps: tuple[int, ...]
     score: str
-    run: tuple[str, ...]
+    experiment: str
 
 
 def facts(runs: Content, settings: Content) -> Facts | None:
@@ -86,7 +86,7 @@ def facts(runs: Content, settings: Content) -> Facts | None:
         num_rows=tuple(sorted({training["examples"] for training in trained})),
         num_steps=tuple(sorted({training["steps"] for training in trained})),
         score=settings["score"]["label"],
-        run=tuple(settings["run"]),
+        experiment=settings["experiment"],
     )
 
 
@@ -100,7 +100,7 @@ def words(facts: Facts) -> Section:
         head=["Method", *(f"{_share(x)} of the rows" for x in facts.xs)],
         rows=[[label, *cells(points, facts.xs)] for label, points in facts.curves.items()],
         measured_on=(
-            f"{facts.score} of ordinary runs of the recipe ({' '.join(facts.run)}) on "
+            f"{facts.score} of ordinary runs (experiment={facts.experiment}) on "
             f"{listing([str(number) for number in facts.num_rows])} rows, drawn anew by every seed "
             "and the same for every method; "
             f"{listing([str(number) for number in facts.num_steps])} steps whatever the share, so "
