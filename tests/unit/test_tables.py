@@ -25,6 +25,8 @@ from scripts.runs.jobs import Job, Outcome
 from scripts.runs.plan import Cell
 from tests.unit import fake_cell
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SEEDS = (1, 2, 3)
 
 
@@ -738,8 +740,7 @@ def test_command_regenerates_from_records(
     assert "no finished run at scale tiny" in capsys.readouterr().err
     finish(cells_of(spec))
     assert command.main([*arguments, "--accept"], fake_cell) == 0
-    written = (tmp_path / "results" / "tiny" / "table1.md").read_text(encoding="utf-8")
-    assert written in capsys.readouterr().out
+    assert "table1.{md,csv,tex,json}" in capsys.readouterr().out
     assert len(list((tmp_path / "results" / "runs").rglob("*.json"))) == 36
     assert command.main([*arguments, "--check"], fake_cell) == 0
     path = tmp_path / "results" / "tiny" / "table1.csv"
