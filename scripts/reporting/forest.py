@@ -109,7 +109,7 @@ def _limits(
     """Return the ends of the x axis: all methods, and the controls that are not far from them.
 
     An interval is drawn as far as half a width beyond the means, so that one wild row does not
-    press the others together. The width is that of the methods' means, or four usual half intervals.
+    press the others together. The width: that of the methods' means, or four usual half intervals.
     """
     known = [(r, c) for r, c in zip(rows, cells, strict=True) if c["n"] > 0]
     methods = [cell["mean"] for row, cell in known if not row["is_control"]]
