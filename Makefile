@@ -42,9 +42,9 @@ help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
-	  printf '  %-18s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
+	  printf '  %-24s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
 
 setup: $(READY)  ## make the environment .venv from requirements.lock
 	@echo "environment: ready ($(RUN))"
