@@ -1,7 +1,8 @@
 """The front page of a scale, ``results/<scale>/README.md``: contents, verdicts, pictures.
 
 One picture a table, with links to its files and no copy of it. Optional tables are no part of it;
-they stand beside it. Beside the page: ``key_rows.md``, which README of the repository shows, and its picture.
+they stand beside it. Beside the page too: ``key_rows.md`` and its picture, which the README of the
+repository shows.
 """
 
 from __future__ import annotations

@@ -250,18 +250,22 @@ def _legend(columns: Sequence[_Column], rows: Sequence[_Row], is_figure: bool) -
 
 def _reasons(content: Results) -> list[str]:
     """Return why cells are empty: runs without a record, scores that could not be made."""
-    reasons: dict[str, None] = {}
+    lost: dict[tuple[str, str, str], list[int]] = {}
+    unscored: dict[str, None] = {}
     for row in content["rows"]:
         for item in row["absent"]:
-            state = {"missing": "not run", "partial": "not finished"}.get(item["state"])
             run = f" on {item['run']}" if len(content["tasks"]) > 1 else ""
-            name = f"{row['label']}{run}, seed {item['seed']}: {state or item['state']}"
-            reason = " ".join(item["reason"].split())[:300]
-            reasons[f"{name}: {reason}" if reason else name] = None
+            state = {"missing": "not run", "partial": "not finished"}.get(item["state"])
+            key = (row["label"] + run, state or item["state"], " ".join(item["reason"].split()))
+            lost.setdefault(key, []).append(item["seed"])
         for spec in content.get("column_specs", []):
             for reason in row["metrics"][spec["name"]]["missing"]:
-                reasons[f"{spec['label']}: {' '.join(reason.split())}"] = None
-    return list(reasons)
+                unscored[f"{spec['label']}: {' '.join(reason.split())}"] = None
+    lines = [
+        f"{name}, seed {_list(seeds)}: {state}{': ' if reason else ''}{reason[:300]}"
+        for (name, state, reason), seeds in lost.items()
+    ]
+    return [*lines, *unscored]
 
 
 def _parts(claim: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def test_an_empty_cell_says_why() -> None:
     text = summary(content(metrics=metrics, missing_metrics=missing, without=("lora",)), [])
     assert text.count("METEOR: Java not found; install a runtime") == 1, "once, not once a row"
     assert line_of(text, "LoRA").split().count("not") == 5
-    assert "! LoRA, seed 2: not run: no memory" in text
+    assert "! LoRA, seed 1, 2, 3: not run: no memory" in text
     assert "–" in line_of(text, "AdaLoRA")
     assert "33 of 36 runs finished" in text
 
