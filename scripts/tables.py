@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.reporting.figures import build_figure, draw_figure, write_figure
+from scripts.reporting.figures import build_figure, draw_figure, try_to_draw, write_figure
 from scripts.reporting.forest import draw_forest
 from scripts.reporting.page import write_page
 from scripts.reporting.plan import list_cells
@@ -60,7 +60,8 @@ def make(
     content = build(spec, scale, seeds, extra, entries)
     paths = (write_figure if is_figure else write_results)(content, folder)
     if has_pictures:
-        paths += (draw_figure if is_figure else draw_forest)(content, folder)
+        draw = draw_figure if is_figure else draw_forest
+        paths += try_to_draw(draw, content, folder, spec.name)
     return content, paths
 
 

@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,32 @@ def draw_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return paths
+
+
+def try_to_draw(
+    draw: Callable[[Mapping[str, Any], Path], list[Path]],
+    results: Mapping[str, Any],
+    folder: Path,
+    name: str,
+) -> list[Path]:
+    """Draw a picture, which decides nothing: where that fails, say so and go on without it.
+
+    Args:
+        draw: `draw_figure`, `draw_forest` or `draw_key_rows`.
+        results: what it draws.
+        folder: where it draws.
+        name: of the picture. An older one is removed where the new one fails.
+
+    Returns:
+        The files; none where drawing failed.
+    """
+    try:
+        return draw(results, folder)
+    except Exception as error:
+        print(f"no picture {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        for suffix in (".svg", ".png"):
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+        return []
 
 
 def _draw_series(panel: Any, rows: Sequence[Mapping[str, Any]], role: str) -> None:

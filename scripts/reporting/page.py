@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.reporting import key_rows
+from scripts.reporting.figures import try_to_draw
 from scripts.reporting.formats import md_table
 from scripts.reporting.results import write_text
 from scripts.reporting.spec import PAPER, paper_table_names, read_yaml
@@ -76,7 +77,7 @@ def _write_key_rows(found: Mapping[str, Results], folder: Path, has_pictures: bo
     verdicts = [claim["verdict"] for each in found.values() for claim in each["claims"]]
     write_text(folder / f"{key_rows.NAME}.md", key_rows.to_markdown(results, verdicts))
     if has_pictures:
-        key_rows.draw_key_rows(results, folder)
+        try_to_draw(key_rows.draw_key_rows, results, folder, key_rows.NAME)
 
 
 def _order(name: str) -> tuple[bool, str]:

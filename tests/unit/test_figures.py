@@ -186,6 +186,26 @@ def test_a_figure_is_drawn_to_the_same_bytes(spec: TableSpec, tmp_path: Path) ->
     assert found[0] == found[1]
 
 
+def test_a_picture_that_fails_costs_no_table(
+    spec: TableSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: Any) -> list[Path]:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("scripts.tables.draw_figure", broken)
+    finish(cells_of(spec))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "figure3.png").write_bytes(b"of an older table")
+    assert command.main(["figure3", "--scale", "tiny", "--results", str(tmp_path)], fake_cell) == 0
+    assert "no picture figure3: RuntimeError: no fonts" in capsys.readouterr().err
+    assert (folder / "figure3.json").is_file()
+    assert not (folder / "figure3.png").exists()
+
+
 # ---------------------------------------------------------------------- key rows and the page
 
 
