@@ -36,29 +36,30 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report gpu-check check-results check-pins clean check-python
+.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report bench gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
-	  printf '  %-18s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
+	  printf '  %-24s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
 
 setup: $(READY)  ## make the environment .venv from requirements.lock
-	@echo "environment ready: $(RUN)"
+	@echo "environment: ready ($(RUN))"
 
 test: $(READY)  ## run all tests (ARGS go to pytest)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
 
 coverage: $(READY)  ## the same, with the lines that no test runs; slower
 	@$(MAKE) --no-print-directory test ARGS="--cov=delta_lora --cov=tasks --cov=scripts --cov-report=term-missing:skip-covered $$ARGS"
 
 lint: $(READY)  ## ruff (lint and format) and mypy
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet .
+	@$(RUN) -m mypy --no-error-summary
+	@echo "lint: nothing found"
 
 REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
@@ -89,11 +90,14 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	$(RUN) scripts/train.py -m experiment=e2e method=delta_lora scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
 
-report: $(READY)  ## put the generated verdicts and tables into README
+report: $(READY)  ## put the generated rows into README
 	@$(RUN) scripts/report.py
 
 gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: results/gpu/DEVICE.json (ONLY=2,7)
 	@$(RUN) scripts/gpu_check.py $$ARGS
+
+bench: $(READY)  ## seconds and memory of data at full size, of rows made on the spot (many minutes)
+	@$(RUN) benchmarks/data_at_scale.py $$ARGS
 
 check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
@@ -103,8 +107,16 @@ check-pins: $(READY)  ## are all pinned weights and data where they are download
 	@$(RUN) scripts/check_pins.py $$ARGS
 
 clean:  ## remove caches; .venv, runs (outputs/) and results/ stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov *.egg-info
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+LOG := .venv/setup.log
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-input
+# pip says a thousand lines: they go into the log, and its end is shown where it fails.
+INTO_LOG = >> $(LOG) 2>&1 || { tail -n 8 $(LOG) >&2; \
+  echo "error: installing failed, see above and $(LOG). Without a network: set PIP_INDEX_URL to a mirror, or take" \
+  "an environment that has the packages of requirements.lock: make PYTHON=/path/to/python. Then give the same command again" >&2; \
+  exit 1; }
 
 SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
@@ -115,9 +127,12 @@ SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= 
 	  echo "error: $$($(PYTHON3) --version) does not fit; use Python 3.10 to 3.13: make PYTHON3=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON3)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "error: $(PYTHON3) has no venv module; install it (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
-	"$(PYTHON3)" -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock
-	.venv/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@echo "environment: creating .venv with $$($(PYTHON3) --version)"
+	@"$(PYTHON3)" -m venv .venv && : > $(LOG)
+	@echo "environment: installing $$(grep -c == requirements.lock) packages, some minutes (log: $(LOG))"
+	@$(INSTALL) -r requirements.lock $(INTO_LOG)
+	@echo "environment: adding delta_lora itself"
+	@$(INSTALL) --no-deps -e . $(INTO_LOG)
 	@touch $@
 
 # What an environment given by PYTHON= must have.

@@ -1,4 +1,4 @@
-"""Put the generated tables into README, between ``<!-- results/... -->`` and ``<!-- end -->``.
+"""Put the generated rows into README, between ``<!-- results/... -->`` and ``<!-- end -->``.
 
 Example:
     python scripts/report.py            (or: make report)

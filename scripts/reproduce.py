@@ -32,6 +32,7 @@ from scripts.reporting.page import write_page
 from scripts.reporting.plan import describe, describe_costs
 from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
+from scripts.reporting.summary import summary
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch, PreparationError, stop_in_order
 from scripts.runs.cells import Cell, parse_overrides, parse_seeds
@@ -141,10 +142,8 @@ def _finish(
     every: list[Entry] = []
     for spec in specs:
         entries = collect(plans[spec.name], failures=failures)
-        text, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
-        print(f"\n{text}")
-        for path in paths:
-            print(f"wrote {path}")
+        content, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
+        print(f"\n{summary(content, paths)}", end="")
         every += entries
         absent = [entry for entry in entries if entry.record is None]
         for entry in absent:

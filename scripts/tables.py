@@ -16,11 +16,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.reporting.figures import build_figure, figure_to_markdown, write_figure
-from scripts.reporting.formats import to_markdown
+from scripts.reporting.figures import build_figure, draw_figure, try_to_draw, write_figure
+from scripts.reporting.forest import draw_forest
 from scripts.reporting.page import write_page
 from scripts.reporting.results import (
     RESULTS,
@@ -33,6 +34,7 @@ from scripts.reporting.results import (
     write_results,
 )
 from scripts.reporting.spec import TableSpec, load_table, table_names
+from scripts.reporting.summary import summary
 from scripts.runs.cells import parse_overrides, parse_seeds
 from scripts.runs.scale import CHOICES, resolve_scale
 
@@ -47,13 +49,18 @@ def make(
     extra: Sequence[str],
     entries: Sequence[Entry],
     folder: Path,
-) -> tuple[str, list[Path]]:
-    """Write a table or figure to `folder`; return it as Markdown, and the files."""
-    if spec.kind == "similarity":
-        figure = build_figure(spec, scale, seeds, extra, entries)
-        return figure_to_markdown(figure), write_figure(figure, folder)
-    results = build_results(spec, scale, seeds, extra, entries)
-    return to_markdown(results), write_results(results, folder)
+    *,
+    has_pictures: bool = True,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write a table or figure to `folder`, with its picture; return its content and the files."""
+    is_figure = spec.kind == "similarity"
+    build = build_figure if is_figure else build_results
+    content = build(spec, scale, seeds, extra, entries)
+    paths = (write_figure if is_figure else write_results)(content, folder)
+    if has_pictures:
+        draw = draw_figure if is_figure else draw_forest
+        paths += try_to_draw(draw, content, folder, spec.name)
+    return content, paths
 
 
 def differences(found: Path, committed: Path) -> list[str]:
@@ -109,13 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
                 if options.accept:
                     accept(entries, options.results / "runs" / scale)
-                text, paths = make(spec, scale, seeds, extra, entries, written)
+                content, paths = make(
+                    spec, scale, seeds, extra, entries, written, has_pictures=not options.check
+                )
                 if not options.check:
-                    print(f"\n{text}")
-                    print("\n".join(f"wrote {path}" for path in paths))
+                    print(f"\n{summary(content, paths)}")
             if options.check:
                 if not options.tables:
-                    write_page(written, scale, has_audit=(folder / "audit.md").exists())
+                    has_audit = (folder / "audit.md").exists()
+                    write_page(written, scale, has_audit=has_audit, has_pictures=False)
                 problems = differences(written, folder)
                 print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
                 return 1 if problems else 0

@@ -6,10 +6,13 @@ picture: ``figure3.json`` with every run's values, ``figure3.csv``, ``figure3.md
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +202,7 @@ def figure_to_csv(results: Mapping[str, Any]) -> str:
 
 
 def write_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write data and picture to ``folder/<figure>.{json,csv,md,svg,png}``; return the files."""
+    """Write the data to ``folder/<figure>.{json,csv,md}``; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     name = results["figure"]
     content = {
@@ -207,39 +210,105 @@ def write_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
         "csv": figure_to_csv(results),
         "md": figure_to_markdown(results),
     }
-    paths = [write_text(folder / f"{name}.{suffix}", text) for suffix, text in content.items()]
-    return [*paths, *draw(results, folder)]
+    return [write_text(folder / f"{name}.{suffix}", text) for suffix, text in content.items()]
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw one panel a weight: block on the x axis, cosine similarity on the y axis."""
+    title = f"Figure {results['number']}: does W keep its direction? {scale_note(results)}"
+    with picture(folder / results["figure"], size=(7.2, 3.4), title=title) as (figure, paths):
+        panels = figure.subplots(1, len(SERIES), sharey=True)
+        for panel, role in zip(panels, SERIES, strict=True):
+            _draw_series(panel, results["rows"], role)
+            panel.set_title(math_label(SERIES_LABELS[role]))
+            panel.set_xlabel("Attention block")
+        panels[0].set_ylabel("Cosine similarity\nof $W_0$ and $W^*$")
+        # Below the panels: inside it would hide an interval.
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return paths
+
+
+def try_to_draw(
+    draw: Callable[[Mapping[str, Any], Path], list[Path]],
+    results: Mapping[str, Any],
+    folder: Path,
+    name: str,
+) -> list[Path]:
+    """Draw a picture, which decides nothing: where that fails, say so and go on without it.
+
+    Args:
+        draw: `draw_figure`, `draw_forest` or `draw_key_rows`.
+        results: what it draws.
+        folder: where it draws.
+        name: of the picture. An older one is removed where the new one fails.
+
+    Returns:
+        The files; none where drawing failed.
+    """
+    try:
+        return draw(results, folder)
+    except Exception as error:
+        print(f"no picture {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        for suffix in (".svg", ".png"):
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+        return []
+
+
+def _draw_series(panel: Any, rows: Sequence[Mapping[str, Any]], role: str) -> None:
+    """Draw one curve a row, moved sideways a little, so that no mark hides another's interval."""
+    num_blocks = max((len(row["series"][role]) for row in rows), default=0)
+    for number, (row, (colour, marker)) in enumerate(zip(rows, STYLES, strict=False)):
+        blocks = row["series"][role]
+        shift = 0.05 * (number - (len(rows) - 1) / 2)
+        panel.errorbar(
+            [block + 1 + shift for block in range(len(blocks))],
+            [block["mean"] for block in blocks],
+            yerr=[b["ci95"][1] - b["mean"] if b["ci95"] else 0.0 for b in blocks],
+            color=colour, marker=marker, markersize=4, linewidth=1, capsize=2,
+            label=math_label(row["label"]),
+        )  # fmt: skip
+    if num_blocks:
+        panel.set_xlim(0.7, num_blocks + 0.3)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+
+
+def scale_note(results: Mapping[str, Any]) -> str:
+    """Return what a picture says of the scale of its runs."""
+    if results["scale"] == "paper":
+        return "(scale: paper)"
+    return f"(scale: {results['scale']}, not the paper's numbers)"
+
+
+def math_label(text: str) -> str:
+    """Return `text` with W_Q and W_V set as mathematics."""
+    return re.sub(r"\bW_([A-Z])\b", r"$W_\1$", text)
+
+
+@contextlib.contextmanager
+def picture(stem: Path, *, size: tuple[float, float], title: str) -> Iterator[tuple[Any, list]]:
+    """Give an empty figure to draw on and a list, which then holds its SVG and its PNG.
+
+    The same drawing gives the same bytes with the same matplotlib.
+
+    Args:
+        stem: of the files, without suffix; its folder exists.
+        size: width and height in inches.
+        title: above the panels.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "delta_lora", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-        panels = figure.subplots(1, len(SERIES), sharey=True)
-        for panel, role in zip(panels, SERIES, strict=True):
-            for row, (colour, marker) in zip(results["rows"], STYLES, strict=False):
-                blocks = row["series"][role]
-                halves = [b["ci95"][1] - b["mean"] if b["ci95"] else 0.0 for b in blocks]
-                panel.errorbar(
-                    range(1, len(blocks) + 1),
-                    [block["mean"] for block in blocks],
-                    yerr=halves,
-                    color=colour, marker=marker, markersize=4, linewidth=1, capsize=2,
-                    label=row["label"],
-                )  # fmt: skip
-            panel.set_title(f"${SERIES_LABELS[role]}$")
-            panel.set_xlabel("Attention block")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3)
-        panels[0].set_ylabel("Cosine similarity of $W_0$ and $W^*$")
-        panels[0].legend(fontsize=8)
-        figure.suptitle(f"Figure {results['number']} (scale: {results['scale']})", fontsize=9)
-        paths = []
+    settings = {
+        "svg.hashsalt": "delta_lora", "svg.fonttype": "none", "font.size": 9,
+        "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+    with mpl.rc_context(settings):
+        figure, paths = Figure(figsize=size, layout="constrained"), []
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+        yield figure, paths
         for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-            path = folder / f"{results['figure']}.{suffix}"
+            path = stem.with_name(f"{stem.name}.{suffix}")
             figure.savefig(path, metadata=metadata, dpi=150)
             paths.append(path)
-    return paths

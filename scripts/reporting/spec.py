@@ -275,8 +275,11 @@ def _load_claims(
     claims = []
     for claim_id in ids:
         raw, what = known[claim_id], f"claims.yaml, {claim_id}"
-        optional = ("table", "figure", "source")
-        _check_keys(raw, what, required=("statement", "status", "parts"), optional=optional)
+        required, optional = (
+            ("short", "statement", "status", "parts"),
+            ("table", "figure", "source"),
+        )
+        _check_keys(raw, what, required=required, optional=optional)
         _check_names([raw["status"]], STATUSES, f"{what}: status")
         parts = tuple(_build_part(item, what, rows, series) for item in raw["parts"])
         claims.append(Claim(claim_id, raw["statement"], raw["status"], parts))

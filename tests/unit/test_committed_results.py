@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -30,9 +31,22 @@ def test_tiny_results_follow_from_their_records(
 
 def test_the_tiny_page_follows_from_its_tables(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "tiny")
-    pages = ("README.md", "verdicts.md")
+    pages = ("README.md", "key_rows.md")
     for name in pages:
         (tmp_path / "tiny" / name).unlink()
-    write_page(tmp_path / "tiny")
+    write_page(tmp_path / "tiny", has_pictures=False)
     for name in pages:
         assert (tmp_path / "tiny" / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    for page in (RESULTS / "README.md", TINY / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#][^)#]*)", text):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_table_has_its_picture() -> None:
+    for name in COMMITTED:
+        assert (TINY / f"{name}.png").exists(), f"python scripts/tables.py {name} --scale tiny"

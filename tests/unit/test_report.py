@@ -1,4 +1,4 @@
-"""README shows the tables that stand in results/, and nothing typed by hand."""
+"""README shows the rows that stand in results/, and no score typed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.reporting.page import _command
 
 def test_readme_holds_the_generated_tables() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- results/tiny/verdicts.md -->" in text
+    assert "<!-- results/tiny/key_rows.md -->" in text
     assert fill(text) == text, "run `make report`"
 
 

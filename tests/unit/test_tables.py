@@ -24,6 +24,8 @@ from scripts.runs.cells import Cell
 from scripts.runs.jobs import Job, Outcome
 from tests.unit import fake_runs
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SEEDS = (1, 2, 3)
 
 
@@ -738,8 +740,7 @@ def test_command_regenerates_from_records(
     assert "no finished run at scale tiny" in capsys.readouterr().err
     finish(cells_of(spec))
     assert command.main([*arguments, "--accept"]) == 0
-    written = (tmp_path / "results" / "tiny" / "table1.md").read_text(encoding="utf-8")
-    assert written in capsys.readouterr().out
+    assert "table1.{md,csv,tex,json}" in capsys.readouterr().out
     assert len(list((tmp_path / "results" / "runs").rglob("*.json"))) == 36
     assert command.main([*arguments, "--check"]) == 0
     path = tmp_path / "results" / "tiny" / "table1.csv"
