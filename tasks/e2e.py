@@ -23,9 +23,9 @@ from typing import Any
 from delta_lora.protocols import MetricSpec, Scores
 from tasks.data import Document, Release, find_file, listing, read_csv, read_lines, shorten
 from tasks.data_to_text import DataToText, Input, Row, check_choice
-from tasks.embedded import e2e as embedded
 from tasks.generation import BeamSearch
 from tasks.metrics import e2e as metrics
+from tasks.tiny.corpora import e2e as embedded
 
 #: split -> file, by protocol; the names of the official releases.
 FILES: dict[str, dict[str, str]] = {

@@ -46,11 +46,11 @@ from tasks.data import (
     read_tsv,
     shorten,
 )
-from tasks.embedded import glue as embedded
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.metrics import glue as metrics
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows, gather
+from tasks.tiny.corpora import glue as embedded
 
 logger = logging.getLogger(__name__)
 

@@ -34,9 +34,9 @@ from typing import Any
 from delta_lora.protocols import MetricSpec, Scores
 from tasks.data import Document, Release, find_file, listing, read_lines, shorten
 from tasks.data_to_text import DataToText, Input, Row, check_choice
-from tasks.embedded import webnlg as embedded
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
+from tasks.tiny.corpora import webnlg as embedded
 
 logger = logging.getLogger(__name__)
 

@@ -40,13 +40,13 @@ from tasks.data import (
     read_jsonl,
     read_parquet,
 )
-from tasks.embedded import xsum as embedded
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.generation import Seq2SeqBeamSearch
 from tasks.metrics import rouge
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows, gather
 from tasks.seq2seq import Pair, collate, seq2seq_loss
+from tasks.tiny.corpora import xsum as embedded
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from delta_lora.models import load_tokenizer
 from delta_lora.protocols import Scores
 from scripts.runs import cell
 from scripts.runs.building import base_model
-from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
+from tasks.tiny.bpe import train_tokenizer
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"
 MNLI_SIZES = "task.embedded_sizes={train:24,validation_matched:6,validation_mismatched:6}"

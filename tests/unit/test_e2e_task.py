@@ -21,11 +21,11 @@ from delta_lora.protocols import Batch
 from tasks.data import Release, read_document
 from tasks.data_to_text import ONE_REFERENCE, clean, group
 from tasks.e2e import E2E, context_of, parse_csv, parse_text
-from tasks.embedded import e2e as embedded
-from tasks.embedded.bpe import train_tokenizer
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
 from tasks.metrics import e2e as scorers
+from tasks.tiny.bpe import train_tokenizer
+from tasks.tiny.corpora import e2e as embedded
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "task" / "e2e.yaml"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.embedded import e2e, glue, webnlg, xsum
-from tasks.embedded.bpe import train_pair_tokenizer, train_tokenizer
-from tasks.embedded.general import documents
 from tasks.encoded import tokenizer_sha256
-from tasks.objectives import Causal, Denoising, Masked
-from tasks.pretraining import Pretraining
+from tasks.tiny.bpe import train_pair_tokenizer, train_tokenizer
+from tasks.tiny.corpora import e2e, glue, webnlg, xsum
+from tasks.tiny.corpora.general import documents
+from tasks.tiny.objectives import Causal, Denoising, Masked
+from tasks.tiny.pretraining import Pretraining
 
 FILES = {
     "e2e": "e105e86f9da03910f1f559081b86169b4453705fd335177da86d17b87fbd9a51",

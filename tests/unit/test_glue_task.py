@@ -14,8 +14,8 @@ import transformers as tf
 from hydra.utils import instantiate
 
 from scripts.runs import cell
-from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
+from tasks.tiny.bpe import train_tokenizer
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 ROWS = {

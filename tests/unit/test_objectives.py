@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig, RobertaForMaskedLM
 
 from delta_lora.models import load_tokenizer
-from tasks import mimetic
-from tasks.embedded.general import Statement, statements
-from tasks.embedded.sentences import MOODS, Sentence, damage, sentences
-from tasks.objectives import Denoising, Masked
-from tasks.objectives.base import IGNORED
-from tasks.objectives.masked import _read
-from tasks.pretraining import Pretraining
+from tasks.tiny import mimetic
+from tasks.tiny.corpora.general import Statement, statements
+from tasks.tiny.corpora.sentences import MOODS, Sentence, damage, sentences
+from tasks.tiny.objectives import Denoising, Masked
+from tasks.tiny.objectives.base import IGNORED
+from tasks.tiny.objectives.masked import _read
+from tasks.tiny.pretraining import Pretraining
 
 SETTINGS = {
     "corpus_seed": 1,

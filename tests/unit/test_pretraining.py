@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scripts.runs import cell
-from tasks.objectives.base import IGNORED, Token, make_blocks
-from tasks.pretraining import Pretraining
+from tasks.tiny.objectives.base import IGNORED, Token, make_blocks
+from tasks.tiny.pretraining import Pretraining
 
 SETTINGS = {
     "objective": "causal",
@@ -203,7 +203,7 @@ def test_the_gpt2_is_pretrained_as_its_records_say():
     cfg = cell.compose(["model=tiny_gpt2", "scale=tiny", "logger=none"])
     content = cell.signed_config(cell.pretraining(cfg))
     assert content["task"] == {
-        "_target_": "tasks.pretraining.Pretraining",
+        "_target_": "tasks.tiny.pretraining.Pretraining",
         "objective": "causal",
         "corpus_seed": 0,
         "num_documents": 15500,

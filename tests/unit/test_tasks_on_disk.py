@@ -17,9 +17,9 @@ from delta_lora.protocols import Batch
 from scripts.runs import cell
 from tasks import encoded
 from tasks.data import Release
-from tasks.embedded import e2e, glue, webnlg, xsum
-from tasks.embedded.bpe import train_pair_tokenizer, train_tokenizer
 from tasks.generation import BeamSearch, Seq2SeqBeamSearch
+from tasks.tiny.bpe import train_pair_tokenizer, train_tokenizer
+from tasks.tiny.corpora import e2e, glue, webnlg, xsum
 
 SIZES = {"train": 30, "validation": 14, "test": 16}
 #: an encoder with one text or with two, with classes or numbers; an encoder-decoder; decoders.

@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tasks.data import Release, read_document
 from tasks.data_to_text import ONE_REFERENCE
-from tasks.embedded import webnlg as embedded
-from tasks.embedded.bpe import train_tokenizer
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as scorers
+from tasks.tiny.bpe import train_tokenizer
+from tasks.tiny.corpora import webnlg as embedded
 from tasks.webnlg import PARTS, WebNLG, parse_json, parse_lines
 
 CONFIG = Path(__file__).parents[2] / "configs" / "task" / "webnlg.yaml"

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from tasks.data import Release
-from tasks.embedded import xsum as embedded
-from tasks.embedded.bpe import train_pair_tokenizer, train_tokenizer
 from tasks.generation import Seq2SeqBeamSearch
+from tasks.tiny.bpe import train_pair_tokenizer, train_tokenizer
+from tasks.tiny.corpora import xsum as embedded
 from tasks.xsum import HUB_FILES, OFFICIAL_ROWS, XSum
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
 from tasks import seq2seq
-from tasks.embedded.bpe import train_pair_tokenizer
-from tasks.mimetic import initialise_encoder_decoder
-from tasks.objectives.base import Group, Objective, only_documents, pack
 from tasks.seq2seq import Pair
+from tasks.tiny.bpe import train_pair_tokenizer
+from tasks.tiny.mimetic import initialise_encoder_decoder
+from tasks.tiny.objectives.base import Group, Objective, only_documents, pack
 
 #: a sentence: up to white space behind a full stop or question mark, or up to the end of a line;
 #: that space stands in front of the next sentence, as in the tokens.
@@ -142,7 +142,7 @@ class Denoising(Objective):
         return seq2seq.seq2seq_loss(model, batch, label_smoothing)
 
     def initialise(self, model: Any, examples: Sequence[Pair]) -> None:
-        """Give `model` the weights of `tasks.mimetic`, with the frequencies of the texts."""
+        """Give `model` the weights of `tasks.tiny.mimetic`, with the frequencies of the texts."""
         tokens = torch.cat([torch.as_tensor(pair.target) for pair in examples])
         counts_V = torch.bincount(tokens, minlength=model.config.vocab_size)
         initialise_encoder_decoder(model, counts_V)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-from tasks.embedded.bpe import train_tokenizer
-from tasks.objectives.base import (
+from tasks.tiny.bpe import train_tokenizer
+from tasks.tiny.objectives.base import (
     IGNORED,
     Block,
     Group,

@@ -5,8 +5,8 @@ equal length; positions start again with each, so a model reads them as if they 
 matters: with blocks cut from one long stream, names of other documents stand in the way and a tiny
 model does not learn to copy from its context within the same budget.
 
-What a model learns from a block is its objective (`tasks.objectives`). Nothing is predicted: the
-figure of merit is the validation loss.
+What a model learns from a block is its objective (`tasks.tiny.objectives`). Nothing is predicted:
+the figure of merit is the validation loss.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch, MetricSpec, Task
-from tasks.embedded.general import sequences, statements
-from tasks.embedded.sentences import sentences
-from tasks.objectives import Causal, Denoising, Group, Masked, Objective
+from tasks.tiny.corpora.general import sequences, statements
+from tasks.tiny.corpora.sentences import sentences
+from tasks.tiny.objectives import Causal, Denoising, Group, Masked, Objective
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class Pretraining(Task):
         block_size: tokens of a block, at least 8.
         vocab_size: tokens of the tokenizer that `build_tokenizer` trains.
         tokenizer_documents: training sequences that the tokenizer is trained on.
-        num_statements: texts with a statement about each (`tasks.embedded.general.statements`)
+        num_statements: texts with a statement about each (`tasks.tiny.corpora.general.statements`)
             among the training sequences, for an objective that learns from them.
         num_validation_statements: the same in the validation split.
-        num_sentences: single sentences (`tasks.embedded.sentences`) among the training sequences,
-            for an objective that learns from them.
+        num_sentences: single sentences (`tasks.tiny.corpora.sentences`) among the training
+            sequences, for an objective that learns from them.
         num_validation_sentences: the same in the validation split.
 
     Raises:
@@ -83,7 +83,7 @@ class Pretraining(Task):
         elif not isinstance(objective, Objective):
             raise TypeError(
                 f"objective={objective!r} is a {type(objective).__name__}; give one of "
-                f"{', '.join(_OBJECTIVES)}, or an object of tasks.objectives"
+                f"{', '.join(_OBJECTIVES)}, or an object of tasks.tiny.objectives"
             )
         if block_size < MIN_BLOCK_SIZE:
             raise ValueError(f"block_size={block_size}: at least {MIN_BLOCK_SIZE} are needed")

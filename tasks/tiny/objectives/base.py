@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-from tasks.embedded.general import Statement
-from tasks.embedded.sentences import Sentence
+from tasks.tiny.corpora.general import Statement
+from tasks.tiny.corpora.sentences import Sentence
 
 T = TypeVar("T")
 #: what stands together in the corpus.
