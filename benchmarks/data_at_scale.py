@@ -232,7 +232,7 @@ def _task(name: str, folder: Path, source: str) -> Any:
 
 def _as_release(task: Any, folder: Path, cache: Path) -> None:
     """Let a GLUE task find the Parquet files as its pinned release, already downloaded."""
-    from tasks.data import Release
+    from tasks.sources import Release
 
     sums = {}
     downloaded = cache / "owner--name" / ("0" * 40) / "mnli"
@@ -242,7 +242,7 @@ def _as_release(task: Any, folder: Path, cache: Path) -> None:
         if not copy.exists():
             shutil.copy(path, copy)
         sums[f"mnli/{copy.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    task.release = Release("owner/name", "0" * 40, "http://127.0.0.1:9", sums)
+    task.source.release = Release("owner/name", "0" * 40, "http://127.0.0.1:9", sums)
 
 
 def _as_hub(task: Any, folder: Path, cache: Path) -> None:

@@ -64,6 +64,8 @@ class Objective(ABC):
 
     #: key in records.
     name: str
+    #: family of models that learn from it, see `Task.family`.
+    family: str
     #: whether it can learn from a `Statement` and a `Sentence`.
     uses_verdicts = False
 

@@ -32,6 +32,7 @@ class Causal(Objective):
     """
 
     name = "causal"
+    family = "causal_lm"
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like GPT-2's."""

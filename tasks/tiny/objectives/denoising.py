@@ -41,6 +41,7 @@ class Denoising(Objective):
     """
 
     name = "denoising"
+    family = "seq2seq_lm"
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class Masked(Objective):
     """
 
     name = "masked"
+    family = "masked_lm"
     uses_verdicts = True
 
     def __init__(self, *, mask_rate: float = 0.15, pair_mask_rate: float = 0.3) -> None:
