@@ -85,7 +85,7 @@ class DataToText(Task):
         source: where its files come from.
         protocol: which texts or scorers are used; recorded.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
 
     Raises:
         ValueError: a setting is not allowed.

@@ -65,7 +65,7 @@ class E2E(DataToText):
         cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         protocol: ``lora`` or ``challenge``.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         nist: ``python`` (e2e-metrics with -p, as microsoft/LoRA calls it) or ``perl`` (its
             default); only NIST differs.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.

@@ -83,7 +83,7 @@ class WebNLG(DataToText):
         cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         protocol: ``lora`` or ``challenge_2017``; only the scores differ.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> entries of the ``embedded`` corpus; None takes its defaults.
 

@@ -94,7 +94,7 @@ class XSum(Task):
         cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         max_source_length: tokens of a document; longer ones lose their end, which is logged.
         max_target_length: tokens of a summary, likewise.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         aggregate: ``mean`` or ``bootstrap``, see `tasks.metrics.rouge`.
         max_rows: split -> how many of its first articles are used, which is logged and recorded;
             None uses all.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delta_lora.checks import check_real
 from delta_lora.protocols import Batch
 from tasks.language_modeling import unwrap
 from tasks.tiny.bpe import PAIR_TOKENS, train_pair_tokenizer
@@ -62,6 +63,7 @@ class Masked(Objective):
 
     Raises:
         ValueError: a rate outside its range.
+        TypeError: a rate is no number.
     """
 
     name = "masked"
@@ -69,11 +71,10 @@ class Masked(Objective):
     uses_verdicts = True
 
     def __init__(self, *, mask_rate: float = 0.15, pair_mask_rate: float = 0.3) -> None:
-        for key, rate in (("mask_rate", mask_rate), ("pair_mask_rate", pair_mask_rate)):
-            if not 0 < rate < 1:
-                raise ValueError(f"{key}={rate}: must be greater than 0 and less than 1")
-        self.mask_rate = mask_rate
-        self.pair_mask_rate = pair_mask_rate
+        self.mask_rate = check_real("objective.mask_rate", mask_rate, above=0, below=1)
+        self.pair_mask_rate = check_real(
+            "objective.pair_mask_rate", pair_mask_rate, above=0, below=1
+        )
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like RoBERTa's, with a segment for each text of a pair."""
