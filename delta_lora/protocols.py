@@ -1,7 +1,7 @@
 """What a method and a task are: the two interfaces that the trainer and the tasks share.
 
 `delta_lora.trainer` knows nothing but these two classes, so it holds no method and no task name.
-`tasks/` may import this module and nothing else of `delta_lora`.
+`tasks/` may import this module and `checks`, and nothing else of `delta_lora`.
 """
 
 from __future__ import annotations
@@ -181,6 +181,10 @@ class Task(ABC):
     version: int
     #: what `score` returns, in table order.
     metrics: tuple[MetricSpec, ...]
+    #: family of models whose outputs `loss` reads (one of `models.FAMILIES`); None: any.
+    family: str | None = None
+    #: keywords of the constructor that change no result, so that no run is named by them.
+    not_signed: tuple[str, ...] = ("cache_dir",)
     #: names of new task modules that train with every method.
     head: tuple[str, ...] = ()
     #: values of the model's configuration that the head needs, for example ``num_labels``.

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from delta_lora.sources import HubError, HubUnreachableError, RemoteFile, list_files
 from scripts.runs.composition import CONFIGS
-from tasks.data import remote_size
+from tasks.sources import remote_size
 
 LISTING = CONFIGS / "pins.yaml"
 KINDS = ("model", "dataset", "github")

@@ -1,6 +1,6 @@
-"""The tasks of the paper: one module a task, which loads, encodes, decodes and scores it.
+"""The tasks of the paper: `e2e`, `webnlg`, `xsum` and `glue`, one module each; see README.md here.
 
-A task meets `delta_lora.protocols.Task` and imports nothing else of `delta_lora`. `data` reads
-files and downloads them, `language_modeling` and `generation` hold what causal models share,
-`embedded` writes the offline corpora and `metrics` scores.
+A task meets `delta_lora.protocols.Task`: it loads, encodes, decodes and scores. `sources` says
+where data come from and `data` reads them; the other modules hold what tasks share. `metrics`
+scores, and `tiny` is the world of the tiny scale.
 """

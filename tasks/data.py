@@ -1,8 +1,8 @@
-"""Where data comes from: a pinned release on the network, or files in a folder.
+"""Files and what is in them, read and checked.
 
 A reader of a task gets a `Document`: the unpacked text of one file with the sha256 of its bytes, so
 that every record can name exactly what was read. Whatever is wrong with a file is reported with
-its path and line.
+its path and line. Where the files come from is the matter of `tasks.sources`.
 """
 
 from __future__ import annotations
@@ -13,31 +13,18 @@ import gzip
 import hashlib
 import io
 import json
-import logging
-import os
-import re
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import pooch
-import requests
-from requests.exceptions import RequestException
+from typing import Any, TypeVar
 
 from tasks.rows import BLOCK
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_HUB = "https://huggingface.co"
-_ADVICE = (
-    "where there is no network, take a copy of the files and use task.source=files "
-    "task.data_dir=FOLDER"
-)
 #: bytes of a file that are text at a time.
 _PIECE = 1 << 20
 
@@ -67,174 +54,6 @@ class Document:
     def text(self) -> str:
         """The whole content, line ends as they are in the file; `read_lines` takes less memory."""
         return self.data.decode("utf-8").removeprefix("\ufeff")
-
-
-@dataclass(frozen=True)
-class Release:
-    """Files of a repository at one commit, with their checksums.
-
-    Attributes:
-        repository: for example ``microsoft/LoRA``.
-        commit: full hash, 40 hexadecimal digits.
-        url: folder that the files are downloaded from; it should contain the commit.
-        files: file name -> sha256 of the unpacked file.
-    """
-
-    repository: str
-    commit: str
-    url: str
-    files: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "files", dict(self.files))
-        if not re.fullmatch("[0-9a-f]{40}", self.commit):
-            raise ValueError(
-                f"commit={self.commit!r} of {self.repository} is not a full hash (40 hexadecimal "
-                "digits); a branch or a short hash does not pin the data"
-            )
-        for name, sha256 in self.files.items():
-            if not re.fullmatch("[0-9a-f]{64}", sha256):
-                raise ValueError(
-                    f"{self.repository}: sha256 of {name} is {sha256!r}, not 64 hexadecimal digits"
-                )
-
-    @property
-    def revision(self) -> str:
-        """``repository@commit``."""
-        return f"{self.repository}@{self.commit}"
-
-    def fetch(self, cache_dir: str | Path | None = None, *, retries: int = 2) -> Path:
-        """Download the files that the cache does not hold yet, and verify all of them.
-
-        Where the cache holds them, nothing is asked of the network.
-
-        Args:
-            cache_dir: None takes the user's cache folder.
-            retries: further attempts after a failed or damaged download.
-
-        Returns:
-            The folder that holds the files.
-
-        Raises:
-            RuntimeError: a file cannot be downloaded.
-            ValueError: what was downloaded is not the pinned file.
-        """
-        folder = self._folder(cache_dir)
-        fetcher = pooch.create(
-            path=folder,
-            base_url=f"{self._address}/",
-            registry={name: f"sha256:{sha256}" for name, sha256 in self.files.items()},
-            retry_if_failed=retries,
-        )
-        downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
-        for name in self.files:
-            try:
-                fetcher.fetch(name, downloader=downloader)
-            except RequestException as error:
-                raise RuntimeError(
-                    f"could not download {fetcher.get_url(name)} ({self.revision}): {error}; "
-                    f"{_ADVICE}"
-                ) from error
-            except ValueError as error:
-                raise ValueError(
-                    f"{fetcher.get_url(name)} is not the pinned file of {self.revision} "
-                    f"(sha256 {self.files[name]} expected): the download is damaged or something "
-                    f"else answered in its place; {_ADVICE}"
-                ) from error
-        return folder
-
-    def check_source(self, cache_dir: str | Path | None = None, *, timeout_s: float = 20.0) -> None:
-        """Check that every file is in the cache or can be downloaded, without downloading any.
-
-        Only of files that the cache lacks is the network asked, see `remote_size`.
-
-        Args:
-            cache_dir: as for `fetch`.
-            timeout_s: seconds to wait for each answer.
-
-        Raises:
-            RuntimeError: a file is neither in the cache nor where it is downloaded from.
-        """
-        folder = self._folder(cache_dir)
-        for name in self.files:
-            if (folder / name).is_file():
-                continue
-            try:
-                remote_size(self.file_url(name), timeout_s=timeout_s)
-            except RequestException as error:
-                raise RuntimeError(
-                    f"{self.file_url(name)} ({self.revision}) cannot be downloaded: {error}; "
-                    f"{_ADVICE}"
-                ) from error
-
-    def file_url(self, name: str) -> str:
-        """Return the address of one of `files`."""
-        return f"{self._address}/{name}"
-
-    @property
-    def _address(self) -> str:
-        """`url` without a slash at its end; the hub's on the mirror that HF_ENDPOINT names."""
-        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-        url = self.url.rstrip("/")
-        is_hub = url.startswith(f"{_HUB}/")
-        return f"{mirror}{url.removeprefix(_HUB)}" if mirror and is_hub else url
-
-    def _folder(self, cache_dir: str | Path | None) -> Path:
-        return cache_folder(cache_dir) / self.repository.replace("/", "--") / self.commit
-
-
-def remote_size(url: str, *, timeout_s: float) -> int | None:
-    """Return the size in bytes of a file on the network, without downloading it.
-
-    It asks for one byte, as a download would ask for all: redirections to another server are
-    followed, and some of those answer nothing else.
-
-    Args:
-        url: address of the file.
-        timeout_s: seconds to wait for an answer.
-
-    Returns:
-        None where the server does not say.
-
-    Raises:
-        RequestException: the file is not there, or there is no answer.
-    """
-    headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
-    with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as answer:
-        answer.raise_for_status()
-        is_part = answer.status_code == requests.codes.partial
-        header = answer.headers.get("Content-Range" if is_part else "Content-Length", "")
-    size = header.rpartition("/")[2]  # bytes 0-0/123, or 123
-    return int(size) if size.isdecimal() else None
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Return `cache_dir`, or the suite's folder in the user's cache where it is None."""
-    return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
-
-
-def encoded_folder(source: str, cache_dir: str | Path | None) -> Path | None:
-    """Return where `tasks.encoded` keeps a task's tokens; None for the small ``embedded`` data."""
-    return None if source == "embedded" else cache_folder(cache_dir) / "encoded"
-
-
-def open_folder(data_dir: str | Path) -> Path:
-    """Return `data_dir` as an absolute path; a relative one starts at the working folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        NotADirectoryError: it is a file.
-    """
-    folder = Path(data_dir).expanduser().resolve()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"data_dir={str(data_dir)!r} is a file; give the folder it is in")
-    parent = next(parent for parent in folder.parents if parent.is_dir())
-    raise FileNotFoundError(
-        f"data_dir={str(data_dir)!r} does not exist (looked for {folder}; {parent} holds "
-        f"{listing(parent)})"
-    )
 
 
 def listing(folder: Path, limit: int = 20) -> str:
@@ -469,6 +288,20 @@ def file_facts(document: Document, num_rows: int, official_sha256: str | None) -
         "rows": num_rows,
         "official": official_sha256 is not None and document.sha256 == official_sha256,
     }
+
+
+def of_split(table: Mapping[str, T], split: str) -> T:
+    """Return what `table` holds of a split; it is empty until a task is loaded.
+
+    Raises:
+        RuntimeError: nothing is loaded.
+        ValueError: there is no such split.
+    """
+    if not table:
+        raise RuntimeError("the data are not loaded; call load() first")
+    if split not in table:
+        raise ValueError(f"split={split!r}; allowed: {', '.join(table)}")
+    return table[split]
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -23,22 +23,22 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from delta_lora.checks import check_integer
 from delta_lora.protocols import Batch, Scores, Task
-from tasks.data import Document, Release, encoded_folder, file_facts, open_folder, read_document
+from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
 from tasks.predictions import align, own_chunks
+from tasks.sources import Source
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("hub", "files", "embedded")
 #: name of the scores of one reference against the others.
 ONE_REFERENCE = "one reference against the others"
 _BLANK_LINE = "\n\n"
@@ -82,21 +82,16 @@ class DataToText(Task):
     """A task that turns a linearised record into a text.
 
     Args:
-        source: ``hub`` downloads `release`, ``files`` reads `data_dir`, ``embedded`` writes a
-            corpus of the same form from a grammar.
+        source: where its files come from.
         protocol: which texts or scorers are used; recorded.
-        release: the pinned official files.
-        data_dir: folder with the task's files, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
-            files; None takes the user's cache folder.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
-        embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
+        decoding: settings of the beam search; None takes its defaults.
 
     Raises:
-        ValueError: a setting is not allowed, or two do not fit.
+        ValueError: a setting is not allowed.
     """
 
+    family = "causal_lm"
     #: name in log lines.
     title: str
     #: split -> inputs that also occur in train, in the official data.
@@ -105,43 +100,22 @@ class DataToText(Task):
     def __init__(
         self,
         *,
-        source: str,
+        source: Source,
         protocol: str,
-        release: Release,
-        data_dir: str | Path | None,
-        cache_dir: str | Path | None,
         max_length: int,
         decoding: BeamSearch | None,
-        embedded_seed: int,
     ):
-        check_choice("source", source, SOURCES)
-        if (data_dir is not None) != (source == "files"):
-            raise ValueError(
-                f"task.source={source} with task.data_dir={data_dir}: a folder goes with "
-                "task.source=files and with nothing else"
-            )
-        if max_length < 3:
-            raise ValueError(
-                f"task.max_length={max_length}; allowed: at least 3 (context, separator, target)"
-            )
         self.source = source
         self.protocol = protocol
-        self.release = release
-        self.data_dir = data_dir
-        self.cache_dir = cache_dir
-        self.max_length = max_length
+        # Context, separator, target.
+        self.max_length = check_integer("task.max_length", max_length, at_least=3)
         self.decoding = BeamSearch() if decoding is None else decoding
-        self.embedded_seed = embedded_seed
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
-        self._store = Store(self.title, encoded_folder(self.source, self.cache_dir))
+        self._store = Store(self.title, source.encoded_folder)
         self._provenance: dict[str, Any] = {}
 
     # What differs between the tasks
-
-    @abstractmethod
-    def _write_embedded(self, folder: Path) -> None:
-        """Write the embedded corpus in the official file format."""
 
     @abstractmethod
     def _find(self, folder: Path) -> dict[str, Path]:
@@ -163,23 +137,12 @@ class DataToText(Task):
 
     def check_source(self) -> None:
         """See `Task.check_source`."""
-        if self.source == "hub":
-            self.release.check_source(self.cache_dir)
-        elif self.source == "files":
-            assert self.data_dir is not None
-            self._find(open_folder(self.data_dir))
+        self.source.check(self._find)
 
     def load(self) -> None:
         """Read all splits; see `Task.load`."""
-        if self.source == "embedded":
-            with TemporaryDirectory() as folder:
-                self._write_embedded(Path(folder))
-                self._read(Path(folder))
-        elif self.source == "files":
-            assert self.data_dir is not None
-            self._read(open_folder(self.data_dir))
-        else:
-            self._read(self.release.fetch(self.cache_dir))
+        with self.source.open() as folder:
+            self._read(folder)
 
     def _read(self, folder: Path) -> None:
         rows: dict[str, list[Row]] = {}
@@ -190,28 +153,25 @@ class DataToText(Task):
             parsed = self._parse(split, document)
             inputs[split] = group(split, parsed)
             rows[split] = [row for row in parsed if row.completion]
-            official = self.release.files.get(document.name)
+            official = self.source.official(document.name)
             facts = file_facts(document, len(rows[split]), official)
-            if self.source == "files" and not facts["official"]:
+            if self.source.kind == "files" and not facts["official"]:
                 logger.warning(
                     "%s is not %s of %s (sha256 %s, official %s): scores are not comparable with "
                     "published ones",
-                    path,
-                    document.name,
-                    self.release.revision,
-                    document.sha256,
-                    official,
-                )
+                    path, document.name, self.source.release and self.source.release.revision,
+                    document.sha256, official,
+                )  # fmt: skip
             files.append(facts)
         self._rows, self._inputs = rows, inputs
-        self._store = Store(self.title, encoded_folder(self.source, self.cache_dir))
+        self._store = Store(self.title, self.source.encoded_folder)
         self._warn_of_overlap()
-        is_release = self.source != "embedded" and all(file["official"] for file in files)
+        release, is_official = self.source.release, all(file["official"] for file in files)
         self._provenance = {
-            "source": self.source,
+            **self.source.facts(),
+            # Files of your own may be the official ones.
+            "revision": release.revision if release and is_official else None,
             "protocol": self.protocol,
-            "revision": self.release.revision if is_release else None,
-            "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
             **self._facts(),
             "files": files,
             "rows": {split: len(rows[split]) for split in rows},
@@ -220,7 +180,7 @@ class DataToText(Task):
         logger.info(
             "%s (%s, %s): %s",
             self.title,
-            self.source,
+            self.source.kind,
             self.protocol,
             ", ".join(
                 f"{split} {len(rows[split]):,} rows of {len(inputs[split]):,} inputs"
@@ -243,15 +203,8 @@ class DataToText(Task):
 
     def provenance(self) -> dict[str, Any]:
         """See `Task.provenance`; ``official`` tells whether a file is the pinned one."""
-        self._of_split(self._rows, "train")
+        of_split(self._rows, "train")
         return self._provenance
-
-    def _of_split(self, table: Mapping[str, Any], split: str) -> Any:
-        if not table:
-            raise RuntimeError("the data are not loaded; call load() first")
-        if split not in table:
-            raise ValueError(f"split={split!r}; allowed: {', '.join(table)}")
-        return table[split]
 
     # Training
 
@@ -266,7 +219,7 @@ class DataToText(Task):
         Raises:
             ValueError: a context leaves no room for its text, or the tokenizer has no end token.
         """
-        rows = self._of_split(self._rows, split)
+        rows = of_split(self._rows, split)
         limit = self._limit(tokenizer)
 
         def encode(texts: Sequence[Texts], start: int) -> Block:
@@ -344,7 +297,7 @@ class DataToText(Task):
 
     def inputs(self, split: str = "test") -> tuple[Input, ...]:
         """Return the distinct inputs in order of first occurrence."""
-        return self._of_split(self._inputs, split)
+        return of_split(self._inputs, split)
 
     def predict(
         self,
@@ -440,12 +393,6 @@ class DataToText(Task):
             return {ONE_REFERENCE: Scores({}, {spec.name: reason for spec in self.metrics})}
         others = [replace(item, references=item.references[1:]) for item in items]
         return {ONE_REFERENCE: self._score([item.references[0] for item in items], others)}
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError where the setting ``task.<name>`` is not one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"task.{name}={value!r}; allowed: {', '.join(allowed)}")
 
 
 def group(split: str, rows: Sequence[Row]) -> tuple[Input, ...]:

@@ -20,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora.checks import check_choice
 from delta_lora.protocols import MetricSpec, Scores
-from tasks.data import Document, Release, find_file, listing, read_csv, read_lines, shorten
-from tasks.data_to_text import DataToText, Input, Row, check_choice
-from tasks.embedded import e2e as embedded
+from tasks.data import Document, find_file, listing, read_csv, read_lines, shorten
+from tasks.data_to_text import DataToText, Input, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import e2e as metrics
+from tasks.sources import Release, Source
+from tasks.tiny.corpora import e2e as embedded
 
 #: split -> file, by protocol; the names of the official releases.
 FILES: dict[str, dict[str, str]] = {
@@ -55,15 +57,15 @@ class E2E(DataToText):
     """The E2E NLG task.
 
     Args:
-        source: ``hub`` downloads the pinned release of the protocol, ``files`` reads `data_dir`,
-            ``embedded`` writes a corpus of the same form from a grammar.
+        source: ``hub`` downloads the release of the protocol, ``files`` reads `data_dir`,
+            ``embedded`` writes a corpus of the same form from a grammar; see `tasks.sources`.
+        release_lora: the pinned files of ``lora``; needed by ``hub``.
+        release_challenge: the pinned files of ``challenge``; likewise.
         data_dir: folder with the protocol's files, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         protocol: ``lora`` or ``challenge``.
-        release_lora: the pinned files of ``lora``.
-        release_challenge: the pinned files of ``challenge``.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         nist: ``python`` (e2e-metrics with -p, as microsoft/LoRA calls it) or ``perl`` (its
             default); only NIST differs.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
@@ -80,9 +82,9 @@ class E2E(DataToText):
     def __init__(
         self,
         *,
-        source: str,
-        release_lora: Release,
-        release_challenge: Release,
+        source: str = "hub",
+        release_lora: Release | None = None,
+        release_challenge: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         protocol: str = "lora",
@@ -92,23 +94,24 @@ class E2E(DataToText):
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
     ):
-        check_choice("protocol", protocol, tuple(FILES))
-        check_choice("nist", nist, NIST_VARIANTS)
+        check_choice("task.protocol", protocol, tuple(FILES))
         super().__init__(
-            source=source,
+            source=Source(
+                kind=source,
+                write=embedded.write,
+                release={"lora": release_lora, "challenge": release_challenge}[protocol],
+                data_dir=data_dir,
+                cache_dir=cache_dir,
+                embedded_seed=embedded_seed,
+                embedded_sizes=embedded_sizes,
+                needed=FILES[protocol].values(),
+                key=f"release_{protocol}",
+            ),
             protocol=protocol,
-            release={"lora": release_lora, "challenge": release_challenge}[protocol],
-            data_dir=data_dir,
-            cache_dir=cache_dir,
             max_length=max_length,
             decoding=decoding,
-            embedded_seed=embedded_seed,
         )
-        if missing := set(FILES[protocol].values()) - set(self.release.files):
-            raise ValueError(f"task.release_{protocol}.files lacks {sorted(missing)}")
-        self.nist = nist
-        self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
-
+        self.nist = check_choice("task.nist", nist, NIST_VARIANTS)
         self.name = "e2e" if protocol == "lora" else f"e2e_{protocol}"
         suffix = "" if protocol == "lora" else f" ({protocol})"
         self.metrics = (
@@ -120,9 +123,6 @@ class E2E(DataToText):
             MetricSpec("rouge_l", f"ROUGE-L{suffix}", scale=100),
             MetricSpec("cider", f"CIDEr{suffix}"),
         )
-
-    def _write_embedded(self, folder: Path) -> None:
-        embedded.write(folder, seed=self.embedded_seed, sizes=self.embedded_sizes)
 
     def _find(self, folder: Path) -> dict[str, Path]:
         """Return the protocol's files in `folder`; an error says what else is there."""

@@ -15,7 +15,6 @@ warning. The folder may be removed at any time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 T = TypeVar("T")
 #: one or more texts of a row.
@@ -201,7 +201,7 @@ def encode(split: Split, tokenizer: Any, folder: Path | None) -> EncodedSplit:
     path = folder / f"{split.name}-{key}.arrow"
     try:
         return _read_or_make(path, about, split)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         if folder not in _WARNED_OF:
             _WARNED_OF.add(folder)
             logger.warning(
@@ -309,13 +309,17 @@ def _read_or_make(path: Path, about: str, split: Split) -> EncodedSplit:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process, which encodes %s", path.stem)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    """Hold the lock file `path`; the system frees it where its process ends."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("waiting for another process, which encodes %s", path.stem)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _checksum_of(path: Path) -> Path:

@@ -28,11 +28,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from delta_lora.checks import check_integer
 
 
 class RepeatedNGramBlock(LogitsProcessor):
@@ -85,6 +87,9 @@ class BeamSearch:
         batch_size: prompts decoded at once; `batch_size * num_beams` sequences are in memory.
     """
 
+    #: key in the names of runs.
+    name: ClassVar[str] = "beam_search"
+
     num_beams: int = 10
     length_penalty: float = 0.9
     no_repeat_ngram_size: int = 4
@@ -99,7 +104,7 @@ class BeamSearch:
             ("max_new_tokens", 1),
             ("batch_size", 1),
         ):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(f"decoding.{name}", getattr(self, name), at_least=least)
         _check_early_stopping(self.early_stopping)
 
     def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -183,6 +188,9 @@ class Seq2SeqBeamSearch:
         batch_size: sources decoded at once; `batch_size * num_beams` texts are in memory.
     """
 
+    #: key in the names of runs.
+    name: ClassVar[str] = "seq2seq_beam_search"
+
     num_beams: int = 8
     max_length: int = 64
     length_penalty: float | None = None
@@ -194,9 +202,9 @@ class Seq2SeqBeamSearch:
 
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 1), ("max_length", 2), ("batch_size", 1)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(f"decoding.{name}", getattr(self, name), at_least=least)
         if self.no_repeat_ngram_size is not None:
-            _check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+            check_integer("decoding.no_repeat_ngram_size", self.no_repeat_ngram_size, at_least=0)
         if self.early_stopping is not None:
             _check_early_stopping(self.early_stopping)
 
@@ -340,11 +348,6 @@ _NOT_SETTINGS = frozenset(
         "top_p",
     }
 )
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"decoding.{name}={value!r}; allowed: integers from {least}")
 
 
 def _check_early_stopping(value: Any) -> None:

@@ -19,68 +19,37 @@ Shapes: B examples of at most T tokens, C classes (1 for a regression).
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delta_lora.checks import check_choice, check_integer
 from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
-from tasks.data import (
-    Release,
-    encoded_folder,
-    find_file,
-    listing,
-    open_folder,
-    read_document,
-    read_parquet,
-    read_tsv,
-    shorten,
-)
-from tasks.embedded import glue as embedded
+from tasks.data import of_split
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
+from tasks.glue_files import SPLITS, GlueFiles, Row, text_columns
 from tasks.metrics import glue as metrics
 from tasks.predictions import align, own_chunks
-from tasks.rows import Rows, gather
+from tasks.rows import Rows
+from tasks.sources import Release, Source
+from tasks.tiny.corpora import glue as embedded
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("hub", "files", "embedded")
-SPLITS = ("train", "validation", "test")
-#: split -> start of the names of its TSV files.
-TSV_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 METRIC_LABELS = {
     "accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson",
     "spearman": "Spearman",
 }  # fmt: skip
-#: what the hub and many files write where a label is hidden.
-HIDDEN = "-1"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example.
-
-    Attributes:
-        id: part and row number, for example ``dev_matched-0017``.
-        texts: one or two sentences.
-        label: class number, or a real number in a regression; None where it is hidden.
-        part: which part of the split it is of (``matched``), or an empty text.
-    """
-
-    id: str
-    texts: tuple[str, ...]
-    label: float | None
-    part: str
 
 
 @dataclass(frozen=True)
@@ -101,14 +70,15 @@ class Glue(Task):
         labels: names of the classes in the order of their numbers; None for a regression.
         metrics: scores in table order, of `tasks.metrics.glue.METRICS`; the first one chooses the
             best epoch.
-        num_rows: rows of the complete files, by file name without suffix.
-        release: the pinned files of the hub.
+        num_rows: rows of the complete files, by file name without suffix; what is not named is
+            not compared.
+        release: the pinned files; needed by ``hub``.
         parts: names of the parts of the dev set (``matched``, ``mismatched``), or empty. Accuracy
             is then also given for each part.
-        source: ``hub``, ``files`` (reads `data_dir`) or ``embedded`` (the suite's own grammar).
+        source: ``hub`` downloads the release, ``files`` reads `data_dir`, ``embedded`` writes a
+            corpus of the same form from a grammar; see `tasks.sources`.
         data_dir: folder with the files, or with a folder of the task's name; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
-            files; None takes the user's cache folder.
+        cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         max_length: tokens of an example; the longer sentence is cut first, which is logged.
         scored_split: ``validation``, as papers do, or ``test``, whose labels may be hidden.
         predict_batch_size: examples at once when predicting; changes nothing but speed.
@@ -121,6 +91,7 @@ class Glue(Task):
     """
 
     version = 1
+    family = "sequence_classification"
 
     def __init__(
         self,
@@ -129,8 +100,8 @@ class Glue(Task):
         columns: Sequence[str],
         labels: Sequence[str] | None,
         metrics: Sequence[str],
-        num_rows: Mapping[str, int],
-        release: Release,
+        num_rows: Mapping[str, int] = MappingProxyType({}),
+        release: Release | None = None,
         parts: Sequence[str] = (),
         source: str = "hub",
         data_dir: str | Path | None = None,
@@ -142,15 +113,16 @@ class Glue(Task):
         embedded_sizes: Mapping[str, int] | None = None,
         head: Sequence[str] = ("classifier",),
     ) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"task.source={source!r}; allowed: {', '.join(SOURCES)}")
-        if (data_dir is not None) != (source == "files"):
-            raise ValueError(
-                f"task.source={source} with task.data_dir={data_dir}: a folder goes with "
-                "task.source=files and with nothing else"
-            )
-        if scored_split not in SPLITS[1:]:
-            raise ValueError(f"task.scored_split={scored_split!r}; allowed: validation, test")
+        self.source = Source(
+            kind=source,
+            write=partial(embedded.write, task=task),
+            release=release,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            embedded_seed=embedded_seed,
+            embedded_sizes=embedded_sizes,
+        )
+        self.scored_split = check_choice("task.scored_split", scored_split, SPLITS[1:])
         if scored_split == "test" and source != "files":
             raise ValueError(
                 f"task.scored_split=test with task.source={source}: only your own files can have a "
@@ -158,13 +130,6 @@ class Glue(Task):
             )
         if len(columns) not in (1, 2):
             raise ValueError(f"task.columns={list(columns)}; a task has one or two sentences")
-        # Two special tokens round one sentence, up to four with a pair, and one token of each.
-        for name, value, least in (
-            ("max_length", max_length, 6),
-            ("predict_batch_size", predict_batch_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"task.{name}={value}; allowed: at least {least}")
         allowed = CLASSIFICATION if labels is not None else REGRESSION
         if not metrics or any(name not in allowed for name in metrics):
             raise ValueError(f"task.metrics={list(metrics)}; allowed: {', '.join(allowed)}")
@@ -172,38 +137,28 @@ class Glue(Task):
         self.name = f"glue_{task}"
         self.columns = tuple(columns)
         self.labels = None if labels is None else tuple(labels)
-        self.num_rows = dict(num_rows)
-        self.release = release
         self.parts = tuple(parts)
-        self.source = source
-        self.data_dir = data_dir
-        self.cache_dir = cache_dir
-        self.max_length = max_length
-        self.scored_split = scored_split
-        self.predict_batch_size = predict_batch_size
-        self.embedded_seed = embedded_seed
-        self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
+        self._files = GlueFiles(
+            source=self.source,
+            task=task,
+            columns=self.columns,
+            labels=self.labels,
+            num_rows=num_rows,
+            parts=self.parts,
+            splits=SPLITS if scored_split == "test" else SPLITS[:2],
+        )
+        # Two special tokens round one sentence, up to four with a pair, and one token of each.
+        self.max_length = check_integer("task.max_length", max_length, at_least=6)
+        self.predict_batch_size = check_integer(
+            "task.predict_batch_size", predict_batch_size, at_least=1
+        )
         self.head = tuple(head)
         self.selection_metric = metrics[0]
+        self.metrics = _metric_specs(metrics, self.parts)
+        self.model_config = _model_config(self.labels)
         self._scores = tuple(metrics)
-        self.metrics = tuple(
-            MetricSpec(name, METRIC_LABELS[name], scale=100) for name in metrics
-        ) + tuple(
-            MetricSpec(f"accuracy_{part}", f"Accuracy, {part}", scale=100)
-            for part in (self.parts if "accuracy" in metrics else ())
-        )
-        self.model_config = (
-            {"num_labels": 1, "problem_type": "regression"}
-            if self.labels is None
-            else {
-                "num_labels": len(self.labels),
-                "problem_type": "single_label_classification",
-                "id2label": dict(enumerate(self.labels)),
-                "label2id": {label: number for number, label in enumerate(self.labels)},
-            }
-        )
         self._rows: dict[str, Rows[Row]] = {}
-        self._store = Store(f"GLUE {self.task}", encoded_folder(self.source, self.cache_dir))
+        self._store = Store(f"GLUE {self.task}", self.source.encoded_folder)
         self._padding: dict[str, int] = {}
         self._provenance: dict[str, Any] = {}
 
@@ -211,199 +166,27 @@ class Glue(Task):
 
     def check_source(self) -> None:
         """See `Task.check_source`."""
-        if self.source == "hub":
-            self.release.check_source(self.cache_dir)
-        elif self.source == "files":
-            folder = self._files_folder()
-            for split in self._splits():
-                for name in self._names(split):
-                    self._find_file(name, folder)
+        self._files.check()
 
     def load(self) -> None:
         """Read train and dev set, and the test set where it is scored; see `Task.load`."""
-        splits = self._splits()
-        files: list[dict[str, Any]] = []
-        rows: dict[str, Rows[Row]] = {}
-        if self.source == "hub":
-            folder = self.release.fetch(self.cache_dir)
-            for split in splits:
-                rows[split] = self._read_split(split, folder, files, is_hub=True)
-        elif self.source == "files":
-            folder = self._files_folder()
-            for split in splits:
-                rows[split] = self._read_split(split, folder, files)
-        else:
-            with TemporaryDirectory() as temporary:
-                embedded.write(
-                    Path(temporary), self.task, seed=self.embedded_seed, sizes=self.embedded_sizes
-                )
-                for split in splits:
-                    rows[split] = self._read_split(split, Path(temporary) / self.task, files)
-        self._rows = rows
-        self._store = Store(f"GLUE {self.task}", encoded_folder(self.source, self.cache_dir))
+        self._rows, files = self._files.read()
+        self._store = Store(f"GLUE {self.task}", self.source.encoded_folder)
         self._provenance = {
-            "source": self.source,
-            "revision": self.release.revision if self.source == "hub" else None,
-            "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
+            **self.source.facts(),
             "scored_split": self.scored_split,
             "files": files,
-            "rows": {split: len(rows[split]) for split in rows},
+            "rows": {split: len(rows) for split, rows in self._rows.items()},
         }
         logger.info(
-            "GLUE %s (%s): %s", self.task, self.source,
-            ", ".join(f"{split} {len(rows[split]):,} rows" for split in rows),
+            "GLUE %s (%s): %s", self.task, self.source.kind,
+            ", ".join(f"{split} {len(rows):,} rows" for split, rows in self._rows.items()),
         )  # fmt: skip
-
-    def _splits(self) -> Sequence[str]:
-        return SPLITS if self.scored_split == "test" else SPLITS[:2]
-
-    def _files_folder(self) -> Path:
-        """Return the folder of the task's own files, in `data_dir` or `data_dir` itself."""
-        assert self.data_dir is not None
-        folder = open_folder(self.data_dir)
-        return folder / self.task if (folder / self.task).is_dir() else folder
-
-    def _names(self, split: str) -> list[str]:
-        """Return the names of the files of a split, without their endings."""
-        parts = self.parts if self.parts and split != "train" else ("",)
-        return [f"{TSV_NAMES[split]}_{part}" if part else TSV_NAMES[split] for part in parts]
-
-    def _read_split(
-        self, split: str, folder: Path, files: list[dict[str, Any]], *, is_hub: bool = False
-    ) -> Rows[Row]:
-        """Read all parts of a split; what was read is added to `files`."""
-        tables = []
-        for name in self._names(split):
-            part = name.removeprefix(TSV_NAMES[split]).removeprefix("_")
-            read = self._read_hub if is_hub else self._read_file
-            found, facts = read(name, folder)
-            table = self._table(name, part, split, found)
-            # None: of a test set with labels, GLUE gives no number of rows to compare with.
-            is_complete = len(table) == self.num_rows[name] if name in self.num_rows else None
-            if is_complete is False and self.source == "files":
-                logger.warning(
-                    "GLUE %s: %s has %d rows, the complete one %d: its scores are no GLUE scores",
-                    self.task, facts["name"], len(table), self.num_rows[name],
-                )  # fmt: skip
-            files.append({**facts, "rows": len(table), "complete": is_complete})
-            tables.append(table)
-        rows = Rows(pa.concat_tables(tables), _make_row)
-        if split == "test":
-            self._check_hidden(rows)
-        return rows
-
-    def _table(
-        self, name: str, part: str, split: str, found: Iterable[tuple[str, Mapping[str, Any]]]
-    ) -> pa.Table:
-        """Return the rows of a part, with the columns that `_make_row` takes."""
-        texts = _text_columns(len(self.columns))
-        label = pa.float64() if self.labels is None else pa.int64()
-        schema = pa.schema([*((text, pa.string()) for text in texts), ("label", label)])
-        table = gather(
-            (
-                {
-                    **{text: values[c] for text, c in zip(texts, self.columns, strict=True)},
-                    "label": self._label(values, split, place),
-                }
-                for place, values in found
-            ),
-            schema,
-        )
-        width = math.floor(math.log10(max(len(table), 1))) + 1
-        ids = pa.array([f"{name}-{index:0{width}d}" for index in range(len(table))], pa.string())
-        table = table.add_column(0, "part", pa.repeat(part, len(table)))
-        return table.add_column(0, "id", ids)
-
-    def _read_file(
-        self, name: str, folder: Path
-    ) -> tuple[Iterator[tuple[str, dict[str, Any]]], dict[str, Any]]:
-        document = read_document(self._find_file(name, folder))
-        is_test = name.startswith(TSV_NAMES["test"])
-        required = self.columns if is_test else (*self.columns, "label")
-
-        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-            number = None
-            for number, values in read_tsv(document, required, optional=("label",)):
-                place = f"{document.path}, line {number}"
-                for column in self.columns:
-                    if not values[column].strip():
-                        raise ValueError(f"{place}: {column} is empty; the row is truncated")
-                yield place, values
-            if number is None:
-                raise ValueError(f"{document.path} has a header but no rows")
-
-        facts = {"name": document.name, "sha256": document.sha256, "bytes": document.num_bytes}
-        return rows(), facts
-
-    def _find_file(self, name: str, folder: Path) -> Path:
-        path = find_file(folder, f"{name}.tsv") or find_file(folder, f"{name}_subset.tsv")
-        if path is None:
-            raise FileNotFoundError(
-                f"{folder} has no {name}.tsv or {name}_subset.tsv (plain or .gz), which "
-                f"GLUE {self.task} needs; it holds {listing(folder)}"
-            )
-        return path
-
-    def _read_hub(
-        self, name: str, folder: Path
-    ) -> tuple[Iterator[tuple[str, dict[str, Any]]], dict[str, Any]]:
-        hub_name = name.replace(TSV_NAMES["validation"], "validation")
-        file = f"{self.task}/{hub_name}-00000-of-00001.parquet"
-        path = folder / file
-        rows = (
-            (f"{path}, row {number}", values)
-            for number, values in read_parquet(path, (*self.columns, "label"))
-        )
-        facts = {"name": file, "sha256": self.release.files[file], "bytes": path.stat().st_size}
-        return rows, facts
-
-    def _label(self, values: Mapping[str, Any], split: str, place: str) -> float | None:
-        text = str(values.get("label", HIDDEN)).strip()
-        if split == "test" and (not text or text in (HIDDEN, f"{HIDDEN}.0")):
-            return None
-        if self.labels is not None:
-            names = {name: number for number, name in enumerate(self.labels)}
-            names |= {str(number): number for number in range(len(self.labels))}
-            if text not in names:
-                allowed = ", ".join(f"{n} ({name})" for n, name in enumerate(self.labels))
-                raise ValueError(
-                    f"{place}: label {shorten(text)} of GLUE {self.task}; allowed: {allowed}"
-                )
-            return names[text]
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value <= 5:
-            raise ValueError(
-                f"{place}: label {shorten(text)} of GLUE {self.task}; allowed: a number from 0 to 5"
-            )
-        return value
-
-    def _check_hidden(self, rows: Sequence[Row]) -> None:
-        hidden = sum(row.label is None for row in rows)
-        if 0 < hidden < len(rows):
-            raise ValueError(
-                f"GLUE {self.task}: {hidden} of {len(rows)} test rows have no label; give all of "
-                "them one, or none"
-            )
-        if hidden:
-            logger.warning(
-                "GLUE %s: the test set has no labels; predictions are written, nothing is scored",
-                self.task,
-            )
 
     def provenance(self) -> dict[str, Any]:
         """See `Task.provenance`; ``complete`` tells whether a file has the official rows."""
-        self._of_split("train")
+        self.inputs("train")
         return self._provenance
-
-    def _of_split(self, split: str) -> Rows[Row]:
-        if not self._rows:
-            raise RuntimeError("the data are not loaded; call load() first")
-        if split not in self._rows:
-            raise ValueError(f"split={split!r}; allowed: {', '.join(self._rows)}")
-        return self._rows[split]
 
     # Training
 
@@ -415,7 +198,7 @@ class Glue(Task):
             tokenizer: a fast tokenizer with a padding token; its `model_max_length` limits the
                 length as `max_length` does.
         """
-        table = self._of_split(split).table
+        table = self.inputs(split).table
         encoded = self._tokens(split, tokenizer)
         names = tuple(encoded.columns)
         ids, labels = table["id"].combine_chunks(), table["label"].to_pylist()
@@ -432,7 +215,7 @@ class Glue(Task):
 
     def _tokens(self, split: str, tokenizer: Any) -> EncodedSplit:
         """Return the fields of all examples of a split."""
-        rows = self._of_split(split)
+        rows = self.inputs(split)
         limit = min(self.max_length, tokenizer.model_max_length)
 
         def encode(texts: Sequence[Texts], start: int) -> Block:
@@ -446,7 +229,7 @@ class Glue(Task):
                         fields[name][index] = value
             return Block(fields, too_long)
 
-        texts = rows.table.select(_text_columns(len(self.columns)))
+        texts = rows.table.select(text_columns(len(self.columns)))
         return self._store.get(
             Split(
                 name=f"{self.name}-{split}",
@@ -507,7 +290,7 @@ class Glue(Task):
 
     def inputs(self, split: str = "validation") -> Rows[Row]:
         """Return the rows of a split."""
-        return self._of_split(split)
+        return of_split(self._rows, split)
 
     @torch.no_grad()
     def predict(
@@ -524,7 +307,7 @@ class Glue(Task):
             Lists of ``{"id", "input", "prediction"}``: the class number, or the real number of a
             regression; see `Task.predict` for `done` and `share`.
         """
-        rows, examples = list(self._of_split(split)), self.examples(split, tokenizer)
+        rows, examples = list(self.inputs(split)), self.examples(split, tokenizer)
         finished = {prediction["id"] for prediction in done}
         lengths = self._tokens(split, tokenizer).lengths("input_ids")
         order = np.argsort(-lengths, kind="stable").tolist()
@@ -550,7 +333,7 @@ class Glue(Task):
         Raises:
             ValueError: a prediction is missing, double, unknown or of another input.
         """
-        rows = self._of_split(split)
+        rows = self.inputs(split)
         aligned = align(
             predictions, [row.id for row in rows], split, [_joined(row) for row in rows]
         )
@@ -572,7 +355,7 @@ class Glue(Task):
 
     def reference_scores(self, split: str = "validation") -> dict[str, Scores]:
         """Return what needs no model: the most frequent class, and a model of word counts."""
-        train, rows = self._of_split("train"), self._of_split(split)
+        train, rows = self.inputs("train"), self.inputs(split)
         texts, others = [row.texts for row in train], [row.texts for row in rows]
         labels = [row.label for row in train if row.label is not None]
         if self.labels is None:
@@ -590,6 +373,25 @@ CLASSIFICATION = tuple(metrics.CLASSIFICATION)
 REGRESSION = tuple(metrics.REGRESSION)
 
 
+def _metric_specs(names: Sequence[str], parts: Sequence[str]) -> tuple[MetricSpec, ...]:
+    """Return the scores in table order; accuracy is also given for each part of the dev set."""
+    whole = [MetricSpec(name, METRIC_LABELS[name], scale=100) for name in names]
+    split = [MetricSpec(f"accuracy_{p}", f"Accuracy, {p}", scale=100) for p in parts]
+    return (*whole, *(split if "accuracy" in names else ()))
+
+
+def _model_config(labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return what the head needs; no labels mean a regression."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(labels),
+        "problem_type": "single_label_classification",
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
 def _encode(
     columns: Sequence[list[str]], tokenizer: Any, limit: int | None = None
 ) -> dict[str, list[list[int]]]:
@@ -602,15 +404,6 @@ def _encode(
         verbose=False,
     )
     return {name: batch[name] for name in ("input_ids", "token_type_ids") if name in batch}
-
-
-def _text_columns(count: int) -> list[str]:
-    return [f"text_{number}" for number in range(count)]
-
-
-def _make_row(id: str, part: str, *values: Any) -> Row:
-    *texts, label = values
-    return Row(id, tuple(texts), label, part)
 
 
 def _joined(row: Row) -> str:

@@ -31,12 +31,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from delta_lora.checks import check_choice
 from delta_lora.protocols import MetricSpec, Scores
-from tasks.data import Document, Release, find_file, listing, read_lines, shorten
-from tasks.data_to_text import DataToText, Input, Row, check_choice
-from tasks.embedded import webnlg as embedded
+from tasks.data import Document, find_file, listing, of_split, read_lines, shorten
+from tasks.data_to_text import DataToText, Input, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
+from tasks.sources import Release, Source
+from tasks.tiny.corpora import webnlg as embedded
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +75,15 @@ class WebNLG(DataToText):
     """The WebNLG 2017 task.
 
     Args:
-        source: ``hub`` downloads the pinned release, ``files`` reads `data_dir`, ``embedded``
-            writes a corpus of the same form from a grammar.
-        release: the pinned files.
+        source: ``hub`` downloads the release, ``files`` reads `data_dir`, ``embedded`` writes a
+            corpus of the same form from a grammar; see `tasks.sources`.
+        release: the pinned files; needed by ``hub``.
         data_dir: folder with ``train``, ``dev`` and ``test``, all as ``.json`` or all as
             ``.jsonl``, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads; None takes the user's cache folder.
+        cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         protocol: ``lora`` or ``challenge_2017``; only the scores differ.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> entries of the ``embedded`` corpus; None takes its defaults.
 
@@ -96,8 +98,8 @@ class WebNLG(DataToText):
     def __init__(
         self,
         *,
-        source: str,
-        release: Release,
+        source: str = "hub",
+        release: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         protocol: str = "lora",
@@ -106,20 +108,21 @@ class WebNLG(DataToText):
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
     ):
-        check_choice("protocol", protocol, PROTOCOLS)
         super().__init__(
-            source=source,
-            protocol=protocol,
-            release=release,
-            data_dir=data_dir,
-            cache_dir=cache_dir,
+            source=Source(
+                kind=source,
+                write=embedded.write,
+                release=release,
+                data_dir=data_dir,
+                cache_dir=cache_dir,
+                embedded_seed=embedded_seed,
+                embedded_sizes=embedded_sizes,
+                needed=[f"{name}.json" for name in FILES.values()],
+            ),
+            protocol=check_choice("task.protocol", protocol, PROTOCOLS),
             max_length=max_length,
             decoding=decoding,
-            embedded_seed=embedded_seed,
         )
-        if missing := {f"{name}.json" for name in FILES.values()} - set(release.files):
-            raise ValueError(f"task.release.files lacks {sorted(missing)}")
-        self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
         self._counts: dict[str, dict[str, int]] = {}
 
         self.name = "webnlg" if protocol == "lora" else f"webnlg_{protocol}"
@@ -135,9 +138,6 @@ class WebNLG(DataToText):
             for metric in metrics.METRICS[protocol]
             for part in PARTS
         )
-
-    def _write_embedded(self, folder: Path) -> None:
-        embedded.write(folder, seed=self.embedded_seed, sizes=self.embedded_sizes)
 
     def _find(self, folder: Path) -> dict[str, Path]:
         """Return the files of the first layout that is complete, see `LAYOUTS`."""
@@ -216,7 +216,7 @@ class WebNLG(DataToText):
         }
 
     def _seen_categories(self) -> set[str]:
-        return {row.category for row in self._of_split(self._rows, "train")}
+        return {row.category for row in of_split(self._rows, "train")}
 
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
         seen = self._seen_categories()

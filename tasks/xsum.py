@@ -20,43 +20,41 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from delta_lora.checks import check_choice, check_integer
 from delta_lora.protocols import Batch, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
-    Release,
-    encoded_folder,
     file_facts,
     find_file,
     listing,
-    open_folder,
+    of_split,
     read_document,
     read_jsonl,
     read_parquet,
 )
-from tasks.embedded import xsum as embedded
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.generation import Seq2SeqBeamSearch
 from tasks.metrics import rouge
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows, gather
 from tasks.seq2seq import Pair, collate, seq2seq_loss
+from tasks.sources import Release, Source
+from tasks.tiny.corpora import xsum as embedded
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("hub", "files", "embedded")
 #: rows of the official splits.
 OFFICIAL_ROWS: dict[str, int] = {"train": 204_045, "validation": 11_332, "test": 11_334}
 #: split -> file of the hub's Parquet conversion.
 HUB_FILES = {split: f"default/xsum-{split}.parquet" for split in OFFICIAL_ROWS}
 #: columns of a split, in the order of `Row`.
-_COLUMNS = ("id", "document", "summary", "place")
+_SCHEMA = pa.schema([(column, pa.string()) for column in ("id", "document", "summary", "place")])
 #: characters of a document that a prediction repeats.
 _KEY_LENGTH = 80
 
@@ -89,15 +87,14 @@ class XSum(Task):
 
     Args:
         source: ``hub`` downloads the official splits, ``files`` reads `data_dir`, ``embedded``
-            writes a corpus of the same form from a grammar.
-        release: the pinned Parquet files of the hub, `HUB_FILES`.
+            writes a corpus of the same form from a grammar; see `tasks.sources`.
+        release: the pinned Parquet files of the hub, `HUB_FILES`; needed by ``hub``.
         data_dir: folder with ``train``, ``validation`` and ``test``, each as ``.jsonl`` or
             ``_subset.jsonl``, plain or ``.gz``; only with ``files``.
-        cache_dir: where ``hub`` keeps downloads, and `tasks.encoded` what it made of them or of
-            files; None takes the user's cache folder.
+        cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         max_source_length: tokens of a document; longer ones lose their end, which is logged.
         max_target_length: tokens of a summary, likewise.
-        decoding: settings of the beam search.
+        decoding: settings of the beam search; None takes its defaults.
         aggregate: ``mean`` or ``bootstrap``, see `tasks.metrics.rouge`.
         max_rows: split -> how many of its first articles are used, which is logged and recorded;
             None uses all.
@@ -110,6 +107,7 @@ class XSum(Task):
 
     name = "xsum"
     version = 1
+    family = "seq2seq_lm"
     metrics = (
         MetricSpec("rouge_1", "ROUGE-1", scale=100),
         MetricSpec("rouge_2", "ROUGE-2", scale=100),
@@ -120,8 +118,8 @@ class XSum(Task):
     def __init__(
         self,
         *,
-        source: str,
-        release: Release,
+        source: str = "hub",
+        release: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
         max_source_length: int = 768,
@@ -132,46 +130,31 @@ class XSum(Task):
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
     ):
-        for name, value, allowed in (
-            ("source", source, SOURCES),
-            ("aggregate", aggregate, rouge.AGGREGATES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"task.{name}={value!r}; allowed: {', '.join(allowed)}")
-        if (data_dir is not None) != (source == "files"):
-            raise ValueError(
-                f"task.source={source} with task.data_dir={data_dir}: a folder goes with "
-                "task.source=files and with nothing else"
-            )
-        for name, length in (
-            ("max_source_length", max_source_length),
-            ("max_target_length", max_target_length),
-        ):
-            if length < 3:
-                raise ValueError(
-                    f"task.{name}={length}; allowed: at least 3 (begin token, text, end token)"
-                )
-        if missing := set(HUB_FILES.values()) - set(release.files):
-            raise ValueError(f"task.release.files lacks {sorted(missing)}")
+        self.source = Source(
+            kind=source,
+            write=embedded.write,
+            release=release,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            embedded_seed=embedded_seed,
+            embedded_sizes=embedded_sizes,
+            needed=HUB_FILES.values(),
+        )
+        # Begin token, text, end token.
+        self.max_source_length = check_integer(
+            "task.max_source_length", max_source_length, at_least=3
+        )
+        self.max_target_length = check_integer(
+            "task.max_target_length", max_target_length, at_least=3
+        )
+        self.decoding = Seq2SeqBeamSearch() if decoding is None else decoding
+        self.aggregate = check_choice("task.aggregate", aggregate, rouge.AGGREGATES)
         self.max_rows = dict(max_rows or {})
         for split, count in self.max_rows.items():
-            if split not in OFFICIAL_ROWS or count < 1:
-                raise ValueError(
-                    f"task.max_rows has {split!r}: {count}; allowed: 1 or more for "
-                    f"{', '.join(OFFICIAL_ROWS)}"
-                )
-        self.source = source
-        self.release = release
-        self.data_dir = data_dir
-        self.cache_dir = cache_dir
-        self.max_source_length = max_source_length
-        self.max_target_length = max_target_length
-        self.decoding = Seq2SeqBeamSearch() if decoding is None else decoding
-        self.aggregate = aggregate
-        self.embedded_seed = embedded_seed
-        self.embedded_sizes = None if embedded_sizes is None else dict(embedded_sizes)
+            check_choice("split of task.max_rows", split, tuple(OFFICIAL_ROWS))
+            check_integer(f"task.max_rows.{split}", count, at_least=1)
         self._rows: dict[str, Rows[Row]] = {}
-        self._store = Store("XSum", encoded_folder(self.source, self.cache_dir))
+        self._store = Store("XSum", self.source.encoded_folder)
         self._provenance: dict[str, Any] = {}
         self._truncated: dict[str, int] = {}
 
@@ -179,15 +162,9 @@ class XSum(Task):
 
     def load(self) -> None:
         """Read all splits; see `Task.load`."""
-        if self.source == "embedded":
-            with TemporaryDirectory() as folder:
-                embedded.write(Path(folder), seed=self.embedded_seed, sizes=self.embedded_sizes)
-                rows, files = self._read(Path(folder))
-        elif self.source == "files":
-            assert self.data_dir is not None
-            rows, files = self._read(open_folder(self.data_dir))
-        else:
-            rows, files = self._download()
+        read = self._read_hub if self.source.kind == "hub" else self._read
+        with self.source.open() as folder:
+            rows, files = read(folder)
         for split, count in self.max_rows.items():
             if len(rows[split]) > count:
                 logger.warning(
@@ -197,19 +174,17 @@ class XSum(Task):
         for split, items in rows.items():
             _check_ids(items, split)
         self._rows, self._truncated = rows, {}
-        self._store = Store("XSum", encoded_folder(self.source, self.cache_dir))
+        self._store = Store("XSum", self.source.encoded_folder)
         self._warn_of_overlap()
         self._provenance = {
-            "source": self.source,
-            "revision": self.release.revision if self.source == "hub" else None,
-            "embedded_seed": self.embedded_seed if self.source == "embedded" else None,
+            **self.source.facts(),
             "aggregate": self.aggregate,
             "files": files,
             "rows": {split: len(items) for split, items in rows.items()},
             **({"max_rows": self.max_rows} if self.max_rows else {}),
         }
         counts = ", ".join(f"{split} {len(items):,}" for split, items in rows.items())
-        logger.info("XSum (%s): %s rows", self.source, counts)
+        logger.info("XSum (%s): %s rows", self.source.kind, counts)
         if not self._has_references("test"):
             logger.warning("the test split has no summaries: predictions only, no scores")
 
@@ -217,42 +192,25 @@ class XSum(Task):
         rows: dict[str, Rows[Row]] = {}
         files = []
         for split, path in _find(folder).items():
-            rows[split], facts = self._read_split(split, path)
-            files.append(facts)
+            document, official = read_document(path), OFFICIAL_ROWS[split]
+            rows[split] = Rows(gather(_parse(split, document), _SCHEMA), Row)
+            num_rows = len(rows[split])
+            if self.source.kind == "files" and num_rows != official:
+                logger.warning(
+                    "%s has %d of the %d rows of the official %s split: scores are not comparable "
+                    "with published ones",
+                    path, num_rows, official, split,
+                )  # fmt: skip
+            # The official release names its articles but holds no texts, so no checksum exists.
+            files.append({**file_facts(document, num_rows, None), "official_rows": official})
         return rows, files
-
-    def _read_split(self, split: str, path: Path) -> tuple[Rows[Row], dict[str, Any]]:
-        document = read_document(path)
-        schema = pa.schema([(column, pa.string()) for column in _COLUMNS])
-        rows = Rows(gather(_parse(split, document), schema), Row)
-        return rows, self._facts_of(document, split, len(rows))
-
-    def _facts_of(self, document: Any, split: str, num_rows: int) -> dict[str, Any]:
-        official = OFFICIAL_ROWS[split]
-        if self.source == "files" and num_rows != official:
-            logger.warning(
-                "%s has %d of the %d rows of the official %s split: scores are not comparable "
-                "with published ones",
-                document.path,
-                num_rows,
-                official,
-                split,
-            )
-        # The official release names its articles but holds no texts, so that no checksum exists.
-        return {**file_facts(document, num_rows, None), "official_rows": official}
 
     def check_source(self) -> None:
         """See `Task.check_source`."""
-        if self.source == "hub":
-            self.release.check_source(self.cache_dir)
-        elif self.source == "files":
-            assert self.data_dir is not None
-            _find(open_folder(self.data_dir))
+        self.source.check(_find)
 
-    def _download(self) -> tuple[dict[str, Rows[Row]], list[dict[str, Any]]]:
-        folder = self.release.fetch(self.cache_dir)
-        revision = self.release.revision
-        schema = pa.schema([(column, pa.string()) for column in _COLUMNS])
+    def _read_hub(self, folder: Path) -> tuple[dict[str, Rows[Row]], list[dict[str, Any]]]:
+        revision = self.source.facts()["revision"]
         rows: dict[str, Rows[Row]] = {}
         files = []
         for split, official in OFFICIAL_ROWS.items():
@@ -263,7 +221,7 @@ class XSum(Task):
                     {**row, "id": str(row["id"]), "place": f"{split}:{number}"}
                     for number, row in stream
                 ),
-                schema,
+                _SCHEMA,
             )
             if len(found) != official:
                 raise ValueError(
@@ -283,7 +241,7 @@ class XSum(Task):
             files.append(
                 {
                     "name": name,
-                    "sha256": self.release.files[name],
+                    "sha256": self.source.official(name),
                     "bytes": (folder / name).stat().st_size,
                     "rows": official,
                     "official": True,
@@ -315,11 +273,7 @@ class XSum(Task):
             RuntimeError: nothing is loaded.
             ValueError: there is no such split.
         """
-        if not self._rows:
-            raise RuntimeError("the data are not loaded; call load() first")
-        if split not in self._rows:
-            raise ValueError(f"split={split!r}; allowed: {', '.join(self._rows)}")
-        return self._rows[split]
+        return of_split(self._rows, split)
 
     def _has_references(self, split: str) -> bool:
         return self.inputs(split)[0].summary is not None

@@ -8,6 +8,10 @@ mean over instances. Details of the scorer, not of the paper:
 2. Each cosine is multiplied by ``exp(-(difference in the number of bigrams)^2 / (2 * 6^2))``.
 3. An n-gram that no reference has is weighted as if one had it.
 4. With one instance all weights are log(1) = 0 and so is the score.
+
+`pycocoevalcap`'s own class gives the same to some 1e-15. It is written out here because committed
+scores keep their last bits, and because the weights of the references are kept for the next run of
+a table, which makes it about three times as fast.
 """
 
 from __future__ import annotations

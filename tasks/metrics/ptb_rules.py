@@ -1,5 +1,7 @@
 r"""Penn Treebank tokens of plain English sentences, equal to CoreNLP 3.4.1, without Java.
 
+It exists so that ROUGE-L and CIDEr of E2E need no Java: else BLEU and NIST would be all there is.
+
 A restatement of what ``PTBTokenizer -lowerCase`` does with the sentences of E2E-like corpora: ASCII
 letters, é, digits, £, $ and everyday punctuation. It works like the original, a lexer whose longest
 rule wins (what a rule demands to follow counts as length; on a tie the earlier rule wins). Where

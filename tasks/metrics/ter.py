@@ -11,11 +11,12 @@ score; another implementation (tercom, `sacrebleu`) has other rules and gives ot
    the last in lexicographic order.
 3. It ends where no candidate lowers the edit distance; every shift costs 1, whatever its length.
 
-The same numbers come out some fifty times faster: edit distances are computed a column at a time in
-the bits of an integer (Hyyro, "A bit-vector algorithm for computing Levenshtein and Damerau edit
-distances", 2003), a candidate starts from the column of the prefix it shares with the present word
-list, and no candidate is tried where words that occur in only one of the two texts already explain
-the whole distance, since a shift cannot change that.
+It stands here for its speed: the numbers of `pyter3` come out 8 to 27 times as fast (measured), so
+that the official test set takes some 15 s and not six minutes a run. Edit distances are computed a
+column at a time in the bits of an integer (Hyyro, "A bit-vector algorithm for computing Levenshtein
+and Damerau edit distances", 2003), a candidate starts from the column of the prefix it shares with
+the present word list, and no candidate is tried where words that occur in only one of the two texts
+already explain the whole distance, since a shift cannot change that.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
 from scripts.runs.folder import read_record
 from scripts.runs.run import Run
-from tasks.embedded.bpe import train_tokenizer
 from tasks.glue import Glue
+from tasks.tiny.bpe import train_tokenizer
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"
 MNLI_SIZES = "task.embedded_sizes={train:24,validation_matched:6,validation_mismatched:6}"

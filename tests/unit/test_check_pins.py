@@ -18,7 +18,7 @@ from delta_lora.sources import check_source
 from scripts import check_pins
 from scripts.check_pins import Pin, read_pins
 from scripts.runs.composition import CONFIGS, compose
-from tasks.data import Release
+from tasks.sources import Release
 
 ADDRESSES = {
     "dataset": "https://huggingface.co/datasets/{0.repository}/resolve/{0.revision}/",
@@ -102,7 +102,7 @@ def path_of(pin: Pin) -> str:
 def releases(task: str) -> list[Release]:
     config = compose([f"task={task}"]).task
     values = [value for value in config.values() if OmegaConf.is_dict(value)]
-    return [instantiate(v) for v in values if v.get("_target_") == "tasks.data.Release"]
+    return [instantiate(v) for v in values if v.get("_target_") == "tasks.sources.Release"]
 
 
 def test_every_data_file_of_the_configs_is_listed_with_its_checksum_and_no_other() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -16,19 +17,18 @@ import pytest
 
 from tasks.data import (
     Document,
-    Release,
     file_facts,
     find_file,
     listing,
-    open_folder,
+    of_split,
     read_csv,
     read_document,
     read_jsonl,
     read_lines,
     read_parquet,
     read_tsv,
-    remote_size,
 )
+from tasks.sources import Release, Source, open_folder, remote_size
 
 COMMIT = "0123456789" * 4
 
@@ -258,6 +258,80 @@ def test_a_release_must_be_pinned() -> None:
         Release("owner/name", "main", "http://127.0.0.1", {})
     with pytest.raises(ValueError, match=r"sha256 of a.txt is 'abc'"):
         Release("owner/name", COMMIT, "http://127.0.0.1", {"a.txt": "abc"})
+
+
+# Sources
+
+
+def write_corpus(folder: Path, *, seed: int, sizes: dict[str, int] | None) -> None:
+    write(folder / "a.txt", f"{seed} {sizes}")
+
+
+def test_every_source_gives_a_folder_with_the_files(
+    server: tuple[Path, str], tmp_path: Path
+) -> None:
+    served, url = server
+    write(served / "a.txt", "one\n")
+    pinned, cache = release(url, a_txt="one\n"), tmp_path / "cache"
+    hub = Source(kind="hub", write=write_corpus, release=pinned, cache_dir=cache)
+    files = Source(kind="files", write=write_corpus, data_dir=served, cache_dir=cache)
+    embedded = Source(
+        kind="embedded", write=write_corpus, release=pinned, embedded_seed=3,
+        embedded_sizes={"train": 2}, cache_dir=cache,
+    )  # fmt: skip
+    expected = {"hub": "one\n", "files": "one\n", "embedded": "3 {'train': 2}"}
+    for source in (hub, files, embedded):
+        with source.open() as folder:
+            assert (folder / "a.txt").read_text() == expected[source.kind]
+        assert folder.exists() == (source.kind != "embedded")
+        assert source.encoded_folder == (None if source is embedded else cache / "encoded")
+    assert hub.facts() == {
+        "source": "hub", "revision": pinned.revision, "embedded_seed": None
+    }  # fmt: skip
+    assert files.facts() == {"source": "files", "revision": None, "embedded_seed": None}
+    assert embedded.facts() == {"source": "embedded", "revision": None, "embedded_seed": 3}
+    assert hub.official("a.txt") == pinned.files["a.txt"]
+    assert hub.official("b.txt") is files.official("a.txt") is None
+
+
+def test_a_source_is_checked_without_reading_it(tmp_path: Path) -> None:
+    def find(folder: Path) -> None:
+        raise FileNotFoundError(f"{folder} has no a.txt")
+
+    Source(kind="embedded", write=write_corpus).check(find)
+    with pytest.raises(FileNotFoundError, match=r"has no a\.txt"):
+        Source(kind="files", write=write_corpus, data_dir=tmp_path).check(find)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Source(kind="files", write=write_corpus, data_dir=tmp_path / "none").check(find)
+    pinned = release("http://127.0.0.1:9", a_txt="one\n")
+    with pytest.raises(RuntimeError, match="cannot be downloaded"):
+        Source(kind="hub", write=write_corpus, release=pinned, cache_dir=tmp_path).check(find)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "web"}, r"task\.source='web'.*'hub', 'files', 'embedded'"),
+        ({"kind": "files"}, r"task\.source=files with task\.data_dir=None"),
+        ({"kind": "embedded", "data_dir": "x"}, r"task\.source=embedded with task\.data_dir=x"),
+        ({"kind": "hub", "key": "release_lora"}, r"task\.source=hub without task\.release_lora"),
+        (
+            {"kind": "hub", "release": release("", a_txt=""), "needed": ["a.txt", "b.txt"]},
+            r"task\.release\.files lacks \['b\.txt'\]",
+        ),
+    ],
+)
+def test_settings_of_a_source(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source(write=write_corpus, **settings)
+
+
+def test_nothing_is_of_a_split_before_loading() -> None:
+    with pytest.raises(RuntimeError, match=r"call load\(\) first"):
+        of_split({}, "train")
+    assert of_split({"train": 1}, "train") == 1
+    with pytest.raises(ValueError, match="split='dev'; allowed: train"):
+        of_split({"train": 1}, "dev")
 
 
 # Tab-separated values, JSON lines, Parquet, the hub

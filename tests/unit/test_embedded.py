@@ -7,9 +7,10 @@ import re
 
 import pytest
 
-from tasks.embedded import bpe, e2e, general
-from tasks.embedded.wording import Chooser, article, listing, sentence, tokenise
-from tasks.embedded.world import CATEGORIES, RELATIONS, World, make_entity
+from tasks.tiny import bpe
+from tasks.tiny.corpora import e2e, general
+from tasks.tiny.corpora.wording import Chooser, article, listing, sentence, tokenise
+from tasks.tiny.corpora.world import CATEGORIES, RELATIONS, World, make_entity
 
 
 @pytest.fixture(scope="module")

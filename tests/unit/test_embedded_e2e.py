@@ -10,8 +10,8 @@ import re
 
 import pytest
 
-from tasks.embedded import e2e
-from tasks.embedded.wording import Chooser, tokenise
+from tasks.tiny.corpora import e2e
+from tasks.tiny.corpora.wording import Chooser, tokenise
 
 SIZES = {"train": 60, "validation": 12, "test": 20}
 SPLITS = list(SIZES)

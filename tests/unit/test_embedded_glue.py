@@ -10,9 +10,9 @@ import pytest
 from sklearn.metrics import matthews_corrcoef
 
 from tasks import bag_of_words
-from tasks.embedded import glue
-from tasks.embedded.glue import acceptability, facts, pairs, sentiment
-from tasks.embedded.world import CATEGORIES
+from tasks.tiny.corpora import glue
+from tasks.tiny.corpora.glue import acceptability, facts, pairs, sentiment
+from tasks.tiny.corpora.world import CATEGORIES
 
 TASKS = sorted(glue.LAYOUTS)
 PAIR_CLASSES = ["mnli", "mrpc", "qnli", "qqp", "rte"]

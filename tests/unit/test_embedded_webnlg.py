@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from tasks.embedded import general, webnlg
-from tasks.embedded.wording import Chooser
-from tasks.embedded.world import CATEGORIES, RELATIONS, World
+from tasks.tiny.corpora import general, webnlg
+from tasks.tiny.corpora.wording import Chooser
+from tasks.tiny.corpora.world import CATEGORIES, RELATIONS, World
 
 SIZES = {"train": 120, "validation": 12, "test": 60}
 SPLITS = list(SIZES)

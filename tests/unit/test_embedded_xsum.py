@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.embedded import xsum
-from tasks.embedded.wording import sentence
-from tasks.embedded.world import PRICES, RATINGS
 from tasks.metrics.rouge import score
+from tasks.tiny.corpora import xsum
+from tasks.tiny.corpora.wording import sentence
+from tasks.tiny.corpora.world import PRICES, RATINGS
 
 SIZES = {"train": 80, "validation": 10, "test": 40}
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tasks import encoded
-from tasks.embedded.bpe import train_pair_tokenizer
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts, tokenizer_sha256
+from tasks.tiny.bpe import train_pair_tokenizer
 
 TEXTS = [f"row {'x' * (i % 5)} {i}" for i in range(20)]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig, RobertaForMaskedLM
 
 from delta_lora.models import load_tokenizer
-from tasks import mimetic
-from tasks.embedded.general import Statement, statements
-from tasks.embedded.sentences import MOODS, Sentence, damage, sentences
-from tasks.objectives import Denoising, Masked
-from tasks.objectives.base import IGNORED
-from tasks.objectives.masked import _read
-from tasks.pretraining import Pretraining
+from tasks.tiny import mimetic
+from tasks.tiny.corpora.general import Statement, statements
+from tasks.tiny.corpora.sentences import MOODS, Sentence, damage, sentences
+from tasks.tiny.objectives import Causal, Denoising, Masked
+from tasks.tiny.objectives.base import IGNORED
+from tasks.tiny.objectives.masked import _read
+from tasks.tiny.pretraining import Pretraining
 
 SETTINGS = {
     "corpus_seed": 1,
@@ -457,9 +457,15 @@ def test_models_that_cannot_be_initialised(function, model, message):
         (lambda: Denoising(mask_rate=1), "mask_rate=1"),
         (lambda: Denoising(mean_span=0), "mean_span=0"),
         (lambda: Denoising(permuted_share=1.5), "permuted_share=1.5"),
-        (lambda: build_task("denoising", num_statements=3), "0 is allowed for objective=denoising"),
-        (lambda: build_task("masked", num_statements=-3), "0 or more is allowed"),
-        (lambda: build_task("causal", num_sentences=3), "0 is allowed for objective=causal"),
+        (
+            lambda: build_task(Denoising(), num_statements=3),
+            "objective=denoising learns from documents only",
+        ),
+        (lambda: build_task(Masked(), num_statements=-3), "num_statements=-3 .*>= 0"),
+        (
+            lambda: build_task(Causal(), num_sentences=3),
+            "objective=causal learns from documents only",
+        ),
     ],
 )
 def test_bad_settings_are_errors(build, message):
@@ -474,7 +480,7 @@ def test_provenance_counts_statements_and_sentences(masked):
     kinds = {type(group) for group in masked._groups("validation")}
     assert kinds == {list, Statement, Sentence}
     other = build_task(
-        "masked",
+        Masked(),
         num_statements=200,
         num_validation_statements=19,
         num_sentences=200,

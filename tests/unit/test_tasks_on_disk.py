@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from delta_lora.protocols import Batch
 from scripts.runs.composition import compose
 from tasks import encoded
-from tasks.data import Release
-from tasks.embedded import e2e, glue, webnlg, xsum
-from tasks.embedded.bpe import train_pair_tokenizer, train_tokenizer
 from tasks.generation import BeamSearch, Seq2SeqBeamSearch
+from tasks.sources import Release
+from tasks.tiny.bpe import train_pair_tokenizer, train_tokenizer
+from tasks.tiny.corpora import e2e, glue, webnlg, xsum
 
 SIZES = {"train": 30, "validation": 14, "test": 16}
 #: an encoder with one text or with two, with classes or numbers; an encoder-decoder; decoders.
@@ -243,7 +243,7 @@ def test_glue_reads_the_same_rows_from_the_hub_and_from_files(tmp_path: Path) ->
         sums[f"mnli/{path.name}"] = encoded._sha256(path)
     cfg = compose(["experiment=glue/mnli", "method=lora"]).task
     task = instantiate(cfg, cache_dir=str(tmp_path / "cache"))
-    task.release = Release("owner/name", "0" * 40, "http://127.0.0.1:9", sums)
+    task.source.release = Release("owner/name", "0" * 40, "http://127.0.0.1:9", sums)
     task.load()
     for split in ("train", "validation"):
         assert task.inputs(split) == plain.inputs(split)

@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tasks.embedded.wording import Chooser, article, listing, sentence, tokenise
-from tasks.embedded.world import Entity, make_entity
+from tasks.tiny.corpora.wording import Chooser, article, listing, sentence, tokenise
+from tasks.tiny.corpora.world import Entity, make_entity
 
 #: official slot -> (key in microsoft/LoRA's contexts, attribute of a venue), in the order of both.
 SLOTS: dict[str, tuple[str, str]] = {

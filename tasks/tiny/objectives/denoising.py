@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from delta_lora.checks import check_integer, check_real
 from delta_lora.protocols import Batch
 from tasks import seq2seq
-from tasks.embedded.bpe import train_pair_tokenizer
-from tasks.mimetic import initialise_encoder_decoder
-from tasks.objectives.base import Group, Objective, only_documents, pack
 from tasks.seq2seq import Pair
+from tasks.tiny.bpe import train_pair_tokenizer
+from tasks.tiny.mimetic import initialise_encoder_decoder
+from tasks.tiny.objectives.base import Group, Objective, only_documents, pack
 
 #: a sentence: up to white space behind a full stop or question mark, or up to the end of a line;
 #: that space stands in front of the next sentence, as in the tokens.
@@ -38,9 +39,11 @@ class Denoising(Objective):
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: a value is no number.
     """
 
     name = "denoising"
+    family = "seq2seq_lm"
 
     def __init__(
         self,
@@ -50,16 +53,12 @@ class Denoising(Objective):
         permuted_share: float = 1.0,
         max_length: int = 512,
     ) -> None:
-        if not 0 < mask_rate < 1:
-            raise ValueError(f"mask_rate={mask_rate}: must be greater than 0 and less than 1")
-        if not mean_span > 0:
-            raise ValueError(f"mean_span={mean_span}: must be greater than 0")
-        if not 0 <= permuted_share <= 1:
-            raise ValueError(f"permuted_share={permuted_share}: must be from 0 to 1")
-        self.mask_rate = mask_rate
-        self.mean_span = mean_span
-        self.permuted_share = permuted_share
-        self.max_length = max_length
+        self.mask_rate = check_real("objective.mask_rate", mask_rate, above=0, below=1)
+        self.mean_span = check_real("objective.mean_span", mean_span, above=0)
+        self.permuted_share = check_real(
+            "objective.permuted_share", permuted_share, at_least=0, at_most=1
+        )
+        self.max_length = check_integer("objective.max_length", max_length, at_least=3)
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like BART's."""
@@ -142,7 +141,7 @@ class Denoising(Objective):
         return seq2seq.seq2seq_loss(model, batch, label_smoothing)
 
     def initialise(self, model: Any, examples: Sequence[Pair]) -> None:
-        """Give `model` the weights of `tasks.mimetic`, with the frequencies of the texts."""
+        """Give `model` the weights of `tasks.tiny.mimetic`, with the frequencies of the texts."""
         tokens = torch.cat([torch.as_tensor(pair.target) for pair in examples])
         counts_V = torch.bincount(tokens, minlength=model.config.vocab_size)
         initialise_encoder_decoder(model, counts_V)

@@ -9,9 +9,9 @@ batch into a summed loss. All that is random in the examples is a function of a 
 position in the corpus, so every process and every session sees the same ones.
 """
 
-from tasks.objectives.base import Group, Objective
-from tasks.objectives.causal import Causal
-from tasks.objectives.denoising import Denoising
-from tasks.objectives.masked import Masked
+from tasks.tiny.objectives.base import Group, Objective
+from tasks.tiny.objectives.causal import Causal
+from tasks.tiny.objectives.denoising import Denoising
+from tasks.tiny.objectives.masked import Masked
 
 __all__ = ["Causal", "Denoising", "Group", "Masked", "Objective"]

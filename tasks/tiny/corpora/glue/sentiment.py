@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 
-from tasks.embedded.glue.facts import Source
-from tasks.embedded.wording import tokenise
+from tasks.tiny.corpora.glue.facts import Source
+from tasks.tiny.corpora.wording import tokenise
 
 _ASPECTS = (
     "food", "kitchen", "staff", "room", "bill", "place", "area", "story", "museum", "river",

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tasks.embedded.general import sequences
-from tasks.embedded.glue.acceptability import write_sentence
-from tasks.embedded.glue.sentiment import write_opinion
+from tasks.tiny.corpora.general import sequences
+from tasks.tiny.corpora.glue.acceptability import write_sentence
+from tasks.tiny.corpora.glue.sentiment import write_opinion
 
 #: kind of sentence -> share.
 SHARES = {"grammar": 0.45, "opinion": 0.4, "document": 0.15}

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.embedded.wording import Chooser, article, sentence
-from tasks.embedded.world import (
+from tasks.tiny.corpora.wording import Chooser, article, sentence
+from tasks.tiny.corpora.world import (
     AREAS,
     CUISINES,
     GOODS,

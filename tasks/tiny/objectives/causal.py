@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-from tasks.embedded.bpe import train_tokenizer
-from tasks.objectives.base import (
+from tasks.tiny.bpe import train_tokenizer
+from tasks.tiny.objectives.base import (
     IGNORED,
     Block,
     Group,
@@ -32,6 +32,7 @@ class Causal(Objective):
     """
 
     name = "causal"
+    family = "causal_lm"
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like GPT-2's."""

@@ -5,8 +5,8 @@ equal length; positions start again with each, so a model reads them as if they 
 matters: with blocks cut from one long stream, names of other documents stand in the way and a tiny
 model does not learn to copy from its context within the same budget.
 
-What a model learns from a block is its objective (`tasks.objectives`). Nothing is predicted: the
-figure of merit is the validation loss.
+What a model learns from a block is its objective (`tasks.tiny.objectives`). Nothing is predicted:
+the figure of merit is the validation loss.
 """
 
 from __future__ import annotations
@@ -20,41 +20,40 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from delta_lora.checks import check_integer
 from delta_lora.protocols import Batch, MetricSpec, Task
-from tasks.embedded.general import sequences, statements
-from tasks.embedded.sentences import sentences
-from tasks.objectives import Causal, Denoising, Group, Masked, Objective
+from tasks.data import of_split
+from tasks.tiny.corpora.general import sequences, statements
+from tasks.tiny.corpora.sentences import sentences
+from tasks.tiny.objectives import Group, Objective
 
 logger = logging.getLogger(__name__)
 
 #: room for the special tokens of a pair and some words.
 MIN_BLOCK_SIZE = 8
-#: name -> objective with its default settings.
-_OBJECTIVES: dict[str, type[Objective]] = {each.name: each for each in (Causal, Masked, Denoising)}
 
 
 class Pretraining(Task):
     """Language modelling on the general corpus.
 
     Args:
-        objective: what is learned from a block; ``causal``, ``masked`` or ``denoising``, or an
-            `Objective` with other settings than its defaults.
-        corpus_seed: seed of the corpus, apart from the seed of the run.
+        objective: what is learned from a block.
         num_documents: training sequences (two documents that belong together count as one).
+        tokenizer_documents: training sequences that the tokenizer is trained on.
+        corpus_seed: seed of the corpus, apart from the seed of the run.
         num_validation_documents: sequences of the same world after those, for the validation loss.
         block_size: tokens of a block, at least 8.
         vocab_size: tokens of the tokenizer that `build_tokenizer` trains.
-        tokenizer_documents: training sequences that the tokenizer is trained on.
-        num_statements: texts with a statement about each (`tasks.embedded.general.statements`)
+        num_statements: texts with a statement about each (`tasks.tiny.corpora.general.statements`)
             among the training sequences, for an objective that learns from them.
         num_validation_statements: the same in the validation split.
-        num_sentences: single sentences (`tasks.embedded.sentences`) among the training sequences,
-            for an objective that learns from them.
+        num_sentences: single sentences (`tasks.tiny.corpora.sentences`) among the training
+            sequences, for an objective that learns from them.
         num_validation_sentences: the same in the validation split.
 
     Raises:
         ValueError: a value outside its range.
-        TypeError: `objective` is neither a name nor an `Objective`.
+        TypeError: `objective` is no `Objective`, or a number is none.
     """
 
     name = "pretraining"
@@ -64,53 +63,46 @@ class Pretraining(Task):
     def __init__(
         self,
         *,
-        objective: str | Objective,
-        corpus_seed: int,
+        objective: Objective,
         num_documents: int,
-        num_validation_documents: int,
-        block_size: int,
-        vocab_size: int,
         tokenizer_documents: int,
+        corpus_seed: int = 0,
+        num_validation_documents: int = 200,
+        block_size: int = 128,
+        vocab_size: int = 1536,
         num_statements: int = 0,
         num_validation_statements: int = 0,
         num_sentences: int = 0,
         num_validation_sentences: int = 0,
     ) -> None:
-        if isinstance(objective, str):
-            if objective not in _OBJECTIVES:
-                raise ValueError(f"objective={objective!r}; allowed: {', '.join(_OBJECTIVES)}")
-            objective = _OBJECTIVES[objective]()
-        elif not isinstance(objective, Objective):
+        if not isinstance(objective, Objective):
             raise TypeError(
-                f"objective={objective!r} is a {type(objective).__name__}; give one of "
-                f"{', '.join(_OBJECTIVES)}, or an object of tasks.objectives"
+                f"task.objective={objective!r} is a {type(objective).__name__}; give Causal(), "
+                "Masked() or Denoising() of tasks.tiny.objectives"
             )
-        if block_size < MIN_BLOCK_SIZE:
-            raise ValueError(f"block_size={block_size}: at least {MIN_BLOCK_SIZE} are needed")
-        counts = {
-            "num_documents": num_documents,
-            "num_validation_documents": num_validation_documents,
-            "tokenizer_documents": tokenizer_documents,
-        }
-        for key, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{key}={value}: at least 1 is needed")
-        more = {
-            "num_statements": num_statements,
-            "num_validation_statements": num_validation_statements,
-            "num_sentences": num_sentences,
-            "num_validation_sentences": num_validation_sentences,
-        }
-        for key, value in more.items():
-            if value < 0 or (value and not objective.uses_verdicts):
-                allowed = "0 or more is" if objective.uses_verdicts else "0 is"
-                raise ValueError(f"{key}={value}: {allowed} allowed for objective={objective.name}")
+        for key, value, least in (
+            ("block_size", block_size, MIN_BLOCK_SIZE),
+            ("num_documents", num_documents, 1),
+            ("num_validation_documents", num_validation_documents, 1),
+            ("tokenizer_documents", tokenizer_documents, 1),
+            ("num_statements", num_statements, 0),
+            ("num_validation_statements", num_validation_statements, 0),
+            ("num_sentences", num_sentences, 0),
+            ("num_validation_sentences", num_validation_sentences, 0),
+        ):
+            check_integer(f"task.{key}", value, at_least=least)
+            if not least and value and not objective.uses_verdicts:
+                raise ValueError(
+                    f"task.{key}={value}: objective={objective.name} learns from documents only; "
+                    "set it to 0"
+                )
         if tokenizer_documents > num_documents:
             raise ValueError(
-                f"tokenizer_documents={tokenizer_documents} is more than "
-                f"num_documents={num_documents}; lower the first or raise the second"
+                f"task.tokenizer_documents={tokenizer_documents} is more than "
+                f"task.num_documents={num_documents}; lower the first or raise the second"
             )
         self.objective = objective
+        self.family = objective.family
         self.corpus_seed = corpus_seed
         self.num_documents = num_documents
         self.num_validation_documents = num_validation_documents
@@ -145,11 +137,7 @@ class Pretraining(Task):
         )  # fmt: skip
 
     def _groups(self, split: str) -> list[Group]:
-        if not self._sequences:
-            raise RuntimeError("the task is not loaded; call load() first")
-        if split not in self._sequences:
-            raise ValueError(f"split={split!r}; allowed: {', '.join(self._sequences)}")
-        return self._sequences[split]
+        return of_split(self._sequences, split)
 
     def provenance(self) -> dict[str, Any]:
         """Return the corpus seed, a hash of all documents, and the number of each split."""

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delta_lora.checks import check_real
 from delta_lora.protocols import Batch
-from tasks.embedded.bpe import PAIR_TOKENS, train_pair_tokenizer
-from tasks.embedded.general import Statement
-from tasks.embedded.sentences import Sentence, damage
 from tasks.language_modeling import unwrap
-from tasks.mimetic import initialise_encoder
-from tasks.objectives.base import (
+from tasks.tiny.bpe import PAIR_TOKENS, train_pair_tokenizer
+from tasks.tiny.corpora.general import Statement
+from tasks.tiny.corpora.sentences import Sentence, damage
+from tasks.tiny.mimetic import initialise_encoder
+from tasks.tiny.objectives.base import (
     IGNORED,
     Block,
     Group,
@@ -49,9 +50,9 @@ class Masked(Objective):
     sentence-pair task could be adapted from would make every method look alike.
 
     Nor is a `Sentence` masked. At every token of an opinion the model names its mood. Of the other
-    sentences one half is damaged (`tasks.embedded.sentences.damage`), and at every token, and at
-    the first one for the whole sentence, the model says whether it is in place, with the same two
-    labels as for statements (as ELECTRA and StructBERT ask it). Otherwise the first token of a
+    sentences one half is damaged (`sentences.damage`), and at every token, and at the first one for
+    the whole sentence, the model says whether it is in place, with the same two labels as for
+    statements (as ELECTRA and StructBERT ask it). Otherwise the first token of a
     single sentence, which classification reads, would look at nothing but itself.
 
     A block holds several sequences; a mask of (B, 1, T, T) keeps them apart.
@@ -62,17 +63,18 @@ class Masked(Objective):
 
     Raises:
         ValueError: a rate outside its range.
+        TypeError: a rate is no number.
     """
 
     name = "masked"
+    family = "masked_lm"
     uses_verdicts = True
 
     def __init__(self, *, mask_rate: float = 0.15, pair_mask_rate: float = 0.3) -> None:
-        for key, rate in (("mask_rate", mask_rate), ("pair_mask_rate", pair_mask_rate)):
-            if not 0 < rate < 1:
-                raise ValueError(f"{key}={rate}: must be greater than 0 and less than 1")
-        self.mask_rate = mask_rate
-        self.pair_mask_rate = pair_mask_rate
+        self.mask_rate = check_real("objective.mask_rate", mask_rate, above=0, below=1)
+        self.pair_mask_rate = check_real(
+            "objective.pair_mask_rate", pair_mask_rate, above=0, below=1
+        )
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like RoBERTa's, with a segment for each text of a pair."""
@@ -167,7 +169,7 @@ class Masked(Objective):
         )
 
     def initialise(self, model: Any, examples: Sequence[Block]) -> None:
-        """Give `model` the weights of `tasks.mimetic`, with the frequencies of the labels."""
+        """Give `model` the weights of `tasks.tiny.mimetic`, with the frequencies of the labels."""
         labels = torch.cat([block.labels for block in examples])
         counts_V = torch.bincount(labels[labels != IGNORED], minlength=model.config.vocab_size)
         initialise_encoder(model, counts_V)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import NamedTuple
 
-from tasks.embedded.wording import Chooser, article, listing, sentence, tokenise
-from tasks.embedded.world import CATEGORIES, Entity, World
+from tasks.tiny.corpora.wording import Chooser, article, listing, sentence, tokenise
+from tasks.tiny.corpora.world import CATEGORIES, Entity, World
 
 #: entities of each category in the world that a corpus talks about.
 WORLD_SIZE = 400

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 
-from tasks.embedded.glue.facts import Source
-from tasks.embedded.wording import sentence
-from tasks.embedded.world import (
+from tasks.tiny.corpora.glue.facts import Source
+from tasks.tiny.corpora.wording import sentence
+from tasks.tiny.corpora.world import (
     AREAS,
     CUISINES,
     GOODS,

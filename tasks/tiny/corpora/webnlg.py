@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.embedded.wording import Chooser, article
-from tasks.embedded.world import CATEGORIES, RELATIONS, Entity, World
+from tasks.tiny.corpora.wording import Chooser, article
+from tasks.tiny.corpora.world import CATEGORIES, RELATIONS, Entity, World
 
 FILES = {"train": "train.json", "validation": "dev.json", "test": "test.json"}
 #: categories of train and of one half of test, and those of the other half.

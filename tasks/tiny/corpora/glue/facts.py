@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tasks.embedded.wording import Chooser, article
-from tasks.embedded.world import CATEGORIES, Entity, make_entity
+from tasks.tiny.corpora.wording import Chooser, article
+from tasks.tiny.corpora.world import CATEGORIES, Entity, make_entity
 
 #: i-th wording is this much as likely as the one before.
 SKEW = 0.8

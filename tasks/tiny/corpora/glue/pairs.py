@@ -7,7 +7,7 @@ two of them are the same.
 
 from __future__ import annotations
 
-from tasks.embedded.glue.facts import Source
+from tasks.tiny.corpora.glue.facts import Source
 
 #: one row: the texts, then the label as the file has it
 Row = tuple[str, ...]

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.embedded.glue.acceptability import cola
-from tasks.embedded.glue.facts import Source
-from tasks.embedded.glue.pairs import mnli, mrpc, qnli, qqp, rte, stsb
-from tasks.embedded.glue.sentiment import sst2
-from tasks.embedded.world import CATEGORIES
+from tasks.tiny.corpora.glue.acceptability import cola
+from tasks.tiny.corpora.glue.facts import Source
+from tasks.tiny.corpora.glue.pairs import mnli, mrpc, qnli, qqp, rte, stsb
+from tasks.tiny.corpora.glue.sentiment import sst2
+from tasks.tiny.corpora.world import CATEGORIES
 
 #: categories of MNLI's mismatched dev file only; the training file has the others
 MISMATCHED_CATEGORIES = ("shop", "museum")

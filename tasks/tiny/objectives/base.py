@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora.protocols import Batch
-from tasks.embedded.general import Statement
-from tasks.embedded.sentences import Sentence
+from tasks.tiny.corpora.general import Statement
+from tasks.tiny.corpora.sentences import Sentence
 
 T = TypeVar("T")
 #: what stands together in the corpus.
@@ -64,6 +64,8 @@ class Objective(ABC):
 
     #: key in records.
     name: str
+    #: family of models that learn from it, see `Task.family`.
+    family: str
     #: whether it can learn from a `Statement` and a `Sentence`.
     uses_verdicts = False
 
