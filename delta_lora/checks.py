@@ -7,8 +7,9 @@ yaml file that would change a result without a word.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 
@@ -114,3 +115,12 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> str:
         allowed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}")
     return value
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x' or 'y'? " for the names of `known` that are spelt like `name`.
+
+    Empty where there is none; otherwise it ends with a space, so that what is allowed can follow.
+    """
+    found = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(map(repr, found))}? " if found else ""

@@ -235,28 +235,19 @@ class Trainer:
         """Return the optimiser over the method's groups, each split by `no_decay`.
 
         Raises:
-            ValueError: nothing trains, or two optimisers are asked for.
+            ValueError: nothing trains.
         """
         groups = split_by_decay(method.param_groups(model), self.weight_decay, self.no_decay)
         if not groups:
             raise ValueError("the method trains no parameter; check its settings")
-        own = method.make_optimizer(groups)
-        if own is None:
-            return make_optimizer(
-                self.optimizer_name,
-                groups,
-                betas=self.adam_betas,
-                epsilon=self.adam_epsilon,
-                momentum=self.momentum,
-                has_loss_scaler=self.precision == "fp16",
-            )
-        if self.optimizer_name != "adamw":
-            raise ValueError(
-                f"trainer.optimizer={self.optimizer_name}, but this method brings its own "
-                f"({type(own).__name__}); leave trainer.optimizer as it is, or take another "
-                "method"
-            )
-        return own
+        return make_optimizer(
+            self.optimizer_name,
+            groups,
+            betas=self.adam_betas,
+            epsilon=self.adam_epsilon,
+            momentum=self.momentum,
+            has_loss_scaler=self.precision == "fp16",
+        )
 
     # ------------------------------------------------------------------ the loop
 

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from delta_lora import delta
 from delta_lora.checkpoint import sha256_file, write_json, write_tensors
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
 from delta_lora.integrations.peft_layers import (
@@ -55,11 +56,10 @@ from delta_lora.integrations.peft_layers import (
     forget_compiled_code,
     sample_weights,
 )
-from delta_lora.peft_folder import import_peft, stack_factors, write_peft_folder
+from delta_lora.peft_folder import import_peft, write_peft_folder
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("in_place", "closed_form")
 #: folder of the callback in a checkpoint; `Trainer` takes a folder that itself holds an adapter for
 #: one more adapter of the model, so the export of a checkpoint is one level deeper.
 FOLDER = "delta_lora"
@@ -89,8 +89,8 @@ class DeltaLoraCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        update_ratio: float = 2.0,
-        start_step: int = 500,
+        update_ratio: float = delta.UPDATE_RATIO,
+        start_step: int = delta.START_STEP,
         form: str = "in_place",
         save_weights: bool = False,
         export_checkpoints: bool = False,
@@ -98,7 +98,7 @@ class DeltaLoraCallback(TrainerCallback):
     ) -> None:
         self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
         self.start_step = check_integer("start_step", start_step, at_least=-1)
-        self.form = check_choice("form", form, FORMS)
+        self.form = check_choice("form", form, delta.FORMS)
         self.save_weights = check_bool("save_weights", save_weights)
         self.export_checkpoints = check_bool("export_checkpoints", export_checkpoints)
         if self.save_weights and self.form != "in_place":
@@ -156,15 +156,9 @@ class DeltaLoraCallback(TrainerCallback):
                 "callback, but Trainer.train starts at step 0; give it to Trainer.train as well"
             )
         check_can_train(self._targets)
-        if self.update_ratio > 0 and self.start_step + 1 >= state.max_steps:
-            logger.warning(
-                "start_step=%d with %d steps in all: W is updated at steps above start_step, "
-                "counted from 0, so the update never fires and the run is LoRA; choose "
-                "start_step <= %d",
-                self.start_step,
-                state.max_steps,
-                state.max_steps - 2,
-            )
+        steps = state.max_steps
+        if delta.never_updates(steps, self.update_ratio, self.start_step):
+            logger.warning(delta.NEVER_UPDATES, self.start_step, steps, steps - 2)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -178,7 +172,7 @@ class DeltaLoraCallback(TrainerCallback):
             if self._num_updates == 0:
                 target.first = target.copy_factors()
             if self.form == "in_place":
-                target.last = target.copy_factors()
+                target.keep()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,9 +194,7 @@ class DeltaLoraCallback(TrainerCallback):
         if self._updates_now():
             for target in self._targets:
                 if self.form == "in_place":
-                    assert target.last is not None
-                    target.add_to_weight(target.factors, target.last, self.update_ratio)
-                    target.last = target.copy_factors()
+                    target.add_to_weight(self.update_ratio)
                 elif self._num_updates == 0:
                     target.add_forward_term(self.update_ratio)
             if self.form == "closed_form" and self._num_updates == 0:
@@ -261,7 +253,7 @@ class DeltaLoraCallback(TrainerCallback):
             )
 
     def _updates_now(self) -> bool:
-        return self.update_ratio > 0 and self._num_steps > self.start_step
+        return delta.updates_at(self._num_steps, self.update_ratio, self.start_step)
 
     def _check_hooks(self, state: TrainerState) -> None:
         num_steps = state.global_step - self._first_global_step
@@ -300,7 +292,7 @@ class DeltaLoraCallback(TrainerCallback):
         peft = import_peft()
         adapter = self._targets[0].adapter
         factors = {
-            t.name: stack_factors(
+            t.name: delta.stack(
                 t.factors,
                 t.first if t.first is not None else t.factors,
                 update_ratio=self.update_ratio,
@@ -413,12 +405,12 @@ class DeltaLoraCallback(TrainerCallback):
                 f"A and B of the model are not those of {checkpoint}; give the folder that "
                 "Trainer.train resumes from to the callback (resume_from_checkpoint=...)"
             )
-        old = [(target, target.first, target.last) for target in self._targets]
+        old = [(target, target.first, target.difference) for target in self._targets]
         had_updates = self._num_updates > 0
         self._num_steps = content["num_steps"]
         self._num_updates = content["num_updates"]
-        for target, old_first, old_last in old:
-            target.first = target.last = None
+        for target, old_first, old_difference in old:
+            target.first, target.difference = None, delta.Difference()
             if self._num_updates > 0:
                 A_RI, B_OR = target.factors
                 first = tensors[f"{target.name}.lora_A"], tensors[f"{target.name}.lora_B"]
@@ -431,11 +423,11 @@ class DeltaLoraCallback(TrainerCallback):
             # W = W_0 + lambda s (B A - B_k A_k), from where W stands now
             if had_updates:
                 assert old_first is not None
-                assert old_last is not None
-                target.add_to_weight(old_first, old_last, self.update_ratio)
+                target.keep(old_difference.new)
+                target.add_to_weight(self.update_ratio, old_first)
             if target.first is not None:
-                target.add_to_weight(target.factors, target.first, self.update_ratio)
-                target.last = target.copy_factors()
+                target.keep(target.first)
+                target.add_to_weight(self.update_ratio)
             if f"{target.name}.weight" in tensors:
                 with torch.no_grad():
                     target.weight.copy_(tensors[f"{target.name}.weight"])

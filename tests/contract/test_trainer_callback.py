@@ -17,11 +17,12 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
+from delta_lora.delta import stack
 from delta_lora.draws import step_indices
 from delta_lora.integrations import DeltaLoraCallback, peft_layers, trainer_callback
 from delta_lora.integrations.peft_layers import LoraTarget
 from delta_lora.methods.delta_lora import DeltaLora
-from delta_lora.peft_folder import stack_factors, write_peft_folder
+from delta_lora.peft_folder import write_peft_folder
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer
 from tests.contract.models import gpt2
@@ -425,9 +426,12 @@ class TestKnownMistakes:
         start, final = reference(K=1, num_steps=12)
         assert_same(self.short_run(tmp_path, start), final)
         monkeypatch.setattr(
+            LoraTarget, "keep", lambda self: setattr(self, "old", self.copy_factors())
+        )
+        monkeypatch.setattr(
             LoraTarget,
             "add_to_weight",
-            lambda self, new, old, ratio: self.weight.add_(change(*new, *old)),
+            lambda self, ratio: self.weight.add_(change(*self.factors, *self.old)),
         )
         with pytest.raises(AssertionError, match=r"query|value"):
             assert_same(self.short_run(tmp_path, start), final, 1e-6)
@@ -521,7 +525,8 @@ def test_gradients_of_a_b_and_x_are_those_of_the_in_place_form(build):
     target.add_forward_term(RATIO)
     closed = outcome()
     target.remove_forward_term()
-    target.add_to_weight(target.factors, target.first, RATIO)
+    target.keep(target.first)
+    target.add_to_weight(RATIO)
     in_place = outcome()
     for a, b in zip(closed, in_place, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
@@ -703,7 +708,7 @@ def test_export_needs_the_model_that_was_trained(tmp_path):
 def test_the_factors_of_the_export_are_the_closed_form():
     draw = torch.Generator().manual_seed(0)
     A, B, A_k, B_k = (torch.randn(s, generator=draw, dtype=F64) for s in 2 * [(2, 7), (5, 2)])
-    A_2r, B_2r = stack_factors((A, B), (A_k, B_k), update_ratio=RATIO, scaling=SCALING)
+    A_2r, B_2r = stack((A, B), (A_k, B_k), update_ratio=RATIO, scaling=SCALING)
     assert (A_2r.shape, B_2r.shape) == ((4, 7), (5, 4))
     expected = (1 + RATIO) * SCALING * B @ A - RATIO * SCALING * B_k @ A_k
     torch.testing.assert_close(B_2r @ A_2r, expected, atol=1e-14, rtol=0)

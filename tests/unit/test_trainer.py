@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.draws import step_indices
-from delta_lora.methods.full_sgd import FullSgd
+from delta_lora.methods.full import Full
 from delta_lora.optimization import schedule_factor
 from delta_lora.result import FitResult
 from delta_lora.trainer import Trainer
@@ -162,13 +162,14 @@ def test_every_optimiser_goes_its_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_full_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
+def test_full_fine_tuning_by_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
     """Decay 0.1 but for biases, warm-up of 3 steps, linear decay: written out step by step."""
     task = ToyTask()
     task.load()
-    method, model = FullSgd(learning_rate=0.05, momentum=momentum), toy_model()
+    method, model = Full(learning_rate=0.05), toy_model()
     method.inject(model, projections=None, head=(), total_steps=20, seed=1)
-    trainer = Trainer(**{**SETTINGS, "no_decay": ["bias"]})
+    by_sgd = {"optimizer": "sgd", "momentum": momentum, "no_decay": ["bias"]}
+    trainer = Trainer(**{**SETTINGS, **by_sgd})
     trainer.fit(
         model, method=method, task=task, train=task.examples("train"),
         validation=task.examples("validation"), seed=1, folder=tmp_path,
@@ -190,13 +191,6 @@ def test_full_sgd_is_sgd_by_hand(momentum: float, tmp_path: Path) -> None:
                 p -= rate * velocity[name]
     assert not torch.equal(weights(twin), weights(toy_model()))
     torch.testing.assert_close(weights(model), weights(twin), atol=1e-6, rtol=1e-5)
-
-
-def test_two_optimisers_are_refused() -> None:
-    method = FullSgd(learning_rate=0.05)
-    trainer = Trainer(**{**SETTINGS, "optimizer": "adafactor"})
-    with pytest.raises(ValueError, match=r"optimizer=adafactor, but this method brings .*SGD"):
-        trainer.optimizer(toy_model(), method)
 
 
 @pytest.mark.parametrize(
