@@ -495,7 +495,7 @@ def test_a_method_that_trains_nothing_is_refused():
     [
         ({"peft_type": "LORRA"}, ValueError, r"unknown peft.peft_type='LORRA'; did you mean 'LO"),
         ({}, TypeError, "peft.peft_type=None is no text; use one of ADAMSS, BEFT"),
-        ({"peft_type": "LORA", "rank": 4}, ValueError, "unknown key peft.rank of LORA.*Known: "),
+        ({"peft_type": "LORA", "rank": 4}, ValueError, "unknown key peft.rank of LORA.*known: "),
         ({"peft_type": "IA3", "target_module": []}, ValueError, "did you mean 'target_modules'"),
         ({"peft_type": "adalora"}, ValueError, "cannot be trained here: .*method=adalora"),
         ({"peft_type": "LORA", "modules_to_save": ["x"]}, ValueError, "task.head"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_the_difference_is_added_to_w_step_after_step(is_transposed: bool) -> No
     steps = [factors(seed) for seed in range(4)]
     W = torch.zeros((IN, OUT) if is_transposed else (OUT, IN), dtype=F64)
     difference = delta.Difference()
-    for old, new in zip(steps, steps[1:], strict=False):
+    for old, new in pairwise(steps):
         difference.keep(old, like=W)
         difference.add_to(W, new, factor=0.5, is_transposed=is_transposed)
         assert all(torch.equal(a, b) for a, b in zip(difference.new, new, strict=True))
