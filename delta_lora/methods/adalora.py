@@ -91,7 +91,7 @@ class AdaLora(LowRankMethod):
     """AdaLoRA on W_Q and W_V.
 
     Defaults: ranks, `beta1` and `beta2` are those of PEFT's `AdaLoraConfig` (the paper's first
-    budget is 1.5 times the last one too); `orth_reg_weight` is that of most of the released scripts;
+    budget is 1.5 times the last one too), `orth_reg_weight` that of most of the released scripts;
     fractions and `interval` lie within what those scripts have (t_init 7.5 to 18 % and t_final 31
     to 58 % of the run, an allocation every 1 to 100 steps); rate and `alpha` are ours.
 

@@ -172,13 +172,15 @@ def _similarities(built: Built, merged: Any) -> Any:
 
 def _write_adapter(cfg: DictConfig, plan: Plan, built: Built, method: Any, step: int) -> str:
     """Write every parameter that the run changed; return their checksum."""
-    from delta_lora import adapter
+    from delta_lora import adapter_file, methods
 
-    return adapter.write(
+    settings: Any = OmegaConf.to_container(cfg.method, resolve=True)
+    del settings["_target_"]
+    return adapter_file.write(
         (plan.folder / ADAPTER).parent,
         method.updated_tensors(built.model),
         {
-            "method": OmegaConf.to_container(cfg.method, resolve=True),
+            "method": methods.describe(type(method), settings),
             "seed": cfg.seed,
             "base": built.base,
             "facts": method.describe(),

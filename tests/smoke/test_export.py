@@ -21,7 +21,7 @@ def test_a_run_loads_and_exports(
     cfg = cell.compose(small("method=delta_lora"))
     record = cell.run(cfg)
     folder = cell.run_dir(cfg)
-    model = delta_lora.load(folder)
+    model = delta_lora.load(folder).model
     assert isinstance(model, tf.GPT2LMHeadModel)
     (tmp_path / "of_somebody_else").mkdir()
     assert export.main([str(folder), "--output", str(tmp_path)]) == 0
@@ -94,7 +94,7 @@ def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
     record = cell.run(cfg)
     assert record["training"]["method"]["num_weight_updates"] == 4
     assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
-    model = delta_lora.load(cell.run_dir(cfg))
+    model = delta_lora.load(cell.run_dir(cfg)).model
     layer = model.transformer.h[0].attn.c_attn
     assert layer.weight.dtype == torch.bfloat16
     assert layer.query.is_active
