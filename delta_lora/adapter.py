@@ -156,7 +156,7 @@ class Adapter:
                 "with adapter.save(folder), or the whole model with: with adapter.merged() as "
                 "model: model.save_pretrained(folder)"
             )
-        type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[operator]
+        type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, how many more the method changes itself, and of all."""

@@ -14,7 +14,7 @@ leave it as it is, and loading weights raises it.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -54,8 +54,7 @@ class StepWatch:
 
     def _begin(self) -> None:
         self._trains: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        _watches.add(self)
-        _listen()
+        listen(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_trains"}
@@ -101,7 +100,8 @@ class StepWatch:
             return
         raise RuntimeError(self._suspicion.format(name=self.name) + _ADVICE)
 
-    def _see(self, optimizer: Optimizer) -> None:
+    def see(self, optimizer: Optimizer) -> None:
+        """Take notice of an optimiser step of this process."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if optimizer not in self._trains:
             own = {id(p) for p in self.model.parameters() if p.requires_grad}
@@ -115,16 +115,24 @@ class StepWatch:
         self._found_inf = found.detach() if isinstance(found, Tensor) else None
 
 
-_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
+class Listener(Protocol):
+    """What is told of every optimiser step of this process."""
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Take notice of a step that `optimizer` has taken."""
+
+
+_listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
 _handles: list[Any] = []
 
 
-def _listen() -> None:
-    """Ask torch to tell of every optimiser step of this process, once."""
+def listen(listener: Listener) -> None:
+    """Tell `listener` of every optimiser step of this process, as long as it is used elsewhere."""
+    _listeners.add(listener)
     if not _handles:
         _handles.append(register_optimizer_step_post_hook(_after_any_step))
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for watch in list(_watches):
-        watch._see(optimizer)
+    for listener in list(_listeners):
+        listener.see(optimizer)

@@ -264,7 +264,7 @@ def _written(model: Any, method: Any, optimizer: Any, *, has_checkpoint: bool) -
             checkpoint.save(path / "checkpoints", 1, tensors=parts, state={"optimizer": plain})
             found["checkpoint"] = _folder_bytes(path / "checkpoints")
             checkpoint.remove(path / "checkpoints")
-        base = {"source": None, "head": [], "projections": None}
+        base: dict[str, Any] = {"source": None, "head": [], "projections": None}
         described = {"method": {}, "seed": 1, "base": base, "facts": method.describe()}
         adapter_file.write(path / "adapter", updated, described)
         return {**found, "adapter": _folder_bytes(path / "adapter")}

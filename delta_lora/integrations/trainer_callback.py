@@ -32,23 +32,21 @@ Details:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from delta_lora import delta
-from delta_lora.checkpoint import sha256_file, write_json, write_tensors
+from delta_lora import delta, step_watch
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.integrations import callback_state
+from delta_lora.integrations.callback_state import FOLDER, STATE
 from delta_lora.integrations.peft_layers import (
     LoraTarget,
     check_can_train,
@@ -60,11 +58,23 @@ from delta_lora.peft_folder import import_peft, write_peft_folder
 
 logger = logging.getLogger(__name__)
 
-#: folder of the callback in a checkpoint; `Trainer` takes a folder that itself holds an adapter for
-#: one more adapter of the model, so the export of a checkpoint is one level deeper.
-FOLDER = "delta_lora"
-EXPORT = "adapter"
-STATE, TENSORS = "state.json", "tensors.safetensors"
+
+class _Unused:
+    """Says once that something is trained while the callback is in no `Trainer`."""
+
+    def __init__(self) -> None:
+        self._is_said = False
+        step_watch.listen(self)
+
+    def see(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take notice of an optimiser step of this process."""
+        if not self._is_said:
+            self._is_said = True
+            logger.warning(
+                "an optimiser trains, and no Trainer was given the DeltaLoraCallback that was "
+                "made; without it a LoRA stays a plain LoRA: use Trainer(..., "
+                "callbacks=[callback])"
+            )
 
 
 class DeltaLoraCallback(TrainerCallback):
@@ -108,6 +118,7 @@ class DeltaLoraCallback(TrainerCallback):
             )
         self.resume_from_checkpoint = resume_from_checkpoint
         self._targets: list[LoraTarget] = []
+        self._unused: _Unused | None = _Unused()
         self._reset()
 
     @property
@@ -131,6 +142,12 @@ class DeltaLoraCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the loop of Trainer
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notice that a `Trainer` has the callback."""
+        self._unused = None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -142,11 +159,12 @@ class DeltaLoraCallback(TrainerCallback):
             TypeError: the model is no `PeftModel`.
             ValueError: a layer or a setting does not fit Delta-LoRA.
         """
+        self._unused = None
         _check_not_sharded(args)
         self._targets = find_targets(kwargs["model"], in_place=self.form == "in_place")
         self._reset()
         if self.form == "in_place":
-            self._base_digest = _digest(sample_weights(self._targets))
+            self._base_digest = callback_state.digest(sample_weights(self._targets))
         self._first_global_step = state.global_step
         if state.global_step > 0:
             self._resume(args, state)
@@ -163,7 +181,16 @@ class DeltaLoraCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep A and B as they are before the optimiser step."""
+        """Keep A and B as they are before the optimiser step.
+
+        Raises:
+            RuntimeError: the callback came to the `Trainer` when it was training already.
+        """
+        if not self._targets:
+            raise RuntimeError(
+                "the callback was added when the training had begun, so it knows no layer; give it "
+                "to the Trainer (callbacks=[callback], or add_callback) before trainer.train()"
+            )
         self._num_before += 1
         self._loss_scale = _loss_scale(kwargs.get("optimizer"))
         if not self._updates_now():
@@ -336,24 +363,14 @@ class DeltaLoraCallback(TrainerCallback):
                 tensors[f"{target.name}.lora_A"], tensors[f"{target.name}.lora_B"] = target.first
             if self.save_weights:
                 tensors[f"{target.name}.weight"] = target.weight
-        folder, temporary = checkpoint / FOLDER, checkpoint / f".writing-{FOLDER}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write_tensors(temporary / TENSORS, tensors)
-        if self.export_checkpoints:
-            self.export(model, temporary / EXPORT)
-        write_json(
-            temporary / STATE,
-            {
-                "settings": self._settings(),
-                "num_steps": self._num_steps,
-                "num_updates": self._num_updates,
-                "factors_digest": self._factors_digest(),
-                "tensors_sha256": sha256_file(temporary / TENSORS),
-            },
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        content = {
+            "settings": self._settings(),
+            "num_steps": self._num_steps,
+            "num_updates": self._num_updates,
+            "factors_digest": self._factors_digest(),
+        }
+        export = partial(self.export, model) if self.export_checkpoints else None
+        callback_state.write(checkpoint, content, tensors, export=export)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Restore the state from the checkpoint that `Trainer` has loaded the adapter from."""
@@ -381,7 +398,7 @@ class DeltaLoraCallback(TrainerCallback):
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring counters, A_k, B_k and W to `checkpoint`, whose A and B the model holds already."""
-        content, tensors = _read(checkpoint)
+        content, tensors = callback_state.read(checkpoint)
         settings = json.loads(json.dumps(self._settings()))
         theirs = content["settings"]
         differing = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
@@ -435,32 +452,9 @@ class DeltaLoraCallback(TrainerCallback):
             forget_compiled_code()
 
     def _factors_digest(self) -> str:
-        return _digest(tensor for target in self._targets for tensor in target.factors)
-
-
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON state and the tensors in a checkpoint."""
-    folder = checkpoint / FOLDER
-    advice = "resume from another checkpoint"
-    if not (folder / STATE).is_file() or not (folder / TENSORS).is_file():
-        raise RuntimeError(
-            f"{folder} lacks {STATE} or {TENSORS}, so the state of Delta-LoRA is unknown; {advice}"
+        return callback_state.digest(
+            tensor for target in self._targets for tensor in target.factors
         )
-    try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RuntimeError(f"{folder / STATE} is damaged ({error}); {advice}") from error
-    if sha256_file(folder / TENSORS) != content["tensors_sha256"]:
-        raise RuntimeError(f"{folder / TENSORS} is damaged (its checksum differs); {advice}")
-    return content, load_file(folder / TENSORS)
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """Return the sha256 of values; the same for equal values in wider types."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _loss_scale(optimizer: Any) -> float | None:

@@ -29,7 +29,7 @@ def method_class(name: str) -> type[Method]:
         importlib.import_module(f"{__name__}.{name}")
     found: dict[tuple[str, str], type[Method]] = {}
     others = set()
-    for kind in _subclasses(Method):
+    for kind in _subclasses(Method):  # type: ignore[type-abstract]
         if (its_name := vars(kind).get("name")) == name:
             # A class that was defined again (a notebook's cell) takes the place of the former one.
             found[kind.__module__, kind.__qualname__] = kind

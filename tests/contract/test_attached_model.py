@@ -140,7 +140,7 @@ def test_a_setting_cannot_be_called_name():
 
     assert issubclass(Named, Method)
     with pytest.raises(TypeError, match="has a setting 'name'"):
-        attached(method="named", name="y")
+        attached(method="named")
 
 
 # ---------------------------------------------------------------------- files

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import delta_lora
-from delta_lora.step_watch import _watches
+from delta_lora.step_watch import _listeners
 from tests.contract.models import CASES, inputs, loss
 
 OPTIMIZERS = {
@@ -289,8 +289,8 @@ def test_what_is_no_longer_used_is_forgotten():
     adapter = attached("mlp")
     one_step(adapter, torch.optim.AdamW(adapter.param_groups()))
     model = weakref.ref(adapter.model)
-    num_watched = len(_watches)
+    num_watched = len(_listeners)
     del adapter
     gc.collect()
     assert model() is None
-    assert len(_watches) < num_watched
+    assert len(_listeners) < num_watched

@@ -917,6 +917,33 @@ def test_a_run_without_any_hook_is_void_at_its_end():
 # ---------------------------------------------------------------------- importing
 
 
+def test_a_callback_that_no_trainer_was_given_is_said_when_something_trains(tmp_path, caplog):
+    callback, other = delta(), delta()
+    model = lora_model()
+    trainer = trainer_of(tmp_path, model, other, num_steps=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [r for r in caplog.records if "no Trainer was given" in r.getMessage()]
+    assert len(said) == 1, "once, and not for the one that it has"
+    with pytest.raises(RuntimeError, match="did not train"):
+        callback.export(model, tmp_path / "export")
+    del callback
+    caplog.clear()
+    trainer_of(tmp_path, lora_model(), tf.TrainerCallback(), num_steps=1).train()
+    assert "no Trainer was given" not in caplog.text
+
+
+def test_a_callback_that_comes_when_training_has_begun_is_refused(tmp_path):
+    class Late(tf.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                trainer.add_callback(delta())
+
+    trainer = trainer_of(tmp_path, lora_model(), Late(), num_steps=3)
+    with pytest.raises(RuntimeError, match=r"added when the training had begun.*before"):
+        trainer.train()
+
+
 def test_importing_is_quick_and_quiet():
     code = (
         "import sys, delta_lora.integrations as i; assert 'DeltaLoraCallback' in i.__all__; "
