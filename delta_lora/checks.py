@@ -10,10 +10,11 @@ result without a word.
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
@@ -256,3 +257,10 @@ def check_texts(name: str, value: Sequence[str]) -> tuple[str, ...]:
             "write a list, for example ['bias']"
         )
     return tuple(value)
+def near(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x' or 'y'? " for the names of `known` that are spelt like `name`.
+
+    Empty where there is none; otherwise it ends with a space, so that what is allowed can follow.
+    """
+    found = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(map(repr, found))}? " if found else ""

@@ -21,19 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from delta_lora import adapter
+from delta_lora import adapter_file
+from delta_lora.adapter import Adapter, put
 from delta_lora.checks import check_integer
+from delta_lora.families import FAMILIES
 from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
 from delta_lora.peft_folder import import_peft, write_peft_folder
 from delta_lora.projections import Projection, find_projections
 
 #: what PEFT puts before the name of a layer.
 _PREFIX = "base_model.model."
-_TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "seq2seq_lm": "SEQ_2_SEQ_LM",
-    "sequence_classification": "SEQ_CLS",
-}
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,16 @@ def export_peft(
     peft = import_peft()
     if rank is not None:
         check_integer("rank", rank, at_least=1)
-    source = adapter.find_folder(path)
-    description = adapter.read_description(source)
+    source = adapter_file.find_folder(path)
+    description = adapter_file.read_description(source)
     trained, plain = _trained_and_plain(source, base, settings)
     layers = changes(trained, plain, description, rank=rank)
-    heads = description["base"]["head"]
+    heads, family = description["base"]["head"], description["base"]["family"]
     config = peft.LoraConfig(
         target_modules=list(layers),
         modules_to_save=list(heads) or None,
         fan_in_fan_out=not all(isinstance(plain.get_submodule(n), nn.Linear) for n in layers),
-        task_type=_TASK_TYPES.get(description["base"]["family"]),
+        task_type=FAMILIES[family].peft_task if family in FAMILIES else None,
         base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
     )
     folder = Path(folder)
@@ -132,7 +129,7 @@ def export_peft(
         },
         others={
             f"{_PREFIX}{name}": tensor
-            for name, tensor in _saved_whole(trained, description["base"]["family"], heads).items()
+            for name, tensor in _saved_whole(trained.model, family, heads).items()
         },
     )
     return PeftExport(
@@ -166,21 +163,21 @@ def export_merged(
         ValueError: the weights are narrower than the change and cannot hold it, or the method
             (prompt tuning, for one) has none that could be merged.
     """
-    source = adapter.find_folder(path)
+    source = adapter_file.find_folder(path)
     if isinstance(base, nn.Module):
         model = copy.deepcopy(base)
     else:
-        model = adapter.load_base(adapter.read_description(source), source, source=base)
-    names = model.state_dict().keys()
-    adapter.put(model, source, settings=settings)
+        model = adapter_file.load_base(adapter_file.read_description(source), source, source=base)
+    names = frozenset(model.state_dict())
+    adapter = put(model, source, settings=settings)
     model.eval()
     save = getattr(model, "save_pretrained", None)
     if save is None:
         raise TypeError(
             f"{type(model).__name__} has no save_pretrained; within "
-            "delta_lora.adapter_of(model).merged() its state_dict is the merged one"
+            "delta_lora.load(path).merged() its state_dict is the merged one"
         )
-    with adapter.adapter_of(model).merged() as merged:
+    with adapter.merged() as merged:
         if any(isinstance(module, LowRankLinear) for module in merged.modules()):
             raise ValueError(
                 "the weights of the base are narrower than float32 and would round the learned "
@@ -196,7 +193,7 @@ def export_merged(
 
 
 def changes(
-    trained: nn.Module, plain: nn.Module, description: Mapping[str, Any], *, rank: int | None = None
+    trained: Adapter, plain: nn.Module, description: Mapping[str, Any], *, rank: int | None = None
 ) -> dict[str, Factors]:
     """Return what training changed in every adapted layer, as factors.
 
@@ -212,7 +209,7 @@ def changes(
     """
     base = description["base"]
     found = find_projections(plain, base["projections"], exclude=base["head"])
-    with adapter.adapter_of(trained).merged() as merged:
+    with trained.merged() as merged:
         _refuse_other_changes(merged, plain, found, base["head"])
         after = {
             p.name: _weight(merged.get_submodule(p.layer), p)
@@ -221,7 +218,7 @@ def changes(
         }
     branches = {
         branch.projection.name: branch
-        for module in trained.modules()
+        for module in trained.model.modules()
         if isinstance(module, LowRankLinear)
         for branch in module.branches
     }
@@ -236,7 +233,7 @@ def changes(
                 parts.append(_Part(p, *_dense(change, rank, p), lost=0.0))
                 continue
             left, right = _branch_factors(branch)
-            moved = _moved(trained.get_submodule(layer).base_layer, base_layer, p)
+            moved = _moved(trained.model.get_submodule(layer).base_layer, base_layer, p)
             lost = 0.0
             if moved is not None:
                 # Written in place: W_T - W_0 is of rank 2r with B A in it, up to rounding.
@@ -244,7 +241,7 @@ def changes(
                 left, right = _truncate(change, 2 * branch.rank)
                 lost = float((change - left @ right).norm())
             parts.append(_Part(p, left, right, lost))
-        layers[layer] = _stack(parts, rank)
+        layers[layer] = _whole_layer(parts, rank)
     return layers
 
 
@@ -252,16 +249,17 @@ def _trained_and_plain(
     source: Path,
     base: nn.Module | str | Path | None,
     settings: Mapping[str, Any] | None,
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[Adapter, nn.Module]:
     """Return the trained model and the untouched base, neither of them the caller's."""
     if isinstance(base, nn.Module):
         plain, start = copy.deepcopy(base), copy.deepcopy(base)
     else:
-        description = adapter.read_description(source)
-        start = adapter.load_base(description, source, source=base)
+        description = adapter_file.read_description(source)
+        start = adapter_file.load_base(description, source, source=base)
         plain = copy.deepcopy(start)
-    adapter.put(start, source, settings=settings)
-    return start.eval(), plain.eval()
+    trained = put(start, source, settings=settings)
+    start.eval()
+    return trained, plain.eval()
 
 
 def _branch_factors(branch: LowRankBranch) -> tuple[Tensor, Tensor]:
@@ -305,7 +303,7 @@ def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[:, :rank] * root, root[:, None] * Vh[:rank]
 
 
-def _stack(parts: list[_Part], rank: int | None) -> Factors:
+def _whole_layer(parts: list[_Part], rank: int | None) -> Factors:
     """Return the factors of a whole layer from those of its slices."""
     rows = []
     for part in parts:

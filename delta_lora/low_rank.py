@@ -34,7 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.projections import Projection, find_projections, head_parameters
+from delta_lora.projections import (
+    Projection,
+    find_projections,
+    head_parameters,
+    parameter_names,
+)
 
 
 class LowRankBranch(nn.Module):
@@ -165,7 +170,7 @@ def inject_branches(
     rank: int,
     dropout: float,
     seed: int,
-    make_branch: Callable[[Projection, Tensor, torch.Generator], LowRankBranch],
+    make_branch: Callable[..., LowRankBranch],
     weight_dtypes: Sequence[torch.dtype] | None = None,
 ) -> dict[str, LowRankBranch]:
     """Freeze `model`, wrap its projections, let branches and head train.
@@ -181,7 +186,8 @@ def inject_branches(
         rank: the rank, checked against every projection.
         dropout: probability on the input of the branches.
         seed: seed of the run.
-        make_branch: builds the branch of a projection from (projection, weight, generator).
+        make_branch: builds the branch of a projection: ``make_branch(projection, weight=...,
+            generator=...)``, as the constructor of `LowRankBranch` with the rest filled in.
         weight_dtypes: types of W in which the method can write it; None takes any.
 
     Returns:
@@ -225,7 +231,11 @@ def inject_branches(
         base_layer = model.get_submodule(layer_name)
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
-        own = {p.name: make_branch(p, weight, generator) for p in found if p.layer == layer_name}
+        own = {
+            p.name: make_branch(p, weight=weight, generator=generator)
+            for p in found
+            if p.layer == layer_name
+        }
         branches.update(own)
         wrapped = LowRankLinear(base_layer, list(own.values()), dropout=dropout)
         replace_module(model, layer_name, wrapped)
@@ -234,10 +244,7 @@ def inject_branches(
 
 def _refuse_layers_read_elsewhere(model: nn.Module, found: Sequence[Projection]) -> None:
     """Raise where a branch would be passed by, or its change would reach another layer too."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():  # a module of several names counts once
-        for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    owners = parameter_names(model)
     for layer in dict.fromkeys(p.layer for p in found):
         parent_name, _, leaf = layer.rpartition(".")
         parent = model.get_submodule(parent_name)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from delta_lora.families import FAMILIES
 from delta_lora.sources import check_source, looks_local
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: configuration keys of dropout probabilities, over the supported model types.
 DROPOUT_KEYS = (
@@ -71,7 +71,7 @@ def load_model(
     """Return a model with pre-trained weights, or with random ones built from a configuration.
 
     Args:
-        family: which head: one of `FAMILIES`.
+        family: which head: one of `families.FAMILIES`.
         source: hub id or local folder of pre-trained weights (safetensors only); None builds the
             model of `architecture` with random weights, drawn from torch's global generator.
         revision: commit of the hub repository.
@@ -102,12 +102,7 @@ def load_model(
             "the model has neither weights nor an architecture; set model.path, model.hub_id "
             "or model.architecture"
         )
-    auto_class = {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "masked_lm": transformers.AutoModelForMaskedLM,
-        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
-        "sequence_classification": transformers.AutoModelForSequenceClassification,
-    }[family]
+    auto_class: Any = getattr(transformers, FAMILIES[family].auto_class)
     overrides = dict(config_overrides or {})
     if source is None:
         assert architecture is not None

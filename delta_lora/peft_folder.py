@@ -1,13 +1,6 @@
-"""Delta-LoRA as a plain LoRA of rank 2r: the factors, and the folder that PEFT reads.
+"""The package PEFT, and the folder in which it reads a LoRA.
 
-Zi et al., arXiv 2309.02411. The updates of Algorithm 1 telescope, so with A_k and B_k as they stood
-before the first update of W the whole change of a layer is
-
-``(1 + update_ratio) * scaling * B_T @ A_T - update_ratio * scaling * B_k @ A_k``,
-
-which is one product of rank 2r on the untouched base.
-
-Shape suffixes: I inputs, O outputs, R rank, S twice the rank.
+Shape suffixes: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
@@ -18,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from delta_lora.checkpoint import write_tensors
@@ -37,45 +29,10 @@ def import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ImportError(
-            "this works on adapters of PEFT, but the package peft is not installed; "
+            f"this needs the package peft, which is not installed ({error}); "
             'install it with: pip install "delta-lora[peft]"'
         ) from error
     return peft
-
-
-@torch.no_grad()
-def stack_factors(
-    now: tuple[Tensor, Tensor],
-    first: tuple[Tensor, Tensor],
-    *,
-    update_ratio: float,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Return A (2 rank, in) and B (out, 2 rank) whose product is the whole change of a layer.
-
-    ``A = [A_T; A_k]`` and ``B = [(1 + update_ratio) * scaling * B_T, -update_ratio * scaling *
-    B_k]``, so the scaling of the new branch is 1.
-
-    Args:
-        now: A_T (rank, in) and B_T (out, rank), the trained factors.
-        first: A_k and B_k, the factors just before the first update of W; where W was never
-            updated, the trained factors, which gives ``scaling * B_T @ A_T``.
-        update_ratio: lambda.
-        scaling: alpha / rank of the trained branch.
-
-    Returns:
-        The factors, in the type of the trained ones.
-    """
-    (A_RI, B_OR), (A_first_RI, B_first_OR) = now, first
-    A_SI = torch.cat([A_RI, A_first_RI.to(A_RI)])
-    B_OS = torch.cat(
-        [
-            (1 + update_ratio) * scaling * B_OR,
-            -update_ratio * scaling * B_first_OR.to(B_OR),
-        ],
-        dim=1,
-    )
-    return A_SI, B_OS
 
 
 def write_peft_folder(

@@ -16,13 +16,14 @@ Layouts: `nn.Linear` stores (out, in), `Conv1D` stores (in, out).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from delta_lora.checks import near
 
 ROLES = ("query", "key", "value")
 SEPARATE_NAMES = (
@@ -258,16 +259,10 @@ def _refuse_overlap(new: Projection, found: Iterable[Projection], pattern: str) 
             )
 
 
-def _suggestion(pattern: str, linears: Iterable[str]) -> str:
-    near = near_names(pattern, linears)
-    return f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-
-
-def near_names(wanted: str, names: Iterable[str]) -> list[str]:
-    """Return up to three of `names`, or of their last parts, that are spelt like `wanted`."""
-    spellings = dict.fromkeys([name.rpartition(".")[2] for name in names])
-    spellings.update(dict.fromkeys(names))
-    return difflib.get_close_matches(wanted, spellings, n=3)
+def _suggestion(wanted: str, names: Iterable[str]) -> str:
+    """Return which of `names`, or of their last parts, are spelt like `wanted`."""
+    leaves = [name.rpartition(".")[2] for name in names]
+    return near(wanted, dict.fromkeys([*leaves, *names]))
 
 
 def _candidates(linears: Iterable[str]) -> str:
@@ -279,6 +274,20 @@ def _candidates(linears: Iterable[str]) -> str:
 
 def _is_within(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def parameter_names(model: nn.Module, *, each_name: bool = False) -> dict[int, list[str]]:
+    """Return the names of every parameter, by its `id`; more than one where it is shared.
+
+    Args:
+        model: the model.
+        each_name: whether a module that the model holds under several names counts under each.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=not each_name):
+        for key, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{key}")
+    return names
 
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -301,10 +310,9 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Param
     parameters: dict[str, nn.Parameter] = {}
     for name in head:
         if not name or name not in modules:
-            near = near_names(name, modules)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
-                f"head={list(head)!r}: {type(model).__name__} has no module {name!r}{hint}"
+                f"head={list(head)!r}: {type(model).__name__} has no module {name!r}; "
+                f"{_suggestion(name, modules)}name modules by their full names"
             )
         inside = {f"{name}.{leaf}": p for leaf, p in modules[name].named_parameters()}
         if not inside:

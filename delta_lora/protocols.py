@@ -79,8 +79,17 @@ class Method(ABC):
     (gradients complete and clipped, optimiser not yet run), `after_step` (parameters updated,
     gradients still there), and `finish` once at the end. A step that the loss scaler skipped calls
     neither `after_step` nor counts as a step.
+
+    A method of your own is a subclass with a `name`. Its constructor takes keywords of plain values
+    (JSON), which are what is written to a saved adapter.
     """
 
+    #: key of the method, in records and in saved adapters.
+    name: str
+    #: raised when the same settings give another result.
+    version: int = 1
+    #: peak learning rate of what `param_groups` returns.
+    learning_rate: float
     #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).
     num_updatable_parameters: int = 0
     #: whether `inject` plans by the length of the training.
@@ -111,18 +120,13 @@ class Method(ABC):
             ValueError: a setting does not fit the model, or a pattern matches nothing.
         """
 
-    @abstractmethod
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return optimiser groups ``{"params": [(name, parameter), ...], "lr": float}``."""
+        """Return optimiser groups ``{"params": [(name, parameter), ...], "lr": float}``.
 
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-        """Return the optimiser of a method that is defined by one; None takes the trainer's.
-
-        Args:
-            groups: those of `param_groups`, split and completed by the trainer; every one has
-                ``lr``, ``initial_lr`` and ``weight_decay``.
+        Default: all parameters that require a gradient, in one group with the rate `learning_rate`.
         """
-        return None
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [{"params": trained, "lr": self.learning_rate}]
 
     def before_micro_batch(self, step: int, micro_step: int) -> None:  # noqa: B027 - a hook
         """Run before every forward pass in training (`step` counts applied steps from 0)."""

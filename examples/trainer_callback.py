@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from delta_lora.delta import FORMS
 from delta_lora.integrations import DeltaLoraCallback
 
 LENGTH = 8  # letters in a text
@@ -96,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a classifier: folder or hub id (default: a tiny RoBERTa)")
     parser.add_argument("--output", type=Path, default=Path("outputs/trainer_callback"))
-    parser.add_argument("--form", choices=["in_place", "closed_form"], default="in_place")
+    parser.add_argument("--form", choices=FORMS, default="in_place")
     parser.add_argument("--update-ratio", type=float, default=0.5, help="lambda in the paper")
     parser.add_argument("--start-step", type=int, default=20, help="K in the paper")
     parser.add_argument("--steps", type=int, default=150)

@@ -252,7 +252,7 @@ def _shares(total: int, parts: int) -> list[int]:
 
 def _written(model: Any, method: Any, optimizer: Any, *, has_checkpoint: bool) -> dict[str, int]:
     """Write a checkpoint and the adapter to a temporary folder; return their bytes."""
-    from delta_lora import adapter, checkpoint
+    from delta_lora import adapter_file, checkpoint
 
     updated = method.updated_tensors(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +266,7 @@ def _written(model: Any, method: Any, optimizer: Any, *, has_checkpoint: bool) -
             checkpoint.remove(path / "checkpoints")
         base: dict[str, Any] = {"source": None, "head": [], "projections": None}
         described = {"method": {}, "seed": 1, "base": base, "facts": method.describe()}
-        adapter.write(path / "adapter", updated, described)
+        adapter_file.write(path / "adapter", updated, described)
         return {**found, "adapter": _folder_bytes(path / "adapter")}
 
 

@@ -55,15 +55,15 @@ def export(
         ValueError: nothing of it can be exported, or a rank is not allowed.
         FileNotFoundError: the folder holds no finished run.
     """
-    from delta_lora import adapter, export
+    from delta_lora import adapter_file, export
     from delta_lora.checks import check_integer
 
     for name, value in (("rank", rank), ("eval_rank", eval_rank)):
         if value is not None:
             check_integer(name, value, at_least=1)
     settings = None if eval_rank is None else {"eval_rank": eval_rank}
-    source = adapter.find_folder(run)
-    description = adapter.read_description(source)
+    source = adapter_file.find_folder(run)
+    description = adapter_file.read_description(source)
     record = read_record(source.parent) if (source.parent / RECORD).is_file() else None
     lines, problems = [], []
     written: list[Path] = []
@@ -111,14 +111,15 @@ def _difference(
     import peft
     import torch
 
-    from delta_lora import adapter
+    import delta_lora
+    from delta_lora import adapter_file
 
-    trained = adapter.load(run, base=base, settings=settings)
+    trained = delta_lora.load(run, base=base, settings=settings).model
     config: Any = getattr(trained, "config", None)
     if getattr(config, "vocab_size", None) is None:
         return None
-    source = adapter.find_folder(run)
-    plain = adapter.load_base(adapter.read_description(source), source, source=base)
+    source = adapter_file.find_folder(run)
+    plain = adapter_file.load_base(adapter_file.read_description(source), source, source=base)
     served = peft.PeftModel.from_pretrained(plain, str(folder)).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, NUM_TOKENS), generator=generator)
@@ -138,10 +139,10 @@ def _copy_tokenizer(
     description: Mapping[str, Any], source: Path, base: str | None, folders: Sequence[Path]
 ) -> None:
     """Put the tokenizer of the base beside the weights, where the base has one."""
-    from delta_lora import adapter
+    from delta_lora import adapter_file
     from delta_lora.models import load_tokenizer
 
-    origin, revision = adapter.base_source(description, source, base)
+    origin, revision = adapter_file.base_source(description, source, base)
     if origin is None:
         return
     try:
@@ -164,7 +165,7 @@ def _write_card(
 ) -> None:
     """Write the model card: what it is, how to load it, its scores, and what they are worth."""
     base, method = description["base"], dict(description["method"])
-    name = str(method.pop("_target_")).split(".")[2]
+    name = str(method.pop("name"))
     is_peft = (folder / "adapter_config.json").exists()
     known = None if record is None else record["model"]
     base_name = (known or {}).get("hub_id") or (known or {}).get("name") or base["source"]
@@ -195,12 +196,10 @@ def _write_card(
 
 
 def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
-    auto = {
-        "causal_lm": "AutoModelForCausalLM",
-        "masked_lm": "AutoModelForMaskedLM",
-        "seq2seq_lm": "AutoModelForSeq2SeqLM",
-        "sequence_classification": "AutoModelForSequenceClassification",
-    }.get(base["family"], "AutoModel")
+    from delta_lora.families import FAMILIES
+
+    family = FAMILIES.get(base["family"])
+    auto = "AutoModel" if family is None else family.auto_class
     if not is_peft:
         return [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("FOLDER")']
     labels = base["config_overrides"].get("num_labels")

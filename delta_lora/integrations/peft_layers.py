@@ -3,7 +3,8 @@
 Zi et al., arXiv 2309.02411, Algorithm 1. `LoraTarget.add_to_weight` is the update of W as printed;
 `LoraTarget.add_forward_term` is the closed form: the updates telescope, so W stays as it is and a
 forward hook adds ``update_ratio * scaling * (B @ A - B_k @ A_k) @ x``. A and B are detached in it
-and x is not, so the gradients of A, B and x are those of the in-place form.
+and x is not, so the gradients of A, B and x are those of the in-place form. The arithmetic is that
+of `delta_lora.delta`.
 
 Shape suffixes: B batch and sequence, I inputs, O outputs, R rank, S twice the rank.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from delta_lora import delta
+from delta_lora.delta import Factors
 from delta_lora.peft_folder import import_peft
-
-Factors = tuple[Tensor, Tensor]
+from delta_lora.projections import parameter_names
 
 #: what PEFT must leave alone at initialisation: these values of `init_lora_weights` keep the base.
 _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
@@ -38,7 +40,8 @@ class LoraTarget:
         layer: the `peft.tuners.lora.LoraLayer`.
         adapter: the active adapter.
         first: A_k and B_k, copies from just before the first update; None before that.
-        last: A and B at the last point where W was brought up to date (in place only).
+        difference: what is added to W (in place only); its `new` are A and B at the last point
+            where W was brought up to date.
         handle: what removes the forward hook; None where there is none.
     """
 
@@ -46,7 +49,7 @@ class LoraTarget:
     layer: Any
     adapter: str
     first: Factors | None = None
-    last: Factors | None = None
+    difference: delta.Difference = field(default_factory=delta.Difference)
     handle: RemovableHandle | None = None
 
     @property
@@ -80,22 +83,23 @@ class LoraTarget:
         A_RI, B_OR = self.factors
         return A_RI.clone(), B_OR.clone()
 
-    @torch.no_grad()
-    def add_to_weight(self, new: Factors, old: Factors, update_ratio: float) -> None:
-        """Add ``update_ratio * scaling * (B' @ A' - B @ A)`` to W as one product of rank 2 rank.
+    def keep(self, old: Factors | None = None) -> None:
+        """Keep A and B, those of now by default, for `add_to_weight`."""
+        self.difference.keep(self.factors if old is None else old, like=self.weight)
+
+    def add_to_weight(self, update_ratio: float, new: Factors | None = None) -> None:
+        """Add ``update_ratio * scaling * (B' @ A' - B @ A)`` to W.
 
         Args:
-            new: A' and B'.
-            old: A and B.
             update_ratio: lambda.
+            new: A' and B', those of now by default; A and B are what `keep` kept.
         """
-        (A_new_RI, B_new_OR), (A_old_RI, B_old_OR) = new, old
-        W = self.weight
-        left = torch.cat([B_new_OR, B_old_OR], dim=1).to(W)
-        right = torch.cat([A_new_RI, -A_old_RI]).to(W)
-        if _is_transposed(self.layer.get_base_layer()):
-            left, right = right.T, left.T
-        W.addmm_(left, right, alpha=update_ratio * self.scaling)
+        self.difference.add_to(
+            self.weight,
+            self.factors if new is None else new,
+            factor=update_ratio * self.scaling,
+            is_transposed=_is_transposed(self.layer.get_base_layer()),
+        )
         setattr(self.layer, _MARK, True)
 
     def add_forward_term(self, update_ratio: float) -> None:
@@ -137,11 +141,11 @@ class _ForwardTerm:
         if layer.disable_adapters or self.adapter not in layer.active_adapters:
             return output
         x_BI = args[0] if args else kwargs["x"]
-        A_RI = layer.lora_A[self.adapter].weight.detach()
-        B_OR = layer.lora_B[self.adapter].weight.detach()
-        A_first_RI, B_first_OR = self.first
-        A_SI = torch.cat([A_RI, A_first_RI.to(A_RI)])
-        B_OS = torch.cat([B_OR, -B_first_OR.to(B_OR)], dim=1)
+        now = (
+            layer.lora_A[self.adapter].weight.detach(),
+            layer.lora_B[self.adapter].weight.detach(),
+        )
+        A_SI, B_OS = delta.difference(now, self.first)
         if not torch.is_autocast_enabled(x_BI.device.type):
             x_BI = x_BI.to(A_SI.dtype)
         h_BS = F.linear(x_BI, A_SI) * (self.update_ratio * layer.scaling[self.adapter])
@@ -294,7 +298,7 @@ def _check_weight(target: LoraTarget, peft: Any) -> None:
             f"it writes nn.Linear and Conv1D; {advice}, which leaves W alone"
         )
     weight = base.weight
-    if weight.dtype not in (torch.float32, torch.float64) or type(weight.data) is not Tensor:
+    if weight.dtype not in delta.WRITABLE or type(weight.data) is not Tensor:
         kind = f"{type(weight.data).__name__} of " if type(weight.data) is not Tensor else ""
         raise ValueError(
             f'the weight of {target.name} is a {kind}{weight.dtype}, but form="in_place" needs '
@@ -309,9 +313,7 @@ def _check_weight(target: LoraTarget, peft: Any) -> None:
 
 
 def _check_not_shared(model: nn.Module, targets: list[LoraTarget]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = parameter_names(model, each_name=True)
     for target in targets:
         owners = names[id(target.layer.get_base_layer().weight)]
         if len(owners) > 1:

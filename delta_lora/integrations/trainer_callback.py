@@ -32,22 +32,21 @@ Details:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from delta_lora.checkpoint import sha256_file, write_json, write_tensors
+from delta_lora import delta, step_watch
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.integrations import callback_state
+from delta_lora.integrations.callback_state import FOLDER, STATE
 from delta_lora.integrations.peft_layers import (
     LoraTarget,
     check_can_train,
@@ -55,16 +54,27 @@ from delta_lora.integrations.peft_layers import (
     forget_compiled_code,
     sample_weights,
 )
-from delta_lora.peft_folder import import_peft, stack_factors, write_peft_folder
+from delta_lora.peft_folder import import_peft, write_peft_folder
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("in_place", "closed_form")
-#: folder of the callback in a checkpoint; `Trainer` takes a folder that itself holds an adapter for
-#: one more adapter of the model, so the export of a checkpoint is one level deeper.
-FOLDER = "delta_lora"
-EXPORT = "adapter"
-STATE, TENSORS = "state.json", "tensors.safetensors"
+
+class _Unused:
+    """Says once that something is trained while the callback is in no `Trainer`."""
+
+    def __init__(self) -> None:
+        self._is_said = False
+        step_watch.listen(self)
+
+    def see(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take notice of an optimiser step of this process."""
+        if not self._is_said:
+            self._is_said = True
+            logger.warning(
+                "an optimiser trains, and no Trainer was given the DeltaLoraCallback that was "
+                "made; without it a LoRA stays a plain LoRA: use Trainer(..., "
+                "callbacks=[callback])"
+            )
 
 
 class DeltaLoraCallback(TrainerCallback):
@@ -89,8 +99,8 @@ class DeltaLoraCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        update_ratio: float = 2.0,
-        start_step: int = 500,
+        update_ratio: float = delta.UPDATE_RATIO,
+        start_step: int = delta.START_STEP,
         form: str = "in_place",
         save_weights: bool = False,
         export_checkpoints: bool = False,
@@ -98,7 +108,7 @@ class DeltaLoraCallback(TrainerCallback):
     ) -> None:
         self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
         self.start_step = check_integer("start_step", start_step, at_least=-1)
-        self.form = check_choice("form", form, FORMS)
+        self.form = check_choice("form", form, delta.FORMS)
         self.save_weights = check_bool("save_weights", save_weights)
         self.export_checkpoints = check_bool("export_checkpoints", export_checkpoints)
         if self.save_weights and self.form != "in_place":
@@ -108,6 +118,7 @@ class DeltaLoraCallback(TrainerCallback):
             )
         self.resume_from_checkpoint = resume_from_checkpoint
         self._targets: list[LoraTarget] = []
+        self._unused: _Unused | None = _Unused()
         self._reset()
 
     @property
@@ -131,6 +142,12 @@ class DeltaLoraCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the loop of Trainer
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notice that a `Trainer` has the callback."""
+        self._unused = None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -142,11 +159,12 @@ class DeltaLoraCallback(TrainerCallback):
             TypeError: the model is no `PeftModel`.
             ValueError: a layer or a setting does not fit Delta-LoRA.
         """
+        self._unused = None
         _check_not_sharded(args)
         self._targets = find_targets(kwargs["model"], in_place=self.form == "in_place")
         self._reset()
         if self.form == "in_place":
-            self._base_digest = _digest(sample_weights(self._targets))
+            self._base_digest = callback_state.digest(sample_weights(self._targets))
         self._first_global_step = state.global_step
         if state.global_step > 0:
             self._resume(args, state)
@@ -156,20 +174,23 @@ class DeltaLoraCallback(TrainerCallback):
                 "callback, but Trainer.train starts at step 0; give it to Trainer.train as well"
             )
         check_can_train(self._targets)
-        if self.update_ratio > 0 and self.start_step + 1 >= state.max_steps:
-            logger.warning(
-                "start_step=%d with %d steps in all: W is updated at steps above start_step, "
-                "counted from 0, so the update never fires and the run is LoRA; choose "
-                "start_step <= %d",
-                self.start_step,
-                state.max_steps,
-                state.max_steps - 2,
-            )
+        steps = state.max_steps
+        if delta.never_updates(steps, self.update_ratio, self.start_step):
+            logger.warning(delta.NEVER_UPDATES, self.start_step, steps, steps - 2)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep A and B as they are before the optimiser step."""
+        """Keep A and B as they are before the optimiser step.
+
+        Raises:
+            RuntimeError: the callback came to the `Trainer` when it was training already.
+        """
+        if not self._targets:
+            raise RuntimeError(
+                "the callback was added when the training had begun, so it knows no layer; give it "
+                "to the Trainer (callbacks=[callback], or add_callback) before trainer.train()"
+            )
         self._num_before += 1
         self._loss_scale = _loss_scale(kwargs.get("optimizer"))
         if not self._updates_now():
@@ -178,7 +199,7 @@ class DeltaLoraCallback(TrainerCallback):
             if self._num_updates == 0:
                 target.first = target.copy_factors()
             if self.form == "in_place":
-                target.last = target.copy_factors()
+                target.keep()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,9 +221,7 @@ class DeltaLoraCallback(TrainerCallback):
         if self._updates_now():
             for target in self._targets:
                 if self.form == "in_place":
-                    assert target.last is not None
-                    target.add_to_weight(target.factors, target.last, self.update_ratio)
-                    target.last = target.copy_factors()
+                    target.add_to_weight(self.update_ratio)
                 elif self._num_updates == 0:
                     target.add_forward_term(self.update_ratio)
             if self.form == "closed_form" and self._num_updates == 0:
@@ -261,7 +280,7 @@ class DeltaLoraCallback(TrainerCallback):
             )
 
     def _updates_now(self) -> bool:
-        return self.update_ratio > 0 and self._num_steps > self.start_step
+        return delta.updates_at(self._num_steps, self.update_ratio, self.start_step)
 
     def _check_hooks(self, state: TrainerState) -> None:
         num_steps = state.global_step - self._first_global_step
@@ -300,7 +319,7 @@ class DeltaLoraCallback(TrainerCallback):
         peft = import_peft()
         adapter = self._targets[0].adapter
         factors = {
-            t.name: stack_factors(
+            t.name: delta.stack(
                 t.factors,
                 t.first if t.first is not None else t.factors,
                 update_ratio=self.update_ratio,
@@ -344,24 +363,14 @@ class DeltaLoraCallback(TrainerCallback):
                 tensors[f"{target.name}.lora_A"], tensors[f"{target.name}.lora_B"] = target.first
             if self.save_weights:
                 tensors[f"{target.name}.weight"] = target.weight
-        folder, temporary = checkpoint / FOLDER, checkpoint / f".writing-{FOLDER}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write_tensors(temporary / TENSORS, tensors)
-        if self.export_checkpoints:
-            self.export(model, temporary / EXPORT)
-        write_json(
-            temporary / STATE,
-            {
-                "settings": self._settings(),
-                "num_steps": self._num_steps,
-                "num_updates": self._num_updates,
-                "factors_digest": self._factors_digest(),
-                "tensors_sha256": sha256_file(temporary / TENSORS),
-            },
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        content = {
+            "settings": self._settings(),
+            "num_steps": self._num_steps,
+            "num_updates": self._num_updates,
+            "factors_digest": self._factors_digest(),
+        }
+        export = partial(self.export, model) if self.export_checkpoints else None
+        callback_state.write(checkpoint, content, tensors, export=export)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Restore the state from the checkpoint that `Trainer` has loaded the adapter from."""
@@ -389,7 +398,7 @@ class DeltaLoraCallback(TrainerCallback):
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring counters, A_k, B_k and W to `checkpoint`, whose A and B the model holds already."""
-        content, tensors = _read(checkpoint)
+        content, tensors = callback_state.read(checkpoint)
         settings = json.loads(json.dumps(self._settings()))
         theirs = content["settings"]
         differing = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
@@ -413,12 +422,12 @@ class DeltaLoraCallback(TrainerCallback):
                 f"A and B of the model are not those of {checkpoint}; give the folder that "
                 "Trainer.train resumes from to the callback (resume_from_checkpoint=...)"
             )
-        old = [(target, target.first, target.last) for target in self._targets]
+        old = [(target, target.first, target.difference) for target in self._targets]
         had_updates = self._num_updates > 0
         self._num_steps = content["num_steps"]
         self._num_updates = content["num_updates"]
-        for target, old_first, old_last in old:
-            target.first = target.last = None
+        for target, old_first, old_difference in old:
+            target.first, target.difference = None, delta.Difference()
             if self._num_updates > 0:
                 A_RI, B_OR = target.factors
                 first = tensors[f"{target.name}.lora_A"], tensors[f"{target.name}.lora_B"]
@@ -431,11 +440,11 @@ class DeltaLoraCallback(TrainerCallback):
             # W = W_0 + lambda s (B A - B_k A_k), from where W stands now
             if had_updates:
                 assert old_first is not None
-                assert old_last is not None
-                target.add_to_weight(old_first, old_last, self.update_ratio)
+                target.keep(old_difference.new)
+                target.add_to_weight(self.update_ratio, old_first)
             if target.first is not None:
-                target.add_to_weight(target.factors, target.first, self.update_ratio)
-                target.last = target.copy_factors()
+                target.keep(target.first)
+                target.add_to_weight(self.update_ratio)
             if f"{target.name}.weight" in tensors:
                 with torch.no_grad():
                     target.weight.copy_(tensors[f"{target.name}.weight"])
@@ -443,32 +452,9 @@ class DeltaLoraCallback(TrainerCallback):
             forget_compiled_code()
 
     def _factors_digest(self) -> str:
-        return _digest(tensor for target in self._targets for tensor in target.factors)
-
-
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON state and the tensors in a checkpoint."""
-    folder = checkpoint / FOLDER
-    advice = "resume from another checkpoint"
-    if not (folder / STATE).is_file() or not (folder / TENSORS).is_file():
-        raise RuntimeError(
-            f"{folder} lacks {STATE} or {TENSORS}, so the state of Delta-LoRA is unknown; {advice}"
+        return callback_state.digest(
+            tensor for target in self._targets for tensor in target.factors
         )
-    try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RuntimeError(f"{folder / STATE} is damaged ({error}); {advice}") from error
-    if sha256_file(folder / TENSORS) != content["tensors_sha256"]:
-        raise RuntimeError(f"{folder / TENSORS} is damaged (its checksum differs); {advice}")
-    return content, load_file(folder / TENSORS)
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """Return the sha256 of values; the same for equal values in wider types."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _loss_scale(optimizer: Any) -> float | None:

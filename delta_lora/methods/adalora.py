@@ -39,17 +39,16 @@ Details:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from delta_lora.checks import check_integer, check_real
-from delta_lora.low_rank import LowRankBranch, inject_branches, merged_layers
+from delta_lora.low_rank import LowRankBranch
+from delta_lora.method_bases import LowRankMethod
 from delta_lora.projections import Projection
-from delta_lora.protocols import Method
 
 INIT_STD = 0.02
 SCALING_EPS = 1e-5
@@ -88,8 +87,13 @@ class SvdBranch(LowRankBranch):
         return self.lora_A * self.lora_E, self.lora_B
 
 
-class AdaLora(Method):
+class AdaLora(LowRankMethod):
     """AdaLoRA on W_Q and W_V.
+
+    Defaults: ranks, `beta1` and `beta2` are those of PEFT's `AdaLoraConfig` (the paper's first
+    budget is 1.5 times the last one too), `orth_reg_weight` that of most of the released scripts;
+    fractions and `interval` lie within what those scripts have (t_init 7.5 to 18 % and t_final 31
+    to 58 % of the run, an allocation every 1 to 100 steps); rate and `alpha` are ours.
 
     Args:
         init_rank: rank of every projection at the start.
@@ -105,20 +109,21 @@ class AdaLora(Method):
         beta2: smoothing of the uncertainty, in (0, 1).
     """
 
+    name = "adalora"
     needs_total_steps = True
 
     def __init__(
         self,
         *,
-        init_rank: int,
-        target_rank: int,
-        alpha: float,
-        dropout: float,
-        learning_rate: float,
-        orth_reg_weight: float,
-        initial_fraction: float,
-        final_fraction: float,
-        interval: int,
+        init_rank: int = 12,
+        target_rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        learning_rate: float = 2e-4,
+        orth_reg_weight: float = 0.1,
+        initial_fraction: float = 0.1,
+        final_fraction: float = 0.4,
+        interval: int = 10,
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
@@ -129,9 +134,9 @@ class AdaLora(Method):
                 f"target_rank={target_rank} is larger than init_rank={init_rank}; AdaLoRA only "
                 "cuts ranks, so use target_rank <= init_rank"
             )
-        self.alpha = check_real("alpha", alpha, above=0)
-        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+        super().__init__(
+            rank=self.init_rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate
+        )
         self.orth_reg_weight = check_real("orth_reg_weight", orth_reg_weight, at_least=0)
         self.initial_fraction = check_real(
             "initial_fraction", initial_fraction, at_least=0, below=1
@@ -140,7 +145,6 @@ class AdaLora(Method):
         self.interval = check_integer("interval", interval, at_least=1)
         self.beta1 = check_real("beta1", beta1, above=0, below=1)
         self.beta2 = check_real("beta2", beta2, above=0, below=1)
-        self._branches: dict[str, SvdBranch] = {}
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
         self._total_steps = 0
@@ -148,23 +152,13 @@ class AdaLora(Method):
         self._t_final = 0
         self._num_steps = 0
 
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
-    ) -> None:
-        """Freeze the model, add the branches, let branches and head train.
+    def plan(self, total_steps: int, seed: int) -> None:
+        """Fix the schedule.
 
         Raises:
-            RuntimeError: the model was injected before.
-            ValueError: nothing matches, the rank is larger than a projection, or the schedule
-                leaves no step to cut ranks in.
+            ValueError: it leaves no step to cut ranks in.
         """
-        self._total_steps = check_integer("total_steps", total_steps, at_least=1)
+        self._total_steps = total_steps
         self._t_init = round(self.initial_fraction * total_steps)
         self._t_final = round(self.final_fraction * total_steps)
         if self._t_init + self._t_final >= total_steps:
@@ -176,23 +170,16 @@ class AdaLora(Method):
                 "fractions or train longer"
             )
 
-        def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
-            branch = SvdBranch(
-                p, rank=self.init_rank, alpha=self.alpha, weight=weight, generator=generator
-            )
-            self._branches[p.name] = branch
-            return branch
-
-        self._branches = {}
-        inject_branches(
-            model,
-            projections=projections,
-            head=head,
-            rank=self.init_rank,
-            dropout=self.dropout,
-            seed=seed,
-            make_branch=make_branch,
+    def make_branch(
+        self, projection: Projection, *, weight: Tensor, generator: torch.Generator
+    ) -> LowRankBranch:
+        """Return the branch of a projection in SVD form."""
+        return SvdBranch(
+            projection, rank=self.init_rank, alpha=self.alpha, weight=weight, generator=generator
         )
+
+    def begin(self, model: nn.Module, total_steps: int) -> None:
+        """Start the importances at zero."""
         self._sensitivity = {n: torch.zeros_like(p) for n, p in self._factors().items()}
         self._uncertainty = {n: torch.zeros_like(p) for n, p in self._factors().items()}
 
@@ -200,20 +187,16 @@ class AdaLora(Method):
         """Return every lora_A, lora_B and lora_E by name."""
         return {
             f"{name}.{leaf}": getattr(branch, leaf)
-            for name, branch in self._branches.items()
+            for name, branch in self.branches.items()
             for leaf in ("lora_A", "lora_B", "lora_E")
         }
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the three factors and the head as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
 
     def extra_loss(self) -> Tensor | None:
         """Return gamma times the mean of ``|P'P - I|_F`` and ``|QQ' - I|_F`` over all P and Q."""
         if self.orth_reg_weight == 0:
             return None
         norms = []
-        for branch in self._branches.values():
+        for branch in self.branches.values():
             eye = torch.eye(branch.rank, device=branch.lora_A.device, dtype=branch.lora_A.dtype)
             with torch.autocast(branch.lora_A.device.type, enabled=False):
                 norms.append(torch.linalg.norm(branch.lora_A @ branch.lora_A.T - eye))
@@ -249,8 +232,8 @@ class AdaLora(Method):
         Returns:
             A rank summed over all projections.
         """
-        start = len(self._branches) * self.init_rank
-        target = len(self._branches) * self.target_rank
+        start = len(self.branches) * self.init_rank
+        target = len(self.branches) * self.target_rank
         end_of_cut = self._total_steps - self._t_final
         if step <= self._t_init:
             return None
@@ -284,14 +267,14 @@ class AdaLora(Method):
 
     def _mask_to(self, budget: int) -> None:
         """Set the lambdas of all but the `budget` highest triplets to zero (ties go too)."""
-        num_masked = len(self._branches) * self.init_rank - budget
+        num_masked = len(self.branches) * self.init_rank - budget
         if num_masked == 0:
             return
-        scores = {name: self._triplet_scores(name) for name in self._branches}
+        scores = {name: self._triplet_scores(name) for name in self.branches}
         # Not `kthvalue`, which CUDA has in no deterministic form.
         threshold = torch.cat(list(scores.values())).sort().values[num_masked - 1]
-        for name, branch in self._branches.items():
-            branch.lora_E.masked_fill_((scores[name] <= threshold)[:, None], 0.0)
+        for name, branch in self.branches.items():
+            branch.get_parameter("lora_E").masked_fill_((scores[name] <= threshold)[:, None], 0.0)
 
     def _triplet_scores(self, name: str) -> Tensor:
         """Return the score of every triplet of one projection, (rank,)."""
@@ -312,10 +295,6 @@ class AdaLora(Method):
                 f"after_step ran {self._num_steps} times in {num_steps} steps; AdaLoRA needs it "
                 "after every optimiser step, before gradients are cleared, so this run is void"
             )
-
-    def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Run on ``W + scaling * P diag(lambda) Q`` within the context."""
-        return merged_layers(model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the importances, by factor name, and the number of applied steps."""
@@ -346,7 +325,9 @@ class AdaLora(Method):
 
     def describe(self) -> dict[str, Any]:
         """Return the rank of every projection, which is its number of non-zero lambdas."""
-        ranks = {n: int(torch.count_nonzero(b.lora_E)) for n, b in self._branches.items()}
+        ranks = {
+            n: int(torch.count_nonzero(b.get_parameter("lora_E"))) for n, b in self.branches.items()
+        }
         return {
             "rank_pattern": ranks,
             "mean_rank": sum(ranks.values()) / len(ranks) if ranks else 0.0,

@@ -48,30 +48,23 @@ Details:
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from delta_lora import delta
 from delta_lora.checks import check_bool, check_choice, check_integer, check_real
-from delta_lora.low_rank import (
-    LowRankBranch,
-    LowRankLinear,
-    inject_branches,
-    merged_layers,
-    weight_slice,
-)
+from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
+from delta_lora.method_bases import LowRankMethod
 from delta_lora.projections import Projection
-from delta_lora.protocols import Method
-
-FORMS = ("in_place", "closed_form")
 
 logger = logging.getLogger(__name__)
 
 
-class DeltaLora(Method):
+class DeltaLora(LowRankMethod):
     """Delta-LoRA on W_Q and W_V.
 
     Args:
@@ -86,25 +79,24 @@ class DeltaLora(Method):
             without writing W.
     """
 
+    name = "delta_lora"
+
     def __init__(
         self,
         *,
-        rank: int,
-        alpha: float,
-        learning_rate: float,
-        update_ratio: float,
-        start_step: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        learning_rate: float = 2e-4,
+        update_ratio: float = delta.UPDATE_RATIO,
+        start_step: int = delta.START_STEP,
         dropout: float = 0.0,
         allow_dropout: bool = False,
         form: str = "in_place",
     ) -> None:
-        self.rank = check_integer("rank", rank, at_least=1)
-        self.alpha = check_real("alpha", alpha, above=0)
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate)
         self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
         self.start_step = check_integer("start_step", start_step, at_least=-1)
-        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.form = check_choice("form", form, FORMS)
+        self.form = check_choice("form", form, delta.FORMS)
         if not check_bool("allow_dropout", allow_dropout) and self.dropout > 0:
             raise ValueError(
                 f"dropout={self.dropout:g} is not allowed in Delta-LoRA: with dropout in the "
@@ -117,56 +109,32 @@ class DeltaLora(Method):
                 "carries the update of W, which no dropout may touch; use form=in_place for the "
                 "ablation"
             )
+        if self.form == "in_place":
+            self.weight_dtypes = delta.WRITABLE
         self._targets: list[_Target] = []
         self._closed: list[ClosedFormBranch] = []
         self._num_steps = 0
         self._num_updates = 0
         self._snapshot_step: int | None = None
 
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
-    ) -> None:
-        """Freeze the model, add the branches, let branches and head train.
-
-        Raises:
-            RuntimeError: the model was injected before.
-            ValueError: nothing matches, the rank is larger than a projection, or W would be
-                written in place and has a type that rounds the update away.
-        """
-        check_integer("total_steps", total_steps, at_least=1)
-        is_closed = self.form == "closed_form" and self.update_ratio > 0
-
-        def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
-            if not is_closed:
-                return LowRankBranch(
-                    p, rank=self.rank, alpha=self.alpha, weight=weight, generator=generator
-                )
-            return ClosedFormBranch(
-                p,
-                rank=self.rank,
-                alpha=self.alpha,
-                weight=weight,
-                generator=generator,
-                update_ratio=self.update_ratio,
-            )
-
-        branches = inject_branches(
-            model,
-            projections=projections,
-            head=head,
+    def make_branch(
+        self, projection: Projection, *, weight: Tensor, generator: torch.Generator
+    ) -> LowRankBranch:
+        """Return the branch of a projection; in closed form one that carries the update of W."""
+        if self.form == "in_place" or self.update_ratio == 0:
+            return super().make_branch(projection, weight=weight, generator=generator)
+        return ClosedFormBranch(
+            projection,
             rank=self.rank,
-            dropout=self.dropout,
-            seed=seed,
-            make_branch=make_branch,
-            weight_dtypes=(torch.float32, torch.float64) if self.form == "in_place" else None,
+            alpha=self.alpha,
+            weight=weight,
+            generator=generator,
+            update_ratio=self.update_ratio,
         )
-        self._closed = [b for b in branches.values() if isinstance(b, ClosedFormBranch)]
+
+    def begin(self, model: nn.Module, total_steps: int) -> None:
+        """Find what is updated, and say so where no step of the training does it."""
+        self._closed = [b for b in self.branches.values() if isinstance(b, ClosedFormBranch)]
         self._targets = [
             _Target(layer, branch)
             for layer in model.modules()
@@ -177,19 +145,8 @@ class DeltaLora(Method):
             self.num_updatable_parameters = sum(
                 target.branch.projection.num_entries for target in self._targets
             ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
-            if self.start_step + 1 >= total_steps:
-                logger.warning(
-                    "start_step=%d with %d steps in all: W is updated at steps above start_step, "
-                    "counted from 0, so the update never fires and the run is LoRA; choose "
-                    "start_step <= %d",
-                    self.start_step,
-                    total_steps,
-                    total_steps - 2,
-                )
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return A, B and the head as one group; W is in none."""
-        return [{"params": list(super().updated_tensors(model).items()), "lr": self.learning_rate}]
+        if delta.never_updates(total_steps, self.update_ratio, self.start_step):
+            logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 
     def before_step(self, step: int) -> None:
         """Keep A and B as they are before the optimiser step.
@@ -233,7 +190,7 @@ class DeltaLora(Method):
             branch.is_active = number > 0
 
     def _updates_at(self, step: int) -> bool:
-        return self.update_ratio > 0 and step > self.start_step
+        return delta.updates_at(step, self.update_ratio, self.start_step)
 
     def finish(self, num_steps: int) -> None:
         """Check that `after_step` ran once for each of `num_steps` steps.
@@ -254,12 +211,12 @@ class DeltaLora(Method):
         a W, the change would not be the one that was learned.
         """
         if self._closed and not all(
-            layer.weight.dtype in (torch.float32, torch.float64)
+            layer.weight.dtype in delta.WRITABLE
             for layer in model.modules()
             if isinstance(layer, LowRankLinear)
         ):
             return nullcontext(model)
-        return merged_layers(model)
+        return super().merged(model)
 
     def updated_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return A, B, the head, and what carries the update of W.
@@ -353,11 +310,12 @@ class ClosedFormBranch(LowRankBranch):
         """Return A and B, or once active ``[A; A_k]`` and ``[(1 + lambda) B, -lambda B_k]``."""
         if not self.is_active:
             return self.lora_A, self.lora_B
-        whole = 1 + self.update_ratio
-        A_RI = _ScaledGradient.apply(self.lora_A, 1 / whole)
-        B_OR = _ScaledGradient.apply(self.lora_B, 1 / whole)
-        left = torch.cat([whole * B_OR, -self.update_ratio * self.kept_B], dim=1)
-        return torch.cat([A_RI, self.kept_A]), left
+        share = 1 / (1 + self.update_ratio)
+        now = (
+            _ScaledGradient.apply(self.lora_A, share),
+            _ScaledGradient.apply(self.lora_B, share),
+        )
+        return delta.stack(now, (self.kept_A, self.kept_B), update_ratio=self.update_ratio)
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -378,47 +336,32 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class _Target:
-    """One projection: its branch, its slice of W, and the factors of the rank-2r product.
-
-    `left` is ``[B' B]``, (out, 2 rank); `right` is ``[A'; -A]``, (2 rank, in).
-    """
+    """One projection that is written in place: its branch, its slice of W, and the difference."""
 
     def __init__(self, layer: LowRankLinear, branch: LowRankBranch) -> None:
         self.layer = layer
         self.branch = branch
-        self.left: Tensor | None = None
-        self.right: Tensor | None = None
+        self.difference = delta.Difference()
 
-    @torch.no_grad()
     def keep_factors(self) -> None:
-        """Write the factors of the moment into the second halves.
+        """Keep the factors of the moment.
 
         Raises:
             RuntimeError: W is no longer a whole matrix.
         """
-        if self.layer.weight.dim() != 2 or hasattr(self.layer.weight, "device_mesh"):
+        W = self.layer.weight
+        if W.dim() != 2 or hasattr(W, "device_mesh"):
             raise RuntimeError(
                 f"the weight of {self.branch.projection.layer} is sharded and cannot be written in "
                 "place; use form=closed_form, which never writes it"
             )
-        A_RI, B_OR = self.branch.lora_A, self.branch.lora_B
-        if self.left is None or self.right is None or self.left.device != B_OR.device:
-            self.left = torch.empty_like(B_OR).repeat(1, 2)
-            self.right = torch.empty_like(A_RI).repeat(2, 1)
-        rank = self.branch.rank
-        self.left[:, rank:].copy_(B_OR)
-        torch.neg(A_RI, out=self.right[rank:])
+        self.difference.keep((self.branch.lora_A, self.branch.lora_B), like=W)
 
-    @torch.no_grad()
     def add_delta(self, update_ratio: float) -> None:
         """Add ``update_ratio * scaling * (B' @ A' - B @ A)`` to the slice of W."""
-        assert self.left is not None
-        assert self.right is not None
-        rank = self.branch.rank
-        self.left[:, :rank].copy_(self.branch.lora_B)
-        self.right[:rank].copy_(self.branch.lora_A)
-        W_slice = weight_slice(self.layer.weight, self.branch.projection)
-        left, right = self.left, self.right
-        if self.branch.projection.is_transposed:
-            left, right = right.T, left.T
-        W_slice.addmm_(left, right, alpha=update_ratio * self.branch.scaling)
+        self.difference.add_to(
+            weight_slice(self.layer.weight, self.branch.projection),
+            (self.branch.lora_A, self.branch.lora_B),
+            factor=update_ratio * self.branch.scaling,
+            is_transposed=self.branch.projection.is_transposed,
+        )

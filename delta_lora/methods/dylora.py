@@ -36,17 +36,15 @@ Details:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from delta_lora.checks import check_choice, check_integer, check_real
-from delta_lora.low_rank import LowRankBranch, factor_dtype, inject_branches, merged_layers
+from delta_lora.low_rank import LowRankBranch, factor_dtype
+from delta_lora.method_bases import LowRankMethod
 from delta_lora.projections import Projection
-from delta_lora.protocols import Method
 
 
 class ActiveRank(nn.Module):
@@ -139,7 +137,7 @@ class TruncatedBranch(LowRankBranch):
             return (B_OR @ A_RI) * self.scaling
 
 
-class DyLora(Method):
+class DyLora(LowRankMethod):
     """DyLoRA on W_Q and W_V.
 
     Args:
@@ -151,20 +149,19 @@ class DyLora(Method):
         eval_rank: rank in evaluation and merging, 1 to r; None is r.
     """
 
+    name = "dylora"
+
     def __init__(
         self,
         *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        learning_rate: float,
-        update: str,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        learning_rate: float = 2e-4,
+        update: str = "frozen",
         eval_rank: int | None = None,
     ) -> None:
-        self.rank = check_integer("rank", rank, at_least=1)
-        self.alpha = check_real("alpha", alpha, above=0)
-        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+        super().__init__(rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate)
         self.update = check_choice("update", update, ("frozen", "all"))
         self.eval_rank = self.rank
         if eval_rank is not None:
@@ -173,51 +170,26 @@ class DyLora(Method):
         self._seed = 0
         self._active_rank: ActiveRank | None = None
 
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
-    ) -> None:
-        """Freeze the model, add the branches, let branches and head train.
+    def plan(self, total_steps: int, seed: int) -> None:
+        """Keep the seed of the draws."""
+        self._seed, self._active_rank = seed, None
 
-        Raises:
-            RuntimeError: the model was injected before.
-            ValueError: nothing matches, or the rank is larger than a projection.
-        """
-        self._seed = seed
-        self._active_rank = None
-
-        def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
-            if self._active_rank is None:
-                self._active_rank = ActiveRank(
-                    self.rank, self.eval_rank, is_frozen=self.update == "frozen", weight=weight
-                )
-            return TruncatedBranch(
-                self._active_rank,
-                p,
-                rank=self.rank,
-                alpha=self.alpha,
-                weight=weight,
-                generator=generator,
+    def make_branch(
+        self, projection: Projection, *, weight: Tensor, generator: torch.Generator
+    ) -> LowRankBranch:
+        """Return a branch that is cut to the active rank, which all branches share."""
+        if self._active_rank is None:
+            self._active_rank = ActiveRank(
+                self.rank, self.eval_rank, is_frozen=self.update == "frozen", weight=weight
             )
-
-        inject_branches(
-            model,
-            projections=projections,
-            head=head,
+        return TruncatedBranch(
+            self._active_rank,
+            projection,
             rank=self.rank,
-            dropout=self.dropout,
-            seed=seed,
-            make_branch=make_branch,
+            alpha=self.alpha,
+            weight=weight,
+            generator=generator,
         )
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return A, B and the head as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
 
     def before_micro_batch(self, step: int, micro_step: int) -> None:
         """Draw the rank of this micro-batch.
@@ -228,10 +200,6 @@ class DyLora(Method):
         if self._active_rank is None:
             raise RuntimeError("before_micro_batch before inject; inject the model first")
         self._active_rank.set(draw_rank(self.rank, self._seed, step, micro_step))
-
-    def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Run on ``W + (alpha / b) * B[:, :b] @ A[:b]`` with b = `eval_rank` within the context."""
-        return merged_layers(model)
 
     def describe(self) -> dict[str, Any]:
         """Return the rank that scores belong to."""

@@ -14,43 +14,10 @@ Details:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
-
-from delta_lora.checks import check_real
-from delta_lora.projections import head_parameters
-from delta_lora.protocols import Method
+from delta_lora.method_bases import WeightsMethod
 
 
-class Full(Method):
-    """Full fine-tuning.
+class Full(WeightsMethod):
+    """Full fine-tuning: `WeightsMethod` as it is, where the settings are described."""
 
-    Args:
-        learning_rate: peak learning rate, above 0.
-    """
-
-    def __init__(self, *, learning_rate: float) -> None:
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
-
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
-    ) -> None:
-        """Check that something trains; the model stays as it is."""
-        head_parameters(model, head)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                f"no parameter of {type(model).__name__} requires a gradient; "
-                "hand in the model as it was loaded"
-            )
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return all trainable parameters as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
+    name = "full"

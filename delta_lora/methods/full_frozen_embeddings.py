@@ -19,48 +19,29 @@ Details:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from delta_lora.checks import check_real
-from delta_lora.projections import head_parameters, token_embedding_parameters
-from delta_lora.protocols import Method
+from delta_lora.method_bases import WeightsMethod
+from delta_lora.projections import token_embedding_parameters
 
 
-class FullFrozenEmbeddings(Method):
+class FullFrozenEmbeddings(WeightsMethod):
     """Fine-tuning of everything but the token embeddings (dagger).
 
     Args:
         learning_rate: peak learning rate, above 0.
     """
 
-    def __init__(self, *, learning_rate: float) -> None:
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+    name = "full_frozen_embeddings"
 
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
+    def choose(
+        self, model: nn.Module, projections: Sequence[str] | None, head: Sequence[str]
     ) -> None:
-        """Freeze the token embeddings; `projections`, `total_steps` and `seed` are not used.
+        """Freeze the token embeddings.
 
         Raises:
-            ValueError: the model has no embedding, nothing else to train, or no such head.
+            ValueError: the model has no embedding.
         """
-        head_parameters(model, head)
         for parameter in token_embedding_parameters(model).values():
             parameter.requires_grad_(False)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                f"{type(model).__name__} has nothing but embeddings, so nothing would train; "
-                "use method=full"
-            )
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return all trainable parameters as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]

@@ -23,16 +23,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.checks import check_real
 from delta_lora.low_rank import replace_module
+from delta_lora.method_bases import WeightsMethod
 from delta_lora.projections import Projection, find_projections, head_parameters
-from delta_lora.protocols import Method
 
 
 class SplitLinear(nn.Module):
@@ -93,24 +91,17 @@ class SplitLinear(nn.Module):
             self.train(plain.training)
 
 
-class FullQueryValue(Method):
+class FullQueryValue(WeightsMethod):
     """Fine-tuning of W_Q and W_V (double dagger).
 
     Args:
         learning_rate: peak learning rate, above 0.
     """
 
-    def __init__(self, *, learning_rate: float) -> None:
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+    name = "full_query_value"
 
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
+    def choose(
+        self, model: nn.Module, projections: Sequence[str] | None, head: Sequence[str]
     ) -> None:
         """Let the weights of the projections and the head train; split fused layers.
 
@@ -134,10 +125,6 @@ class FullQueryValue(Method):
                 layer.weight.requires_grad_(True)
             else:
                 replace_module(model, layer_name, SplitLinear(layer, own))
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the trained slices and the head as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
 
     def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Put the fused weights back into the first layout for the time of the context."""

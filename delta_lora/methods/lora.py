@@ -19,70 +19,10 @@ Details:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from delta_lora.checks import check_integer, check_real
-from delta_lora.low_rank import LowRankBranch, inject_branches, merged_layers
-from delta_lora.projections import Projection
-from delta_lora.protocols import Method
+from delta_lora.method_bases import LowRankMethod
 
 
-class Lora(Method):
-    """LoRA on W_Q and W_V.
+class Lora(LowRankMethod):
+    """LoRA on W_Q and W_V: `LowRankMethod` as it is, where the settings are described."""
 
-    Args:
-        rank: r, at least 1 and at most the smaller side of a projection.
-        alpha: numerator of the scaling alpha / rank, above 0.
-        dropout: probability on the input of the branch, in [0, 1).
-        learning_rate: peak learning rate, above 0.
-    """
-
-    def __init__(self, *, rank: int, alpha: float, dropout: float, learning_rate: float) -> None:
-        self.rank = check_integer("rank", rank, at_least=1)
-        self.alpha = check_real("alpha", alpha, above=0)
-        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
-
-    def inject(
-        self,
-        model: nn.Module,
-        *,
-        projections: Sequence[str] | None,
-        head: Sequence[str],
-        total_steps: int,
-        seed: int,
-    ) -> None:
-        """Freeze the model, add the branches, let branches and head train.
-
-        Raises:
-            RuntimeError: the model was injected before.
-            ValueError: nothing matches, or the rank is larger than a projection.
-        """
-
-        def make_branch(p: Projection, weight: Tensor, generator: torch.Generator) -> LowRankBranch:
-            return LowRankBranch(
-                p, rank=self.rank, alpha=self.alpha, weight=weight, generator=generator
-            )
-
-        inject_branches(
-            model,
-            projections=projections,
-            head=head,
-            rank=self.rank,
-            dropout=self.dropout,
-            seed=seed,
-            make_branch=make_branch,
-        )
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return A, B and the head as one group."""
-        return [{"params": list(self.updated_tensors(model).items()), "lr": self.learning_rate}]
-
-    def merged(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Run on ``W + scaling * B @ A`` within the context."""
-        return merged_layers(model)
+    name = "lora"

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import logging
 import re
@@ -51,8 +50,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from delta_lora.checks import check_choice, check_real
+from delta_lora.checks import check_choice, check_real, near
+from delta_lora.families import FAMILIES, family_of
 from delta_lora.low_rank import replace_module
+from delta_lora.peft_folder import import_peft
 from delta_lora.projections import find_projections, head_parameters
 from delta_lora.protocols import Method
 
@@ -100,8 +101,14 @@ class Peft(Method):
             configuration class refuses.
     """
 
+    name = "peft"
+
     def __init__(
-        self, *, peft: Mapping[str, Any], learning_rate: float, targets: str = "projections"
+        self,
+        *,
+        peft: Mapping[str, Any],
+        learning_rate: float = 2e-4,
+        targets: str = "projections",
     ) -> None:
         self.learning_rate = check_real("learning_rate", learning_rate, above=0)
         self.targets = check_choice("targets", targets, TARGETS)
@@ -192,11 +199,6 @@ class Peft(Method):
             values["fan_in_fan_out"] = bool(layers)
         return config_class(**values)
 
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return PEFT's parameters and the head as one group."""
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        return [{"params": trained, "lr": self.learning_rate}]
-
     def updated_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what trains, and the weights that the method rewrote at the start."""
         return {
@@ -234,7 +236,7 @@ class Peft(Method):
     def describe(self) -> dict[str, Any]:
         """Return PEFT's version and the number of layers it adapts (none with a prompt)."""
         layers = {} if self._model is None else _tuner_layers(self._model)
-        return {"peft_version": _package().__version__, "num_adapted_layers": len(layers)}
+        return {"peft_version": import_peft().__version__, "num_adapted_layers": len(layers)}
 
 
 # ---------------------------------------------------------------------- settings
@@ -254,7 +256,7 @@ def check_settings(settings: Mapping[str, Any]) -> str:
         TypeError: ``peft_type`` is no text.
         ValueError: an unknown or refused ``peft_type``, or an unknown key.
     """
-    mapping = _package().PEFT_TYPE_TO_CONFIG_MAPPING
+    mapping = import_peft().PEFT_TYPE_TO_CONFIG_MAPPING
     known = sorted(str(getattr(name, "value", name)) for name in mapping)
     allowed = ", ".join(name for name in known if name not in REFUSED)
     name = settings.get("peft_type")
@@ -262,7 +264,7 @@ def check_settings(settings: Mapping[str, Any]) -> str:
         raise TypeError(f"peft.peft_type={name!r} is no text; use one of {allowed}")
     peft_type = name.upper()
     if peft_type not in known:
-        raise ValueError(f"unknown peft.peft_type={name!r}.{_near(peft_type, known)} Use {allowed}")
+        raise ValueError(f"unknown peft.peft_type={name!r}; {near(peft_type, known)}use {allowed}")
     if peft_type in REFUSED:
         raise ValueError(f"peft.peft_type={name} cannot be trained here: {REFUSED[peft_type]}")
     fields = [f.name for f in dataclasses.fields(_config_class(peft_type)) if f.init]
@@ -272,8 +274,8 @@ def check_settings(settings: Mapping[str, Any]) -> str:
         if key != "peft_type" and key not in fields:
             usable = [f for f in fields if f not in RESERVED]
             raise ValueError(
-                f"unknown key peft.{key} of {peft_type}.{_near(key, usable)} "
-                f"Known: {', '.join(usable)}"
+                f"unknown key peft.{key} of {peft_type}; {near(key, usable)}"
+                f"known: {', '.join(usable)}"
             )
     values = {key: value for key, value in settings.items() if key != "peft_type"}
     try:
@@ -283,29 +285,9 @@ def check_settings(settings: Mapping[str, Any]) -> str:
     return peft_type
 
 
-def _package() -> Any:
-    """Return the package `peft`.
-
-    Raises:
-        ImportError: it is missing.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(
-            f"method=peft needs the package peft ({error}); install it: pip install peft"
-        ) from error
-    return peft
-
-
 def _config_class(peft_type: str) -> Any:
-    mapping = _package().PEFT_TYPE_TO_CONFIG_MAPPING
-    return mapping[_package().PeftType(peft_type)]
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    mapping = import_peft().PEFT_TYPE_TO_CONFIG_MAPPING
+    return mapping[import_peft().PeftType(peft_type)]
 
 
 def _plain(value: Any) -> Any:
@@ -326,7 +308,7 @@ def _attach_tuner(model: nn.Module, config: Any) -> None:
     Raises:
         ValueError: PEFT finds no such layer, or does not have the method for its kind.
     """
-    tuner_class = _package().PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner_class = import_peft().PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     model.requires_grad_(False)
     # The class itself: `inject_adapter_in_model` refuses tuners whose layers share tensors, because
     # it drops the tuner. The layers hold the shared tensors too, so the model is complete.
@@ -422,10 +404,9 @@ def _task_type(model: nn.Module, peft_type: str) -> str:
     Raises:
         ValueError: prompt learning does not work with the batches of such a model.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
+    family = family_of(model)
+    if family in ("seq2seq_lm", "sequence_classification"):
+        return str(FAMILIES[family].peft_task)
     raise ValueError(
         f"{peft_type} puts virtual tokens before every sequence, but the sequences of a batch for "
         f"{type(model).__name__} stand in one row without padding; use it with sequence "
@@ -447,7 +428,7 @@ def _attach_prompts(model: nn.Module, config: Any) -> None:
 
     model.requires_grad_(False)
     inner = copy.copy(model)
-    wrapper = _package().get_peft_model(inner, config)
+    wrapper = import_peft().get_peft_model(inner, config)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's copy of a head
             replace_module(model, name, module.original_module)

@@ -10,7 +10,6 @@ from scripts.planning.architecture import UnknownCostError
 #: class of `delta_lora.methods` -> kind of what trains.
 KINDS = {
     "Full": "full",
-    "FullSgd": "full",
     "FullFrozenEmbeddings": "full_frozen_embeddings",
     "FullQueryValue": "full_query_value",
     "Lora": "low_rank",
@@ -79,7 +78,7 @@ def read_adaptation(cfg: Any) -> Adaptation:
     name = str(method["_target_"]).rpartition(".")[2]
     if name not in KINDS:
         raise UnknownCostError(f"the method {name} is not planned; planned are {', '.join(KINDS)}")
-    states = _optimizer_states(cfg, name)
+    states = _optimizer_states(cfg)
     if KINDS[name] != "low_rank":
         return Adaptation(KINDS[name], name, states=states)
     rank = method["init_rank"] if name == "AdaLora" else method["rank"]
@@ -98,9 +97,7 @@ def read_adaptation(cfg: Any) -> Adaptation:
     return Adaptation("low_rank", name, states=states, **common)
 
 
-def _optimizer_states(cfg: Any, method: str) -> int:
-    if method == "FullSgd":
-        return int(cfg.method.get("momentum", 0.0) > 0)
+def _optimizer_states(cfg: Any) -> int:
     has_momentum = int(cfg.trainer.get("momentum", 0.0) > 0)
     # Adafactor keeps a row and a column of a matrix, which is next to nothing.
     return {"adamw": 2, "sgd": has_momentum, "rmsprop": 1 + has_momentum, "adafactor": 0}[

@@ -221,7 +221,7 @@ def random_model(cfg: DictConfig, task: Any) -> Any:
 
 def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
     """Return how the model of a run is built before any method, for `delta_lora.load`."""
-    from delta_lora.adapter import describe_base
+    from delta_lora.adapter_file import describe_base
 
     cfg = run.config
     is_random = cfg.model.init == "random"

@@ -195,13 +195,15 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
 
 def _write_adapter(run: Run, built: Built, step: int) -> str:
     """Write every parameter that the run changed; return their checksum."""
-    from delta_lora import adapter
+    from delta_lora import adapter_file, methods
 
-    return adapter.write(
+    settings: Any = OmegaConf.to_container(run.config.method, resolve=True)
+    del settings["_target_"]
+    return adapter_file.write(
         (run.folder / ADAPTER).parent,
         built.method.updated_tensors(built.model),
         {
-            "method": OmegaConf.to_container(run.config.method, resolve=True),
+            "method": methods.describe(type(built.method), settings),
             "seed": run.seed,
             "base": built.base,
             "facts": built.method.describe(),

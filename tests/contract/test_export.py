@@ -32,12 +32,12 @@ def trained(case, folder, method="delta_lora", num_steps=6, name=None, **setting
     model = case.model()
     model.save_pretrained(folder / "base")
     model = auto.from_pretrained(folder / "base")
-    delta_lora.attach(
+    adapter = delta_lora.attach(
         model, method, projections=case.projections, head=case.head, total_steps=num_steps,
         **{"learning_rate": 2e-2, **settings},
     )  # fmt: skip
-    train(model, num_steps)
-    delta_lora.adapter_of(model).save(folder / "adapter")
+    train(adapter, num_steps)
+    adapter.save(folder / "adapter")
     model.eval()
     return folder / "base", folder / "adapter", logits(model, inputs(model, 99)).detach()
 
@@ -46,8 +46,8 @@ def case_name(case):
     return next(name for name, other in CASES.items() if other is case)
 
 
-def train(model, num_steps):
-    adapter = delta_lora.adapter_of(model)
+def train(adapter, num_steps):
+    model = adapter.model
     optimizer = torch.optim.AdamW(adapter.param_groups())
     model.train()
     for step in range(num_steps):
@@ -145,7 +145,7 @@ def test_dylora_exports_at_any_rank(rank, tmp_path):
     base, folder, _ = trained(case, tmp_path, "dylora", num_steps=12, rank=3, alpha=3)
     done = export.export_peft(folder, tmp_path / "peft", settings={"eval_rank": rank})
     assert set(done.ranks.values()) == {rank}
-    model = delta_lora.load(folder, settings={"eval_rank": rank})
+    model = delta_lora.load(folder, settings={"eval_rank": rank}).model
     expected = logits(model, inputs(model, 99)).detach()
     found = through_peft(case, base, tmp_path / "peft")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -164,7 +164,7 @@ def test_compression_is_the_best_of_its_rank_and_says_what_it_leaves_out(tmp_pat
     assert errors[-1] < 1e-12
     found = through_peft(case, base, tmp_path / "peft4")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    model = delta_lora.load(folder)
+    model = delta_lora.load(folder).model
     layer = model.roberta.encoder.layer[0].attention.self.query
     S = torch.linalg.svdvals(layer.query.delta_weight().detach().double())
     done = export.export_peft(folder, tmp_path / "again", rank=2)
@@ -208,7 +208,7 @@ def test_the_head_goes_along(tmp_path):
     export.export_peft(folder, tmp_path / "peft")
     model = AUTO["bert"].from_pretrained(base)
     wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
-    ours = delta_lora.load(folder).classifier.weight
+    ours = delta_lora.load(folder).model.classifier.weight
     assert torch.equal(wrapped.base_model.model.classifier.modules_to_save["default"].weight, ours)
 
 
@@ -248,9 +248,9 @@ def test_a_bfloat16_base_exports_as_peft_and_not_merged(tmp_path):
     model = case.model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     model = AUTO["gpt2"].from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    delta_lora.attach(model, form="closed_form", learning_rate=2e-2, **DELTA)
-    train(model, 4)
-    delta_lora.adapter_of(model).save(tmp_path / "adapter")
+    adapter = delta_lora.attach(model, form="closed_form", learning_rate=2e-2, **DELTA)
+    train(adapter, 4)
+    adapter.save(tmp_path / "adapter")
     export.export_peft(tmp_path / "adapter", tmp_path / "peft")
     with pytest.raises(ValueError, match="narrower than float32"):
         export.export_merged(tmp_path / "adapter", tmp_path / "merged")
@@ -264,11 +264,11 @@ def test_a_bfloat16_base_exports_as_peft_and_not_merged(tmp_path):
 def test_a_module_of_ones_own_exports_too(tmp_path):
     case = CASES["mlp"]
     model, plain = case.model(), case.model()
-    delta_lora.attach(
+    adapter = delta_lora.attach(
         model, projections=case.projections, head=case.head, learning_rate=1e-2, **DELTA
     )
-    train(model, 5)
-    delta_lora.adapter_of(model).save(tmp_path / "adapter")
+    train(adapter, 5)
+    adapter.save(tmp_path / "adapter")
     with pytest.raises(ValueError, match="base=model"):
         export.export_peft(tmp_path / "adapter", tmp_path / "peft")
     export.export_peft(tmp_path / "adapter", tmp_path / "peft", base=plain)

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
+from delta_lora.delta import stack
 from delta_lora.draws import step_indices
 from delta_lora.integrations import DeltaLoraCallback, peft_layers, trainer_callback
 from delta_lora.integrations.peft_layers import LoraTarget
 from delta_lora.methods.delta_lora import DeltaLora
-from delta_lora.peft_folder import stack_factors, write_peft_folder
+from delta_lora.peft_folder import write_peft_folder
 from delta_lora.protocols import Batch, Task
 from delta_lora.trainer import Trainer
 from tests.contract.models import gpt2
@@ -425,9 +426,12 @@ class TestKnownMistakes:
         start, final = reference(K=1, num_steps=12)
         assert_same(self.short_run(tmp_path, start), final)
         monkeypatch.setattr(
+            LoraTarget, "keep", lambda self: setattr(self, "old", self.copy_factors())
+        )
+        monkeypatch.setattr(
             LoraTarget,
             "add_to_weight",
-            lambda self, new, old, ratio: self.weight.add_(change(*new, *old)),
+            lambda self, ratio: self.weight.add_(change(*self.factors, *self.old)),
         )
         with pytest.raises(AssertionError, match=r"query|value"):
             assert_same(self.short_run(tmp_path, start), final, 1e-6)
@@ -521,7 +525,8 @@ def test_gradients_of_a_b_and_x_are_those_of_the_in_place_form(build):
     target.add_forward_term(RATIO)
     closed = outcome()
     target.remove_forward_term()
-    target.add_to_weight(target.factors, target.first, RATIO)
+    target.keep(target.first)
+    target.add_to_weight(RATIO)
     in_place = outcome()
     for a, b in zip(closed, in_place, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
@@ -703,7 +708,7 @@ def test_export_needs_the_model_that_was_trained(tmp_path):
 def test_the_factors_of_the_export_are_the_closed_form():
     draw = torch.Generator().manual_seed(0)
     A, B, A_k, B_k = (torch.randn(s, generator=draw, dtype=F64) for s in 2 * [(2, 7), (5, 2)])
-    A_2r, B_2r = stack_factors((A, B), (A_k, B_k), update_ratio=RATIO, scaling=SCALING)
+    A_2r, B_2r = stack((A, B), (A_k, B_k), update_ratio=RATIO, scaling=SCALING)
     assert (A_2r.shape, B_2r.shape) == ((4, 7), (5, 4))
     expected = (1 + RATIO) * SCALING * B @ A - RATIO * SCALING * B_k @ A_k
     torch.testing.assert_close(B_2r @ A_2r, expected, atol=1e-14, rtol=0)
@@ -910,6 +915,33 @@ def test_a_run_without_any_hook_is_void_at_its_end():
 
 
 # ---------------------------------------------------------------------- importing
+
+
+def test_a_callback_that_no_trainer_was_given_is_said_when_something_trains(tmp_path, caplog):
+    callback, other = delta(), delta()
+    model = lora_model()
+    trainer = trainer_of(tmp_path, model, other, num_steps=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [r for r in caplog.records if "no Trainer was given" in r.getMessage()]
+    assert len(said) == 1, "once, and not for the one that it has"
+    with pytest.raises(RuntimeError, match="did not train"):
+        callback.export(model, tmp_path / "export")
+    del callback
+    caplog.clear()
+    trainer_of(tmp_path, lora_model(), tf.TrainerCallback(), num_steps=1).train()
+    assert "no Trainer was given" not in caplog.text
+
+
+def test_a_callback_that_comes_when_training_has_begun_is_refused(tmp_path):
+    class Late(tf.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                trainer.add_callback(delta())
+
+    trainer = trainer_of(tmp_path, lora_model(), Late(), num_steps=3)
+    with pytest.raises(RuntimeError, match=r"added when the training had begun.*before"):
+        trainer.train()
 
 
 def test_importing_is_quick_and_quiet():

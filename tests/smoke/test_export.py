@@ -24,7 +24,7 @@ def test_a_run_loads_and_exports(
     cfg = Run.compose(small("method=delta_lora"))
     record = execute(cfg)
     folder = cfg.folder
-    model = delta_lora.load(folder)
+    model = delta_lora.load(folder).model
     assert isinstance(model, tf.GPT2LMHeadModel)
     (tmp_path / "of_somebody_else").mkdir()
     assert export.main([str(folder), "--output", str(tmp_path)]) == 0
@@ -95,7 +95,7 @@ def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
     record = execute(cfg)
     assert record["training"]["method"]["num_weight_updates"] == 4
     assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
-    model = delta_lora.load(cfg.folder)
+    model = delta_lora.load(cfg.folder).model
     layer = model.transformer.h[0].attn.c_attn
     assert layer.weight.dtype == torch.bfloat16
     assert layer.query.is_active

@@ -54,7 +54,6 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
         "adalora": (low_rank + 3 * 2 * 4, 0),
         "full_query_value": (3 * 2 * 128 * 128, 0),
         "full": (record["parameters"]["total"], 0),
-        "full_sgd": (record["parameters"]["total"], 0),
         "peft": (3 * 4 * (128 + 3 * 128), 0),  # one A and one B for the whole fused layer
         "full_frozen_embeddings": (record["parameters"]["total"] - 700 * 128, 0),
     }.get(method, (low_rank, 0))

@@ -192,7 +192,7 @@ def test_the_best_epoch_is_what_is_kept_everywhere(
     task = instantiate(cfg.task)
     task.load()
     tokenizer = load_tokenizer(cfg.model.tokenizer_path)
-    model = delta_lora.load(folder, base=base_model(cfg, task, None, None))
+    model = delta_lora.load(folder, base=base_model(cfg, task, None, None)).model
     batch = task.collate(task.examples("validation", tokenizer))
     with torch.no_grad():
         loss = float(task.loss(model, batch)) / batch.num_targets

@@ -63,10 +63,12 @@ def test_methods_know_neither_each_other_nor_the_trainer(path: Path) -> None:
 MAY_IMPORT = {
     "delta_lora/analysis": ("delta_lora",),
     "delta_lora/integrations": (
-        "delta_lora.checkpoint", "delta_lora.checks", "delta_lora.peft_folder",
+        "delta_lora.checkpoint", "delta_lora.checks", "delta_lora.delta",
+        "delta_lora.peft_folder", "delta_lora.projections", "delta_lora.step_watch",
     ),
     "delta_lora/methods": (
-        "delta_lora.low_rank", "delta_lora.projections", "delta_lora.checks",
+        "delta_lora.checks", "delta_lora.delta", "delta_lora.families", "delta_lora.low_rank",
+        "delta_lora.method_bases", "delta_lora.peft_folder", "delta_lora.projections",
         "delta_lora.protocols",
     ),
     "tasks/metrics": ("delta_lora.protocols",),

@@ -1,0 +1,234 @@
+"""The folder of a saved adapter: its two files, and what they say of the base model.
+
+``adapter_model.safetensors`` holds every parameter that training changed, ``adapter_config.json``
+the method (its name and every setting), the base model and facts. A run of the suite writes the
+same into ``outputs/<signature>/adapter``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from delta_lora import checkpoint
+from delta_lora.families import family_of
+from delta_lora.models import DTYPES, fingerprint, load_model
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: of `CONFIG`; raised when an older library could not read it as it is meant.
+FORMAT = 1
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """Write an adapter: tensors first, so that a folder with a description is whole.
+
+    Args:
+        folder: made where it does not exist.
+        tensors: every parameter that training changed, by name.
+        description: ``method`` (its ``name`` and its settings), ``seed`` (some methods draw what
+            never trains), ``base`` (from `describe_base`) and ``facts``; JSON values.
+
+    Returns:
+        The sha256 of the file of tensors.
+    """
+    base = dict(description["base"])
+    if base["source"] is not None and (Path(base["source"]) / "config.json").is_file():
+        # Relative, so that a folder of runs can be moved as a whole.
+        base["source"] = os.path.relpath(base["source"], folder)
+        if not base["source"].startswith("."):
+            base["source"] = f"./{base['source']}"
+    content = as_json({"format": FORMAT, **description, "base": base})
+    folder.mkdir(parents=True, exist_ok=True)
+    # Until the new tensors are whole, the old adapter stays.
+    temporary = folder / f".{TENSORS}.{os.getpid()}"
+    try:
+        checkpoint.write_tensors(temporary, tensors)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would fill the disk further
+        raise
+    digest = checkpoint.sha256_file(temporary)
+    (folder / CONFIG).unlink(missing_ok=True)
+    temporary.replace(folder / TENSORS)
+    checkpoint.write_json(folder / CONFIG, {**content, "tensors_sha256": digest})
+    return digest
+
+
+def as_json(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description as it is read back.
+
+    Raises:
+        TypeError: a value is none of JSON.
+    """
+    for part, values in description.items():
+        for key, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                name = f"{part}.{key}" if key else part
+                raise TypeError(
+                    f"{name}={value!r} ({type(value).__name__}) cannot be saved as JSON; give "
+                    "plain numbers, texts, lists and dictionaries"
+                ) from error
+    return dict(description)
+
+
+def describe_base(
+    model: nn.Module,
+    *,
+    projections: Sequence[str] | None,
+    head: Sequence[str],
+    **known: Any,
+) -> dict[str, Any]:
+    """Return what `load_base` needs to build the untouched base model again.
+
+    Args:
+        model: the base model before any method.
+        projections: as for `adapter.attach`.
+        head: as for `adapter.attach`.
+        **known: what is known better than the model tells: ``family``, ``source``, ``revision``,
+            ``architecture``, ``dtype``, ``attention``, ``config_overrides``.
+    """
+    config = getattr(model, "config", None)
+    family = family_of(model)
+    overrides = {}
+    if family == "sequence_classification" and config is not None:
+        overrides = {"num_labels": config.num_labels, "problem_type": config.problem_type}
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtypes = {value: key for key, value in DTYPES.items()}
+    return {
+        "family": family,
+        "source": getattr(config, "name_or_path", None) or None,
+        "revision": None,
+        "architecture": None,
+        "dtype": dtypes.get(first.dtype, "float32") if first is not None else "float32",
+        "attention": getattr(config, "_attn_implementation", None) or "sdpa",
+        "config_overrides": overrides,
+        **known,
+        "projections": None if projections is None else list(projections),
+        "head": list(head),
+        "sha256": None if _is_on_meta(model) else fingerprint(model, exclude=head),
+    }
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def find_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter: `path` itself, or ``adapter`` in it.
+
+    Raises:
+        FileNotFoundError: neither holds one.
+    """
+    path = Path(path).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG).is_file() and (folder / TENSORS).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} holds no adapter ({CONFIG} and {TENSORS}); give the folder of a finished run "
+        "(outputs/<signature>) or one that Adapter.save wrote"
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the description of the adapter in `folder`.
+
+    Raises:
+        ValueError: it is damaged, or one of PEFT's.
+    """
+    path = folder / CONFIG
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if "peft_type" in description:
+        raise ValueError(
+            f"{folder} holds an adapter of PEFT; load it with peft.PeftModel.from_pretrained"
+        )
+    found = description.get("format")
+    if found != FORMAT:
+        age = "a newer" if isinstance(found, int) and found > FORMAT else "an older"
+        raise ValueError(
+            f"{path} has format {found!r} and this version reads format {FORMAT}: it was written "
+            f"by {age} version; train again, or use that version"
+        )
+    keys = ("method", "seed", "base", "facts", "tensors_sha256")
+    if lacking := [key for key in keys if key not in description]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacking)}")
+    return description
+
+
+def read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return every parameter that training changed, by name.
+
+    Raises:
+        ValueError: the file is not the one that was written.
+    """
+    path = folder / TENSORS
+    if checkpoint.sha256_file(path) != description["tensors_sha256"]:
+        raise ValueError(
+            f"{path} is damaged or of another adapter: its checksum is not the one in {CONFIG}; "
+            "copy the folder again, or save the adapter again"
+        )
+    return load_file(path)
+
+
+def base_source(
+    description: Mapping[str, Any], folder: Path, given: str | Path | None = None
+) -> tuple[str | None, str | None]:
+    """Return where the base model is (folder, hub id or None), and its commit on the hub.
+
+    Args:
+        description: from `read_description`; it names a local base relative to `folder`.
+        folder: where it stands.
+        given: what a caller names instead: as it is, without the commit of another repository.
+    """
+    base = description["base"]
+    if given is not None:
+        same = str(given) == base["source"]
+        return str(given), base["revision"] if same else None
+    source = base["source"]
+    if source is not None and source.startswith("."):
+        # As it was written, by names; through links a folder's ".." is another one.
+        by_name = os.path.normpath(os.path.join(os.path.abspath(folder), source))
+        source = by_name if Path(by_name).is_dir() else str(folder / source)
+    return source, base["revision"]
+
+
+def load_base(
+    description: Mapping[str, Any], folder: Path, *, source: str | Path | None = None
+) -> nn.Module:
+    """Return the untouched base model of an adapter.
+
+    Args:
+        description: from `read_description`.
+        folder: where it stands; a local base is named relative to it.
+        source: folder or hub id to take instead.
+
+    Raises:
+        FileNotFoundError: the base's folder does not exist.
+        ValueError: the description does not say how to build it.
+    """
+    base = description["base"]
+    source, revision = base_source(description, folder, source)
+    if base["family"] is None or (source is None and base["architecture"] is None):
+        raise ValueError(
+            f"{folder} does not say how its base model is built; "
+            "build it yourself and give it with base=model"
+        )
+    return load_model(
+        base["family"],
+        source=source,
+        revision=revision,
+        architecture=base["architecture"],
+        dtype=base["dtype"],
+        config_overrides=base["config_overrides"],
+        attention=base["attention"],
+        new_modules=base["head"],
+    )

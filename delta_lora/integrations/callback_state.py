@@ -1,0 +1,78 @@
+"""What the callback keeps in a checkpoint of `Trainer`: one JSON file and one of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from delta_lora.checkpoint import sha256_file, write_json, write_tensors
+
+#: folder of the callback in a checkpoint; `Trainer` takes a folder that itself holds an adapter for
+#: one more adapter of the model, so the export of a checkpoint is one level deeper.
+FOLDER = "delta_lora"
+EXPORT = "adapter"
+STATE, TENSORS = "state.json", "tensors.safetensors"
+
+
+def write(
+    checkpoint: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    export: Callable[[Path], Any] | None,
+) -> None:
+    """Write the state into a checkpoint; whatever happens, the folder in it is whole.
+
+    Args:
+        checkpoint: the folder that `Trainer` has written.
+        content: JSON values; the checksum of the tensors is added.
+        tensors: by name.
+        export: writes the trained model to a folder; None leaves it out.
+    """
+    folder, temporary = checkpoint / FOLDER, checkpoint / f".writing-{FOLDER}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_tensors(temporary / TENSORS, tensors)
+    if export is not None:
+        export(temporary / EXPORT)
+    digest = sha256_file(temporary / TENSORS)
+    write_json(temporary / STATE, {**content, "tensors_sha256": digest})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON state and the tensors in a checkpoint.
+
+    Raises:
+        RuntimeError: a file is missing or damaged.
+    """
+    folder = checkpoint / FOLDER
+    advice = "resume from another checkpoint"
+    if not (folder / STATE).is_file() or not (folder / TENSORS).is_file():
+        raise RuntimeError(
+            f"{folder} lacks {STATE} or {TENSORS}, so the state of Delta-LoRA is unknown; {advice}"
+        )
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{folder / STATE} is damaged ({error}); {advice}") from error
+    if sha256_file(folder / TENSORS) != content["tensors_sha256"]:
+        raise RuntimeError(f"{folder / TENSORS} is damaged (its checksum differs); {advice}")
+    return content, load_file(folder / TENSORS)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return the sha256 of values; the same for equal values in wider types."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return found.hexdigest()

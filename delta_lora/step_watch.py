@@ -1,0 +1,138 @@
+"""Notice an optimiser step that was taken without the calls around it.
+
+A method such as Delta-LoRA works before and after every optimiser step. A loop that leaves these
+calls out trains something else, without an error of its own: so torch's optimisers are asked to
+tell of every step, and the next forward pass in training raises.
+
+What counts is that an optimiser of torch (a subclass, or the inner one of a wrapper) has run its
+`step` over a trained parameter that has a gradient. So nothing is noticed of gradient accumulation,
+`load_state_dict`, `model.to(...)`, `zero_grad` or a step that a loss scaler skipped, and nothing of
+changes that are written by hand. The version counter of a tensor would not do: fused optimisers
+leave it as it is, and loading weights raises it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+_BEFORE = (
+    "an optimiser step was taken without adapter.before_step(), so the training is not that of "
+    "method {name!r}"
+)
+_AFTER = (
+    "an optimiser step was taken and adapter.after_step() was not called, so the training is not "
+    "that of method {name!r}"
+)
+_ADVICE = (
+    "; in every step call adapter.before_step() right before optimizer.step() and "
+    "adapter.after_step() right after it, and start again from the base or from what "
+    "Adapter.state_dict returned before"
+)
+
+
+class StepWatch:
+    """Whether every optimiser step of a model stood between `open` and `close`.
+
+    Args:
+        model: the injected model.
+        name: of its method, for messages.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model
+        self.name = name
+        #: what an optimiser has done since; None where nothing is left to clear up.
+        self._suspicion: str | None = None
+        #: of a fused optimiser under a loss scaler: above 0 where it has skipped the step.
+        self._found_inf: Tensor | None = None
+        self._is_open = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._trains: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        listen(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_trains"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()  # a copy of the model is trained by another optimiser
+
+    def open(self) -> None:
+        """Say that the optimiser step comes now.
+
+        Raises:
+            RuntimeError: as for `check`.
+        """
+        self.check()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Say that the optimiser step has been taken.
+
+        Raises:
+            RuntimeError: `open` was not called before it.
+        """
+        if not self._is_open:
+            raise RuntimeError(_BEFORE.format(name=self.name) + _ADVICE)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start afresh: what has been trained so far was replaced."""
+        self._suspicion = self._found_inf = None
+        self._is_open = False
+
+    def check(self) -> None:
+        """Check that the last optimiser step stood between `open` and `close`.
+
+        Raises:
+            RuntimeError: it did not.
+        """
+        if self._suspicion is None:
+            return
+        if self._found_inf is not None and bool(self._found_inf > 0):
+            self._suspicion = self._found_inf = None
+            return
+        raise RuntimeError(self._suspicion.format(name=self.name) + _ADVICE)
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Take notice of an optimiser step of this process."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if optimizer not in self._trains:
+            own = {id(p) for p in self.model.parameters() if p.requires_grad}
+            self._trains[optimizer] = any(id(p) in own for p in parameters)
+        if not self._trains[optimizer] or all(p.grad is None for p in parameters):
+            return
+        if self._suspicion is not None and self._found_inf is None:
+            return
+        self._suspicion = _AFTER if self._is_open else _BEFORE
+        found = getattr(optimizer, "found_inf", None)
+        self._found_inf = found.detach() if isinstance(found, Tensor) else None
+
+
+class Listener(Protocol):
+    """What is told of every optimiser step of this process."""
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Take notice of a step that `optimizer` has taken."""
+
+
+_listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+_handles: list[Any] = []
+
+
+def listen(listener: Listener) -> None:
+    """Tell `listener` of every optimiser step of this process, as long as it is used elsewhere."""
+    _listeners.add(listener)
+    if not _handles:
+        _handles.append(register_optimizer_step_post_hook(_after_any_step))
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for listener in list(_listeners):
+        listener.see(optimizer)
