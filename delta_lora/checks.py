@@ -257,6 +257,8 @@ def check_texts(name: str, value: Sequence[str]) -> tuple[str, ...]:
             "write a list, for example ['bias']"
         )
     return tuple(value)
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x' or 'y'? " for the names of `known` that are spelt like `name`.
 

@@ -88,6 +88,8 @@ class Method(ABC):
     name: str
     #: raised when the same settings give another result.
     version: int = 1
+    #: keywords of the constructor that change no result, so that no run is named by them.
+    not_signed: tuple[str, ...] = ()
     #: peak learning rate of what `param_groups` returns.
     learning_rate: float
     #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).

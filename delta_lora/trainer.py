@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,6 +39,11 @@ class Trainer:
         TypeError: a value of another type.
         ValueError: a value outside its range, or two that do not fit each other.
     """
+
+    #: raised when the same values give another result.
+    version: ClassVar[int] = 1
+    #: keywords that change no result, so that no run is named by them.
+    not_signed: ClassVar[tuple[str, ...]] = ("checkpoint_every_s", "checkpoint_every_steps")
 
     batch_size: Annotated[int, Range(at_least=1)]
     """Examples of one optimiser step, over all processes and micro-batches."""

@@ -300,12 +300,12 @@ def picture(stem: Path, *, size: tuple[float, float], title: str) -> Iterator[tu
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "delta_lora", "svg.fonttype": "none", "font.size": 9,
         "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with mpl.rc_context(settings):
-        figure, paths = Figure(figsize=size, layout="constrained"), []
+        figure, paths = Figure(figsize=size, layout="constrained"), list[Path]()
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         yield figure, paths
         for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):

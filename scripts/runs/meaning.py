@@ -29,12 +29,6 @@ ROOT_DEFAULTS: Mapping[str, Any] = {
     "score_references": False,
     "save_model": False,
 }
-#: keywords of constructors that change no result, where a class does not name its own.
-NOT_SIGNED: Mapping[str, tuple[str, ...]] = {
-    "task": ("cache_dir",),
-    "method": (),
-    "trainer": ("checkpoint_every_s", "checkpoint_every_steps"),
-}
 #: keys of a task that pin what is downloaded.
 PIN = "release"
 HASH_LENGTH = 12
@@ -57,9 +51,9 @@ def meaning_of(
     found = {
         "seed": content["seed"],
         "task": _task(cfg, content["task"]),
-        "method": _owner("method", content["method"]),
+        "method": _method(content["method"]),
         "model": _model(content["model"], pretrained),
-        "trainer": _owner("trainer", content["trainer"]),
+        "trainer": _owner(content["trainer"]),
         "init_from": start,
         **{key: content[key] for key in ROOT_DEFAULTS},
     }
@@ -102,7 +96,7 @@ def _task(cfg: DictConfig, content: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in content.items() if not key.startswith(PIN)}
     if values.get("data_dir") is not None:
         values["data_dir"] = folder_checksum("task.data_dir", values["data_dir"])
-    found = _owner("task", {**values, "name": task.name, "version": task.version})
+    found = _owner({**values, "name": task.name, "version": task.version})
     if content.get("source") == "hub":
         pins = [value for key, value in content.items() if key.startswith(PIN)]
         found["files"] = plain([_pinned(pin) for pin in pins])
@@ -114,17 +108,24 @@ def _pinned(pin: Mapping[str, Any]) -> Any:
     return pin.get("files") or {key: value for key, value in pin.items() if key[0] != "_"}
 
 
-def _owner(part: str, content: Mapping[str, Any]) -> dict[str, Any]:
+def _method(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method by name and version, and its settings."""
+    found = _owner(content)
+    if "name" not in found:
+        raise ConfigError(
+            f"{content['_target_']} has no name; a method is a class with name = 'my_method'"
+        )
+    return found
+
+
+def _owner(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return name, version and settings of a task, a method or the trainer."""
     kind = _class(content["_target_"])
-    left_out = getattr(kind, "not_signed", NOT_SIGNED[part])
+    left_out = kind.not_signed
     settings = {key: value for key, value in content.items() if key not in left_out}
-    found: dict[str, Any] = {"name": kind.__module__.rpartition(".")[2]}  # TODO
-    for key in ("name", "version"):
-        value = settings.pop(key, getattr(kind, key, None))
-        if isinstance(value, (str, int)):
-            found[key] = value
-    return {**found, **_differing(settings)}
+    own = {key: settings.pop(key, getattr(kind, key, None)) for key in ("name", "version")}
+    named = {key: value for key, value in own.items() if isinstance(value, (str, int))}
+    return {**named, **_differing(settings)}
 
 
 def _differing(content: Mapping[str, Any]) -> dict[str, Any]:
