@@ -17,9 +17,9 @@ from typing import Any
 from scripts.runs import provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
+from scripts.runs.execution import prepare
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
-from scripts.runs.starts import prepare
 
 RECORD_SCHEMA = 2
 #: raised whenever a measurement can give other values from the same settings.

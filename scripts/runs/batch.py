@@ -28,7 +28,7 @@ from scripts.runs.workers import Pool
 
 #: what a worker does with a run, and with runs whose models are to be pre-trained.
 EXECUTE = "scripts.runs.execution:execute"
-PREPARE = "scripts.runs.starts:prepare"
+PREPARE = "scripts.runs.execution:prepare"
 
 
 @contextmanager

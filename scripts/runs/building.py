@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from scripts.runs.composition import ConfigError
+from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.folder import read_adapter
-
-if TYPE_CHECKING:
-    from scripts.runs.run import Run
-    from scripts.runs.starts import Start
+from scripts.runs.run import Run
+from scripts.runs.starts import Start
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +53,6 @@ class Built:
     weights_sha256: str
     parameters: dict[str, int]
     total_steps: int
-
-
-@contextlib.contextmanager
-def as_config_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn what a constructor or a loader says about the user's input into a ConfigError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (ValueError, TypeError, OSError, *more)):
-            raise ConfigError(str(error)) from error
-        if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-            raise ConfigError(str(error.__cause__)) from error
-        raise
 
 
 def load_task(cfg: DictConfig) -> Any:

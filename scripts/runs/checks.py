@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from omegaconf import OmegaConf
 
 from scripts.runs import devices
-from scripts.runs.building import as_config_error, random_model
-from scripts.runs.composition import ConfigError
+from scripts.runs.building import random_model
+from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.faults import NO_DEVICE
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run

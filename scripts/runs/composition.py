@@ -34,6 +34,19 @@ class ConfigError(ValueError):
     """The run cannot start as asked; the message says what to change."""
 
 
+@contextlib.contextmanager
+def as_config_error(*more: type[Exception]) -> Iterator[None]:
+    """Turn what a constructor or a loader says about the user's input into a ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, TypeError, OSError, *more)):
+            raise ConfigError(str(error)) from error
+        if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
+            raise ConfigError(str(error.__cause__)) from error
+        raise
+
+
 def _scaled_alpha(alpha: float, update_ratio: float) -> float:
     """Return alpha x (1 + lambda): the LoRA that Delta-LoRA equals under Adam with K = -1."""
     return float(alpha) * (1.0 + float(update_ratio))

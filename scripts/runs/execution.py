@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,10 +16,10 @@ from scripts.runs.building import Built, build, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
-from scripts.runs.recording import config_of, record_of, write_failure
+from scripts.runs.recording import Scored, config_of, record_of, write_failure
 from scripts.runs.run import Run
-from scripts.runs.starts import prepare, prepare_start
-from scripts.runs.workers import cells_on_device
+from scripts.runs.starts import read_start
+from scripts.runs.workers import COMMAND_BEGAN, cells_on_device
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,9 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
     memory.release()  # of the run that this process made before
     task = load_task(run.config)  # before anything expensive
     prepare([run])
-    built = build(run, task, prepare_start(run))
+    if run.start_run is not None:
+        _ensure(run.start_run, f"first the run that this one starts from: {run.start_run.folder}")
+    built = build(run, task, read_start(run))
     _log_start(run, built)
     with contextlib.ExitStack() as stack:
         mirrors: list[Any] = []
@@ -90,6 +92,36 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
             with _only_warned("mirroring the record"):
                 mirror.log_record(record, run.folder / "predictions.jsonl")
         return run.record()
+
+
+# ---------------------------------------------------------------------- what comes before
+
+
+def prepare(runs: Sequence[Run]) -> None:
+    """Pre-train, once, the models that the runs need and that do not exist yet."""
+    needed = {run.pretraining.name: run for run in runs if run.pretraining is not None}
+    for run in needed.values():
+        assert run.pretraining is not None
+        folder = run.pretraining.folder
+        _ensure(run.pretraining, f"pre-training {run.config.model.name} (once; kept in {folder})")
+
+
+def _ensure(run: Run, message: str) -> None:
+    """Execute `run` unless it is done.
+
+    Raises:
+        RuntimeError: it failed earlier in the same command, which does not try it again.
+    """
+    now = run.status()
+    if now.state == "done":
+        return
+    began = float(os.environ.get(COMMAND_BEGAN, "inf"))
+    if now.state == "failed" and (run.folder / RECORD).stat().st_mtime >= began:
+        raise RuntimeError(f"the run that this one starts from failed: {now.reason}")
+    logger.info(message)
+    execute(run)
+    while not processes.is_main() and not run.is_done:
+        time.sleep(0.2)  # the main process is still writing
 
 
 # ---------------------------------------------------------------------- fit
@@ -139,25 +171,6 @@ def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, fl
 
 
 # ---------------------------------------------------------------------- score
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a trained model does.
-
-    Attributes:
-        scores: of the scored split.
-        references: what needs no model, by name.
-        similarity: of every adapted projection to what it was before training.
-        num_predictions: number of predictions that were scored.
-        resources: seconds.
-    """
-
-    scores: Any
-    references: dict[str, Any]
-    similarity: dict[str, float]
-    num_predictions: int
-    resources: dict[str, float]
 
 
 def _score(run: Run, built: Built, *, is_main: bool) -> Scored:

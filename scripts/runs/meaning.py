@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from scripts.runs import provenance
-from scripts.runs.composition import ConfigError
+from scripts.runs.composition import ConfigError, as_config_error
 
 #: values of the root of a configuration that a result depends on, with their defaults.
 ROOT_DEFAULTS: Mapping[str, Any] = {
@@ -88,8 +88,6 @@ def plain(value: Any) -> Any:
 def _task(cfg: DictConfig, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task by name and version, its data by checksum."""
     from hydra.utils import instantiate
-
-    from scripts.runs.building import as_config_error
 
     with as_config_error():
         task = instantiate(cfg.task)
@@ -182,8 +180,6 @@ def _model(content: Mapping[str, Any], pretrained: str | None) -> dict[str, Any]
 
 def _class(target: str) -> Any:
     from hydra.utils import get_object
-
-    from scripts.runs.building import as_config_error
 
     with as_config_error():
         return get_object(target)

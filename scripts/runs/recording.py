@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,12 +14,28 @@ from scripts.runs.composition import ROOT
 from scripts.runs.folder import RECORD
 from scripts.runs.run import Run
 
-if TYPE_CHECKING:
-    from scripts.runs.execution import Scored
-
 RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
 NOT_RECORDED = ("logger", "paths", "overrides")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a trained model does.
+
+    Attributes:
+        scores: of the scored split.
+        references: what needs no model, by name.
+        similarity: of every adapted projection to what it was before training.
+        num_predictions: number of predictions that were scored.
+        resources: seconds.
+    """
+
+    scores: Any
+    references: dict[str, Any]
+    similarity: dict[str, float]
+    num_predictions: int
+    resources: dict[str, float]
 
 
 def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, Any]:

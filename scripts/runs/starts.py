@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delta_lora import processes
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import RECORD
 from scripts.runs.run import Run, completed
-from scripts.runs.workers import COMMAND_BEGAN
 
 #: settings of a method without which the weights of a run mean something else.
 SHARED_WITH_START = ("rank", "alpha")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class Start:
 
 
 def unprepared(runs: Iterable[Run]) -> list[str]:
-    """Return the names of the models that `prepare` would pre-train."""
+    """Return the names of the models that are still to be pre-trained for `runs`."""
     names = [
         run.config.model.name
         for run in runs
@@ -40,27 +32,15 @@ def unprepared(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def prepare(runs: Sequence[Run]) -> None:
-    """Pre-train, once, the models that the runs need and that do not exist yet."""
-    needed = {run.pretraining.name: run for run in runs if run.pretraining is not None}
-    for run in needed.values():
-        assert run.pretraining is not None
-        folder = run.pretraining.folder
-        _ensure(run.pretraining, f"pre-training {run.config.model.name} (once; kept in {folder})")
-
-
-def prepare_start(run: Run) -> Start | None:
-    """Make the run that `run` starts from if it does not exist, and check that it fits.
+def read_start(run: Run) -> Start | None:
+    """Return what `run` starts from, which must be there and fit it; None where there is nothing.
 
     Raises:
-        ConfigError: it is a run of another method or model, or of another rank or alpha.
+        ConfigError: it is not finished, or a run of another method or model, rank or alpha.
     """
-    before = run.start
-    if before is None:
+    if run.start is None:
         return None
-    if isinstance(before, Run):
-        _ensure(before, f"first the run that this one starts from: {before.folder}")
-        before = before.folder
+    before = run.start.folder if isinstance(run.start, Run) else run.start
     record = completed(before)
     if record is None:
         raise ConfigError(f"init_from: the run in {before} is not finished")
@@ -85,23 +65,3 @@ def prepare_start(run: Run) -> Start | None:
         "adapter_sha256": record["adapter_sha256"],
     }
     return Start(before, facts)
-
-
-def _ensure(run: Run, message: str) -> None:
-    """Execute `run` unless it is done.
-
-    Raises:
-        RuntimeError: it failed earlier in the same command, which does not try it again.
-    """
-    from scripts.runs.execution import execute
-
-    now = run.status()
-    if now.state == "done":
-        return
-    began = float(os.environ.get(COMMAND_BEGAN, "inf"))
-    if now.state == "failed" and (run.folder / RECORD).stat().st_mtime >= began:
-        raise RuntimeError(f"the run that this one starts from failed: {now.reason}")
-    logger.info(message)
-    execute(run)
-    while not processes.is_main() and not run.is_done:
-        time.sleep(0.2)  # the main process is still writing
