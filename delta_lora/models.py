@@ -107,7 +107,8 @@ def load_model(
     if source is None:
         assert architecture is not None
         values = {key: value for key, value in architecture.items() if key != "model_type"}
-        config = AutoConfig.for_model(architecture["model_type"], **values, **overrides)
+        config = AutoConfig.for_model(architecture["model_type"], **values)
+        _override(config, overrides)
         _set_dropout(config, dropout)
         return auto_class.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
     if looks_local(source):
@@ -198,7 +199,8 @@ def _override(config: Any, values: Mapping[str, Any]) -> None:
         if not hasattr(config, key):
             raise ValueError(
                 f"model.config_overrides has {key!r}, but a {type(config).__name__} has no such "
-                "value; correct it or leave it out"
+                "value; correct it or leave it out (model.config_overrides={} leaves out all; the "
+                "generic models model=causal_lm, seq2seq_lm, ... bring none)"
             )
         setattr(config, key, value)
 

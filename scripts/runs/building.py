@@ -162,7 +162,7 @@ def build_tokenizer(run: Run, task: Any) -> Any:
     with as_config_error():
         if model.tokenizer_path is not None:
             return load_tokenizer(model.tokenizer_path, None)
-        return load_tokenizer(*_weights(run))
+        return load_tokenizer(*weights_of(run))
 
 
 def base_model(run: Run, task: Any, train: Any) -> Any:
@@ -176,7 +176,7 @@ def base_model(run: Run, task: Any, train: Any) -> Any:
         model = random_model(cfg, task)
         task.initialise(model, train)
         return model
-    path, revision = _weights(run)
+    path, revision = weights_of(run)
     return load_model(
         cfg.model.family,
         source=path,
@@ -189,13 +189,13 @@ def base_model(run: Run, task: Any, train: Any) -> Any:
     )
 
 
-def random_model(cfg: DictConfig, task: Any) -> Any:
-    """Return the model of `cfg` built from its architecture, with random weights."""
+def random_model(cfg: DictConfig, task: Any, architecture: Any = None) -> Any:
+    """Return the model of `cfg` with random weights, built from its architecture or another one."""
     from delta_lora.models import load_model
 
     return load_model(
         cfg.model.family,
-        architecture=cfg.model.architecture,
+        architecture=cfg.model.architecture if architecture is None else architecture,
         dtype=cfg.model.dtype,
         dropout=cfg.model.dropout,
         config_overrides=_config_overrides(cfg, task),
@@ -209,7 +209,7 @@ def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
 
     cfg = run.config
     is_random = cfg.model.init == "random"
-    source, revision = (None, None) if is_random else _weights(run)
+    source, revision = (None, None) if is_random else weights_of(run)
     architecture: Any = OmegaConf.to_container(cfg.model.architecture) if is_random else None
     projections: Any = None
     if cfg.model.projections is not None:
@@ -228,7 +228,12 @@ def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
     )
 
 
-def _weights(run: Run) -> tuple[str, str | None]:
+def weights_of(run: Run) -> tuple[str, str | None]:
+    """Return folder or hub id, and revision, of the weights of a run.
+
+    Raises:
+        ConfigError: its model has none.
+    """
     if run.weights is None:
         raise ConfigError(
             f"model={run.config.model.name} has no weights; set model.path=FOLDER, or "

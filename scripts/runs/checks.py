@@ -5,13 +5,16 @@ Nothing of size is read, and what a check finds is a message that says what to c
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from scripts.runs import devices
-from scripts.runs.building import random_model
+from scripts.runs.building import random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.faults import NO_DEVICE
 from scripts.runs.meaning import hash_of
@@ -52,9 +55,25 @@ def check(run: Run) -> None:
             f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
             "to W would have to be written into it; use method.form=in_place"
         )
-    if cfg.model.architecture is not None and cfg.model.path is None:
-        _check_fits(run)
+    if cfg.model.init != "random":
+        weights_of(run)
+    architecture = _architecture(run)
+    if architecture is not None:
+        _check_fits(run, architecture)
     _check_device(run)
+
+
+def _architecture(run: Run) -> Any:
+    """Return what the model of a run is built from, where that is known before its weights are."""
+    model = run.config.model
+    if model.path is None:
+        return model.architecture
+    described = Path(model.path).expanduser() / "config.json"
+    if not described.is_file():
+        return None  # `check_sources` says what the folder lacks
+    with as_config_error():
+        content = json.loads(described.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and "model_type" in content else None
 
 
 def _check_device(run: Run) -> None:
@@ -83,7 +102,7 @@ def _check_device(run: Run) -> None:
         )
 
 
-def _check_fits(run: Run) -> None:
+def _check_fits(run: Run, architecture: Any) -> None:
     """Inject the method into a model without storage: finds ranks and names that do not fit."""
     import torch
     from hydra.utils import instantiate
@@ -91,7 +110,7 @@ def _check_fits(run: Run) -> None:
     cfg = run.config
     with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
-        model = random_model(cfg, task)
+        model = random_model(cfg, task, architecture)
         instantiate(cfg.method).inject(
             model,
             projections=cfg.model.projections,

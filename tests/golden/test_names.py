@@ -1,6 +1,6 @@
 """The names of runs: what means the same keeps its name, from version to version.
 
-A name that changes here orphans every record and run folder of it. Where that is meant (a default or
+A name that changes here orphans every record and run folder that has it. Where that is meant (a default
 the meaning of a value changed, and with it the version of its owner) write the file again:
 
     python -m tests.golden.test_names

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import save_file
 
 import delta_lora.sources
@@ -215,3 +216,41 @@ def test_a_new_pin_renames_no_run_that_does_not_read_it(tmp_path: Path) -> None:
         name("scale=tiny", "seed=1", "paths.outputs=null") == "7abaf7c19abd"
     )  # a committed record
     assert name() != name(other)
+
+
+# ---------------------------------------------------------------------- other people's models
+
+
+def write_llama(folder: Path) -> Path:
+    config = tf.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    write_model(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=gpt2_medium"], r"has 'activation_function', but a LlamaConfig has no such value"),
+        (["model=causal_lm", "method.rank=64"], "rank"),
+        (["model=causal_lm", "model.projections=[q_prj]"], "q_proj"),
+        (["model=seq2seq_lm"], "is of the family seq2seq_lm, but task=e2e is learned by a causal"),
+        (["model=causal_lm", "model.path=null"], "model=causal_lm has no weights"),
+    ],
+)
+def test_what_does_not_fit_a_folder_is_found_before_data_and_weights_are_read(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    llama = write_llama(tmp_path / "llama")
+    run = composed(tmp_path, "scale=tiny", f"model.path={llama}", *overrides, model="causal_lm")
+    with pytest.raises(ConfigError, match=message):
+        checks.check(run)
+
+
+def test_a_folder_of_any_architecture_fits_the_generic_model(tmp_path: Path) -> None:
+    llama = write_llama(tmp_path / "llama")
+    run = composed(tmp_path, "scale=tiny", f"model.path={llama}", model="causal_lm")
+    checks.check(run)
