@@ -1,7 +1,7 @@
 """The names of runs: what means the same keeps its name, from version to version.
 
-A name that changes here orphans every record and run folder that has it. Where that is meant (a default
-the meaning of a value changed, and with it the version of its owner) write the file again:
+A name that changes here orphans every record and run folder that has it. Where that is meant (a
+default or the meaning of a value changed, and the version of its owner with it) write it again:
 
     python -m tests.golden.test_names
 """
