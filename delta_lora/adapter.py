@@ -143,7 +143,7 @@ class Adapter:
         Raises:
             RuntimeError: the model is not a plain one.
         """
-        if self.model.state_dict().keys() != self._plain_names:
+        if _tensor_names(self.model) != self._plain_names:
             name = self.description["method"]["name"]
             if self._is_merged:
                 raise RuntimeError(
@@ -353,7 +353,7 @@ def _inject(
     """Inject `method` as its description says; return the adapter."""
     if _MARK in vars(model):
         raise RuntimeError("the model has a method attached; attach to a freshly loaded one")
-    plain_names = frozenset(model.state_dict())
+    plain_names = _tensor_names(model)
     method.inject(
         model,
         projections=description["base"]["projections"],
@@ -362,3 +362,10 @@ def _inject(
         seed=description["seed"],
     )
     return Adapter(model, method, description, plain_names=plain_names)
+
+
+def _tensor_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of all parameters and buffers."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return frozenset(name for tensors in (parameters, buffers) for name, _ in tensors)

@@ -158,7 +158,7 @@ class AdaLora(LowRankMethod):
         Raises:
             ValueError: it leaves no step to cut ranks in.
         """
-        self._total_steps = total_steps
+        self._total_steps = check_integer("total_steps", total_steps, at_least=1)
         self._t_init = round(self.initial_fraction * total_steps)
         self._t_final = round(self.final_fraction * total_steps)
         if self._t_init + self._t_final >= total_steps:

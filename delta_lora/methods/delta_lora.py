@@ -117,6 +117,10 @@ class DeltaLora(LowRankMethod):
         self._num_updates = 0
         self._snapshot_step: int | None = None
 
+    def plan(self, total_steps: int, seed: int) -> None:
+        """Check that there is a step at all."""
+        check_integer("total_steps", total_steps, at_least=1)
+
     def make_branch(
         self, projection: Projection, *, weight: Tensor, generator: torch.Generator
     ) -> LowRankBranch:

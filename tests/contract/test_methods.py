@@ -565,6 +565,15 @@ def test_an_unknown_head_is_refused(name):
         )
 
 
+def test_the_number_of_steps_may_be_zero_where_nothing_is_planned_by_it():
+    case = CASES["gpt2"]
+    for name in ("lora", "dylora", "full"):
+        inject(method_from_config(name), case.model(), case, total_steps=0)
+    for name in ("adalora", "delta_lora"):
+        with pytest.raises(ValueError, match="total_steps=0"):
+            inject(method_from_config(name), case.model(), case, total_steps=0)
+
+
 @pytest.mark.parametrize("name", ["full", "full_frozen_embeddings"])
 def test_a_model_without_anything_to_train_is_refused(name):
     case = CASES["gpt2"]

@@ -1,0 +1,167 @@
+"""A training with DeltaLoraCallback that was killed continues, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from tests.contract.peft_trainer import (
+    NUM_STEPS,
+    Kill,
+    assert_same,
+    both_forms,
+    delta,
+    effective_weight,
+    examples,
+    lora_layers,
+    lora_model,
+    roberta,
+    trainer_of,
+)
+
+
+def train_and_kill(folder, start, *, form, K, save_weights=False, **values):
+    """Train with a checkpoint at step 50 and die at step 60."""
+    callback = delta(start_step=K, form=form, save_weights=save_weights)
+    trainer = trainer_of(
+        folder, lora_model(start), callback, more=[Kill(60)],
+        save_strategy="steps", save_steps=50, **values,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return callback
+
+
+@both_forms
+@pytest.mark.parametrize("K", [1, 70])
+def test_a_killed_run_continues(tmp_path, reference, form, K):
+    start, final = reference(K=K)
+    train_and_kill(tmp_path, start, form=form, K=K)
+    callback, model = delta(start_step=K, form=form), lora_model()
+    trainer_of(tmp_path, model, callback).train(resume_from_checkpoint=True)
+    assert_same(model, final)
+    assert (callback.num_steps, callback.num_updates) == (NUM_STEPS, NUM_STEPS - K - 1)
+
+
+def test_with_stored_weights_the_bits_of_w_continue(tmp_path, reference):
+    start, _ = reference(K=1)
+    straight = lora_model(start)
+    trainer_of(tmp_path / "straight", straight, delta()).train()
+    train_and_kill(tmp_path, start, form="in_place", K=1, save_weights=True)
+    model = lora_model()
+    trainer_of(tmp_path, model, delta(save_weights=True)).train(resume_from_checkpoint=True)
+    expected = straight.state_dict()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_elsewhere_is_found_when_named(tmp_path, reference):
+    start, final = reference(K=1)
+    train_and_kill(tmp_path / "old", start, form="closed_form", K=1)
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "old" / "checkpoint-50", moved)
+    with pytest.raises(
+        RuntimeError, match=r"no delta_lora/state\.json in .*resume_from_checkpoint"
+    ):
+        trainer_of(tmp_path / "new", lora_model(), delta(form="closed_form")).train(
+            resume_from_checkpoint=str(moved)
+        )
+    model = lora_model()
+    callback = delta(form="closed_form", resume_from_checkpoint=moved)
+    trainer_of(tmp_path / "new", model, callback).train(resume_from_checkpoint=str(moved))
+    assert_same(model, final)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, reference):
+    folder = tmp_path_factory.mktemp("killed")
+    train_and_kill(folder, reference(K=1)[0], form="in_place", K=1)
+    return folder
+
+
+class TestWhatCannotBeResumed:
+    @pytest.fixture
+    def run(self, killed, tmp_path):
+        shutil.copytree(killed, tmp_path / "run")
+        return tmp_path / "run"
+
+    def resume(self, run, message, model=None, **values):
+        trainer = trainer_of(run, model or lora_model(), delta(**values))
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            trainer.train(resume_from_checkpoint=str(run / "checkpoint-50"))
+
+    def test_a_missing_state(self, run):
+        shutil.rmtree(run / "checkpoint-50" / "delta_lora")
+        self.resume(run, r"resumes at step 50, but there is no delta_lora/state\.json")
+
+    def test_a_state_cut_short(self, run):
+        (run / "checkpoint-50" / "delta_lora" / "tensors.safetensors").unlink()
+        self.resume(run, r"lacks state\.json or tensors\.safetensors")
+
+    def test_damaged_tensors(self, run):
+        path = run / "checkpoint-50" / "delta_lora" / "tensors.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+        self.resume(run, "checksum differs")
+
+    def test_damaged_json(self, run):
+        (run / "checkpoint-50" / "delta_lora" / "state.json").write_text("{")
+        self.resume(run, r"state\.json is damaged")
+
+    def test_the_state_of_other_factors(self, run):
+        path = run / "checkpoint-50" / "delta_lora" / "state.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"factors_digest": "0"}))
+        self.resume(run, "A and B of the model are not those of")
+
+    @pytest.mark.parametrize(
+        "values", [{"update_ratio": 0.75}, {"start_step": 2}, {"form": "closed_form"}]
+    )
+    def test_other_settings(self, run, values):
+        name = next(iter(values))
+        self.resume(run, rf"other settings of Delta-LoRA \({name}: .* then, .* now\)", **values)
+
+    def test_another_base(self, run):
+        model = lora_model()
+        with torch.no_grad():
+            next(iter(lora_layers(model).values())).base_layer.weight.mul_(1.01)
+        self.resume(run, "base weights are not those", model=model)
+
+    def test_a_named_checkpoint_without_resuming(self, run):
+        trainer = trainer_of(run, lora_model(), delta(resume_from_checkpoint=run / "checkpoint-50"))
+        with pytest.raises(ValueError, match=r"Trainer\.train starts at step 0"):
+            trainer.train()
+
+
+@both_forms
+@pytest.mark.parametrize("best", [10, 30])
+def test_the_best_model_is_loaded_with_its_w(tmp_path, form, best):
+    """Trainer loads A and B of the best checkpoint; what the layers compute has to be of it too."""
+    seen = {}
+
+    class Watch(tf.TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+            metrics["eval_score"] = float(state.global_step == best)
+            if state.global_step == best:
+                seen.update({n: effective_weight(m) for n, m in lora_layers(model).items()})
+
+    torch.manual_seed(1)
+    model, callback = lora_model(), delta(start_step=15, form=form)
+    trainer = trainer_of(
+        tmp_path, model, callback, num_steps=40, more=[Watch()], eval_dataset=examples(4),
+        eval_strategy="steps", eval_steps=10, save_strategy="steps", save_steps=10,
+        load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    for name, layer in lora_layers(model).items():
+        torch.testing.assert_close(effective_weight(layer), seen[name], atol=1e-12, rtol=0)
+    assert callback.num_updates == max(0, best - 16)
+    loaded = peft.PeftModel.from_pretrained(roberta(), callback.export(model, tmp_path / "export"))
+    for name, layer in lora_layers(loaded).items():
+        torch.testing.assert_close(effective_weight(layer), seen[name], atol=1e-12, rtol=0)
