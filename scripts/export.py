@@ -1,8 +1,9 @@
 """Export a finished run, to be served anywhere.
 
-    python scripts/export.py outputs/0123456789ab                 PEFT LoRA, merged model, card
-    python scripts/export.py outputs/0123456789ab --rank 4        LoRA compressed to rank 4 by SVD
-    python scripts/export.py outputs/0123456789ab --eval-rank 2   DyLoRA at rank 2
+    RUN=outputs/e2e--delta_lora--seed1--8e1bd133d9c5
+    python scripts/export.py $RUN                 PEFT LoRA, merged model, card
+    python scripts/export.py $RUN --rank 4        LoRA compressed to rank 4 by SVD
+    python scripts/export.py $RUN --eval-rank 2   DyLoRA at rank 2
 
 Writes ``OUTPUT/peft`` (a LoRA on the untouched base, read by `peft.PeftModel.from_pretrained`),
 ``OUTPUT/merged`` (a plain model) and a card in each. OUTPUT is ``export`` in the run's folder by
