@@ -17,6 +17,8 @@ Factors are pairs (A, B). Shape suffixes: I inputs, O outputs, R rank, S twice t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,18 @@ def stack(now: Factors, first: Factors, *, update_ratio: float, scaling: float =
         dim=1,
     )
     return A_SI, B_OS
+
+
+def norm(factors: Sequence[Factors], scalings: Sequence[float]) -> float:
+    """Return the Frobenius norm of all ``scaling * B @ A`` together, without making a product.
+
+    ``|B A|^2`` is the sum of ``(B^T B) * (A A^T)``, in which rounding may leave a little below 0.
+    """
+    squares = [
+        scaling**2 * ((B_OR.T.float() @ B_OR.float()) * (A_RI.float() @ A_RI.float().T)).sum()
+        for (A_RI, B_OR), scaling in zip(factors, scalings, strict=True)
+    ]
+    return float(torch.stack(squares).sum().clamp(min=0).sqrt())
 
 
 class Difference:

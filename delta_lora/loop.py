@@ -166,7 +166,9 @@ class Loop:
         if stored is not None:
             self._restore_optimizer(stored)
         self._open_log(position=0 if stored is None else stored.state["log_position"])
-        self.session = Session(self.device, self.result.resources)
+        self.session = Session(self.device, self.result.resources, self.step)
+        if self.log is not None:
+            self.method.log_values()  # from now on it keeps what they need
 
     def _enable_gradient_checkpointing(self) -> None:
         model: Any = self.model
@@ -343,7 +345,8 @@ class Loop:
                 "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                 "train/grad_norm": norm,
             }
-            self.log.log(self.step, values, self.session.measured())
+            measured = {**self.session.measured(self.step), **self.method.log_values()}
+            self.log.log(self.step, values, measured)
         gib = memory.peak_bytes(self.device) / 2**30
         note = f"loss {loss:.4f}, {self.session.tokens_per_s():.0f} tokens/s, {gib:.2f} GiB"
         self.progress.update(note=note)

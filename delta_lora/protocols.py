@@ -170,6 +170,14 @@ class Method(ABC):
         """Return facts for the record (ranks after pruning, number of W updates); JSON values."""
         return {}
 
+    def log_values(self) -> dict[str, float]:
+        """Return what mirrors show of the state of the moment, by ``group/name``.
+
+        Called at log steps, on the main process, and once before the first step; cheap, and it
+        changes nothing that a result depends on.
+        """
+        return {}
+
     def load_facts(self, facts: Mapping[str, Any]) -> None:  # noqa: B027 - a hook
         """Set what a finished run's `describe` told, where the forward pass depends on it."""
 
@@ -272,6 +280,10 @@ class Task(ABC):
     def score(self, predictions: Sequence[dict[str, Any]], split: str) -> Scores:
         """Return the metrics of `predictions`."""
         return Scores({}, {})
+
+    def references(self, split: str) -> dict[str, list[str]]:
+        """Return what a prediction is compared with, by the id of the input, for people to read."""
+        return {}
 
     def reference_scores(self, split: str) -> dict[str, Scores]:
         """Return what needs no model, by name: a reference against the others, word counts, ..."""

@@ -2,45 +2,98 @@
 
 ``metrics.jsonl`` holds only what a repetition of the run gives again to the bit (losses, rates,
 norms). What differs between two runs of the same thing (seconds, memory, tokens per second) goes to
-the progress display, to the mirrors and to ``resources.json``.
+the progress display, to ``measured.jsonl`` and to ``resources.json``. A mirror shows both; whatever
+goes wrong with it is no more than a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
-from delta_lora.checks import check_choice
-
 logger = logging.getLogger(__name__)
+
+MEASURED = "measured.jsonl"
 
 
 class MetricLogger(Protocol):
-    """Something that mirrors the log elsewhere."""
+    """Something that mirrors the log elsewhere; see `Guarded` for what it may do wrong."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Mirror the values of one step, which stand in the run's files already."""
+
+    def close(self, status: str, error: str = "") -> None:
+        """End the mirror.
+
+        Args:
+            status: ``completed``, ``failed`` or ``stopped``; the record of a completed run stands.
+            error: what made it fail.
+        """
+
+
+_has_warned = False
+
+
+def warn_once(message: str) -> None:
+    """Warn of a mirror's trouble; after the first time in a process the log has it as debugging."""
+    global _has_warned
+    logger.log(logging.DEBUG if _has_warned else logging.WARNING, "%s", message)
+    _has_warned = True
+
+
+class Guarded:
+    """A mirror that cannot decide over the work.
+
+    Whatever it raises, when it is made or later, is one warning a process. It is then left alone.
+
+    Args:
+        make: returns the mirror.
+    """
+
+    def __init__(self, make: Callable[[], MetricLogger]) -> None:
+        self._mirror: MetricLogger | None = None
+        with self.aside():
+            self._mirror = make()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Mirror the values of one step."""
+        with self.aside():
+            if self._mirror is not None:
+                self._mirror.log(step, values)
 
-    def log_record(self, record: Mapping[str, Any], predictions: Path) -> None:
-        """Mirror the final record and the predictions file of a run."""
-
-    def close(self) -> None:
+    def close(self, status: str, error: str = "") -> None:
         """End the mirror."""
+        with self.aside():
+            if self._mirror is not None:
+                self._mirror.close(status, error)
+        self._mirror = None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run a block for the mirror's sake; where it fails, the mirror is left out."""
+        try:
+            yield
+        except Exception as error:
+            self._mirror = None
+            what = f"{type(error).__name__}: {error}"
+            warn_once(f"a mirror of the log failed, and is left out: {what}")
 
 
 class RunLog:
-    """Writes ``metrics.jsonl`` and feeds the mirrors.
+    """Writes ``metrics.jsonl`` and ``measured.jsonl`` and tells the mirrors.
 
     Args:
-        path: the ``metrics.jsonl`` of the run.
+        path: the ``metrics.jsonl`` of the run; what is measured goes to a file beside it.
         position: byte offset to continue at; what stands behind it (written after the last
             checkpoint of an interrupted run) is cut off and will be written again.
         mirrors: further loggers.
@@ -51,20 +104,26 @@ class RunLog:
     ) -> None:
         self._stream = path.open("r+b" if path.exists() else "w+b")
         self._stream.truncate(position)
-        self._stream.seek(position)
-        self._mirrors = mirrors
+        self._stream.seek(0)
+        steps = [json.loads(line)["step"] for line in self._stream]
+        self._measured = _measured_until(path.with_name(MEASURED), max(steps, default=-1))
+        self._mirrors = [Guarded(partial(_same, mirror)) for mirror in mirrors]
 
     def log(
         self, step: int, values: Mapping[str, float], measured: Mapping[str, float] | None = None
     ) -> None:
-        """Log the repeatable `values`, and the `measured` ones to the mirrors only.
+        """Log the repeatable `values`, and the `measured` ones apart from them.
 
         Args:
             step: number of applied optimiser steps.
             values: by ``split/name``; written to ``metrics.jsonl``.
-            measured: seconds, memory and rates of this very session.
+            measured: what this very session used, and what else is for mirrors alone; written to
+                ``measured.jsonl``.
         """
-        self._stream.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        if measured:  # before the line that a reader of both waits for
+            self._measured.write(_line({"step": step, **measured}))
+            self._measured.flush()
+        self._stream.write(_line({"step": step, **values}))
         self._stream.flush()
         for mirror in self._mirrors:
             mirror.log(step, {**values, **(measured or {})})
@@ -75,8 +134,30 @@ class RunLog:
         return self._stream.tell()
 
     def close(self) -> None:
-        """Close the file; the mirrors live on until the record is written."""
+        """Close the files; the mirrors live on until the record is written."""
         self._stream.close()
+        self._measured.close()
+
+
+def _same(mirror: MetricLogger) -> MetricLogger:
+    return mirror
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _measured_until(path: Path, step: int) -> IO[bytes]:
+    """Open the file of measured values behind those of `step`; a last line may be cut off."""
+    stream = path.open("r+b" if path.exists() else "w+b")
+    kept = 0
+    for line in stream:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept += len(line)
+    stream.truncate(kept)
+    stream.seek(kept)
+    return stream
 
 
 class Progress:
@@ -133,97 +214,3 @@ class Progress:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
-
-
-class WandbMirror:
-    """Mirrors a run to Weights & Biases.
-
-    Without a key the run is written offline, without a prompt. The run's id and name are its
-    signature, its group the signature without the seed, so that seeds of one configuration stand
-    together.
-
-    Args:
-        project: wandb project.
-        entity: wandb entity; None takes the account's default.
-        mode: ``auto`` (online where a key is configured, else offline), ``online`` or ``offline``.
-        directory: where offline files go.
-        signature: id of the run.
-        group: signature without the seed.
-        tags: task, method, scale.
-        run_config: resolved configuration.
-
-    Raises:
-        ValueError: unknown `mode`, or ``online`` without a key.
-    """
-
-    def __init__(
-        self,
-        *,
-        project: str,
-        entity: str | None,
-        mode: str,
-        directory: Path,
-        signature: str,
-        group: str,
-        tags: Sequence[str],
-        run_config: Mapping[str, Any],
-    ) -> None:
-        import wandb
-
-        check_choice("logger.mode", mode, ("auto", "online", "offline"))
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
-        if mode == "online" and not has_key:
-            raise ValueError(
-                "logger.mode=online needs a wandb key: run `wandb login` or set WANDB_API_KEY, "
-                "or use logger.mode=offline"
-            )
-        if mode == "auto":
-            mode = "online" if has_key else "offline"
-        directory.mkdir(parents=True, exist_ok=True)
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=project,
-            entity=entity,
-            mode=cast(Any, mode),
-            dir=str(directory),
-            id=signature,
-            name=signature,
-            group=group,
-            tags=list(tags),
-            config=dict(run_config),
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Mirror the values of one step."""
-        self._run.log(dict(values), step=step)
-
-    def log_record(self, record: Mapping[str, Any], predictions: Path) -> None:
-        """Write scores and counts into the run's summary and the predictions into a table."""
-        summary = {f"test/{name}": value for name, value in record.get("metrics", {}).items()}
-        summary |= {f"parameters/{k}": v for k, v in record.get("parameters", {}).items()}
-        self._run.summary.update(summary)
-        if predictions.exists():
-            # A text may hold characters at which `splitlines` would cut.
-            lines = predictions.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
-            if rows:
-                columns = list(rows[0])
-                data = [[str(row.get(column)) for column in columns] for row in rows]
-                self._run.log({"predictions": self._wandb.Table(columns=columns, data=data)})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
-def _netrc_has_wandb() -> bool:
-    """Return whether `wandb login` stored a key; the key itself is never read."""
-    import netrc
-
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)

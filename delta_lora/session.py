@@ -22,12 +22,14 @@ class Session:
     Args:
         device: whose memory is measured, and which is waited for where times are read.
         earlier: `resources` of the sessions before; empty for a new run.
+        step: number of steps that were taken in them.
     """
 
-    def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
+    def __init__(self, device: torch.device, earlier: dict[str, float], step: int = 0) -> None:
         self._device, self._earlier = device, dict(earlier)
         self._start = self._mark = time.monotonic()
         self._apart_s = 0.0
+        self._last_measured = (step, 0.0)
         self.num_tokens = 0
         memory.reset_peak(device)
 
@@ -62,13 +64,20 @@ class Session:
         """Return input tokens per second of this session."""
         return self.num_tokens / max(self._elapsed_s(), 1e-9)
 
-    def measured(self) -> dict[str, float]:
-        """Return what a mirror shows beside the losses."""
+    def measured(self, step: int) -> dict[str, float]:
+        """Return what a mirror shows beside the losses behind `step` steps."""
         return {
-            "system/tokens_per_s": self.tokens_per_s(),
-            "system/peak_memory_bytes": float(memory.peak_bytes(self._device)),
-            "system/train_time_s": self.resources()["train_time_s"],
+            "perf/tokens_per_s": self.tokens_per_s(),
+            "perf/step_time_s": self._mean_step_s(step),
+            "perf/peak_memory_bytes": float(memory.peak_bytes(self._device)),
+            "perf/train_time_s": self.resources()["train_time_s"],
         }
+
+    def _mean_step_s(self, step: int) -> float:
+        """Return the mean seconds of the steps since the last call, without what was apart."""
+        time_s, earlier = self._elapsed_s() - self._apart_s, self._last_measured
+        self._last_measured = (step, time_s)
+        return (time_s - earlier[1]) / max(step - earlier[0], 1)
 
     def resources(self) -> dict[str, float]:
         """Return seconds, tokens, tokens per second, peak memory in bytes, number of sessions.

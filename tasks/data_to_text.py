@@ -377,6 +377,10 @@ class DataToText(Task):
             return Scores({}, {spec.name: reason for spec in self.metrics})
         return self._score([prediction["prediction"] for prediction in aligned], items)
 
+    def references(self, split: str = "test") -> dict[str, list[str]]:
+        """Return the texts of each input of `split`."""
+        return {item.id: list(item.references) for item in self.inputs(split)}
+
     def reference_scores(self, split: str = "test") -> dict[str, Scores]:
         """Score the first reference of each input against its other references.
 

@@ -339,6 +339,11 @@ class Glue(Task):
         )
         return self._score(rows, [float(prediction["prediction"]) for prediction in aligned])
 
+    def references(self, split: str = "validation") -> dict[str, list[str]]:
+        """Return the label of each row of `split` that has one."""
+        rows = self.inputs(split)
+        return {row.id: [f"{row.label:g}"] for row in rows if row.label is not None}
+
     def _score(self, rows: Sequence[Row], values: Sequence[float]) -> Scores:
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) < len(rows):

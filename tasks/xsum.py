@@ -439,6 +439,10 @@ class XSum(Task):
             aggregate=self.aggregate,
         )
 
+    def references(self, split: str = "test") -> dict[str, list[str]]:
+        """Return the summary of each document of `split` that has one."""
+        return {row.id: [row.summary] for row in self.inputs(split) if row.summary is not None}
+
 
 def _find(folder: Path) -> dict[str, Path]:
     """Return the file of each split in `folder`."""

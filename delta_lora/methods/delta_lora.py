@@ -25,7 +25,8 @@ Two forms of the same method:
 State kept, ``in_place``: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of
 the factors, together twice the factors (3 MiB for GPT2-Medium at rank 4). They are rewritten in
 every step, so a checkpoint needs none of them. ``closed_form``: `kept_A` and `kept_B`, once the
-factors, which belong to what a run has learned. Both: two counters of 8 bytes.
+factors, which belong to what a run has learned. Both: two counters of 8 bytes. Once `log_values`
+was called, ``in_place`` keeps the factors before the first update too; no result depends on them.
 
 Details:
 1. `step` counts applied optimiser steps from 0 and the inequality is strict: the first update of W
@@ -48,7 +49,7 @@ Details:
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,6 +117,8 @@ class DeltaLora(LowRankMethod):
         self._num_steps = 0
         self._num_updates = 0
         self._snapshot_step: int | None = None
+        self._first: list[delta.Factors] | None = None
+        self._is_logged = False
 
     def plan(self, total_steps: int, seed: int) -> None:
         """Check that there is a step at all."""
@@ -162,6 +165,8 @@ class DeltaLora(LowRankMethod):
             for target in self._targets:
                 target.keep_factors()
             if self._num_updates == 0:
+                if self._is_logged:
+                    self._first = [_copies(target.branch) for target in self._targets]
                 for branch in self._closed:
                     branch.keep_factors()
             self._snapshot_step = step
@@ -238,25 +243,61 @@ class DeltaLora(LowRankMethod):
         return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the counters, as int64 scalars."""
-        return {
+        """Return the counters, as int64 scalars, and in place what `log_values` needs."""
+        state = {
             "num_steps": torch.tensor(self._num_steps),
             "num_updates": torch.tensor(self._num_updates),
         }
+        for index, factors in enumerate(self._first or ()):
+            state |= {f"first.{index}.{name}": f for name, f in zip("AB", factors, strict=True)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the counters.
+        """Restore the counters, and the factors of `log_values` where they were kept.
 
         Raises:
             ValueError: the state is not one of this method.
         """
-        if set(state) != {"num_steps", "num_updates"}:
+        first = [f"first.{i}.{name}" for i in range(len(self._targets)) for name in "AB"]
+        if set(state) - set(first) != {"num_steps", "num_updates"}:
             raise ValueError(
                 f"the state of Delta-LoRA has num_steps and num_updates, got {sorted(state)}; "
                 "resume from a checkpoint of the same method"
             )
         self._num_steps = int(state["num_steps"])
         self._set_num_updates(int(state["num_updates"]))
+        self._first = None
+        if first and all(name in state for name in first):
+            like = [target.branch.lora_A for target in self._targets]
+            found = [state[name] for name in first]
+            pairs = zip(like, found[::2], found[1::2], strict=True)
+            self._first = [(A.to(own), B.to(own)) for own, A, B in pairs]
+
+    @torch.no_grad()
+    def log_values(self) -> dict[str, float]:
+        """Return the number of updates, and norms over all projections (Frobenius, together).
+
+        ``delta/ba_norm`` is that of ``scaling * B @ A``; ``delta/w_change_norm`` that of what the
+        updates added to W, ``update_ratio * scaling * (B @ A - B_k @ A_k)``. Of products only
+        matrices of rank x rank are made. From the first call on the factors before the first update
+        are kept. Sharded factors have no norms.
+        """
+        self._is_logged = True
+        values = {"delta/num_updates": float(self._num_updates)}
+        written = [target.branch for target in self._targets]
+        branches = written or self._closed or list(self.branches.values())
+        if any(hasattr(branch.lora_A, "device_mesh") for branch in branches):
+            return values
+        first: Sequence[delta.Factors] = self._first or [(b.kept_A, b.kept_B) for b in self._closed]
+        now = [(branch.lora_A, branch.lora_B) for branch in branches]
+        scalings = [branch.scaling for branch in branches]
+        values["delta/ba_norm"] = delta.norm(now, scalings)
+        if self._num_updates == 0 or self.update_ratio == 0:
+            values["delta/w_change_norm"] = 0.0
+        elif len(first) == len(branches):
+            changes = [delta.difference(new, old) for new, old in zip(now, first, strict=True)]
+            values["delta/w_change_norm"] = self.update_ratio * delta.norm(changes, scalings)
+        return values
 
     def describe(self) -> dict[str, Any]:
         """Return how often W was updated and at which step first (None if it never was)."""
@@ -266,6 +307,10 @@ class DeltaLora(LowRankMethod):
     def load_facts(self, facts: Mapping[str, Any]) -> None:
         """Set the number of updates, which says whether a closed form has begun."""
         self._set_num_updates(int(facts["num_weight_updates"]))
+
+
+def _copies(branch: LowRankBranch) -> delta.Factors:
+    return branch.lora_A.detach().clone(), branch.lora_B.detach().clone()
 
 
 class ClosedFormBranch(LowRankBranch):

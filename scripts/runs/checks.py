@@ -40,9 +40,10 @@ def check(run: Run) -> None:
     if cfg.task.get("source") == "files" and cfg.task.get("data_dir") is None:
         raise ConfigError("task.source=files needs task.data_dir=FOLDER")
     parts = {}
-    for part in ("trainer", "task", "method"):
-        with as_config_error():
-            parts[part] = instantiate(cfg[part])
+    for part in ("trainer", "task", "method", "logger"):
+        if cfg[part]["_target_"] is not None:  # of the logger; making one begins nothing
+            with as_config_error():
+                parts[part] = instantiate(cfg[part])
     family = parts["task"].family
     if family not in (None, cfg.model.family):
         raise ConfigError(

@@ -12,11 +12,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import processes
+from delta_lora.runlog import Guarded
 from scripts.runs.building import Built, build, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
-from scripts.runs.recording import Scored, config_of, record_of, write_failure
+from scripts.runs.mirroring import mirror_of, write_references
+from scripts.runs.recording import Scored, record_of, write_failure
 from scripts.runs.run import Run
 from scripts.runs.starts import read_start
 from scripts.runs.workers import COMMAND_BEGAN, cells_on_device
@@ -72,11 +74,9 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
         _ensure(run.start_run, f"first the run that this one starts from: {run.start_run.folder}")
     built = build(run, task, read_start(run))
     _log_start(run, built)
-    with contextlib.ExitStack() as stack:
-        mirrors: list[Any] = []
-        if is_main:
-            OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
-            mirrors = _mirrors(run, stack)
+    if is_main:
+        OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
+    with _mirrored(run, task, is_main=is_main) as mirrors:
         fitted = _fit(run, built, mirrors)
         scored = _score(run, built, is_main=is_main)
         if not is_main:
@@ -88,9 +88,6 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
         if run.config.save_model:
             record["model"]["saved_weights_sha256"] = _save_model(run, built)
         finish(run.folder, record, {**fitted.resources, **scored.resources})
-        for mirror in mirrors:
-            with _only_warned("mirroring the record"):
-                mirror.log_record(record, run.folder / "predictions.jsonl")
         return run.record()
 
 
@@ -246,36 +243,22 @@ def _log_start(run: Run, built: Built) -> None:
     )  # fmt: skip
 
 
-def _mirrors(run: Run, stack: contextlib.ExitStack) -> list[Any]:
-    """Return the mirrors of a run; they are closed with `stack`, however the run ends."""
-    from hydra.utils import instantiate
-
-    if run.config.logger["_target_"] is None:
-        return []
-    choices = run.choices
-    mirror = instantiate(
-        run.config.logger,
-        directory=run.outputs,
-        signature=run.name,
-        group=run.group,
-        tags=[choices.task, choices.method, choices.scale],
-        run_config=config_of(run),
-        _convert_="all",
-        _recursive_=False,  # what a run is made of is named in there, not to be made again
-    )
-    stack.callback(_close, mirror)
-    return [mirror]
-
-
-def _close(mirror: Any) -> None:
-    with _only_warned("closing the mirror"):
-        mirror.close()
-
-
 @contextlib.contextmanager
-def _only_warned(what: str) -> Iterator[None]:
-    """Turn an error into a warning: a dashboard must not cost a run its record."""
+def _mirrored(run: Run, task: Any, *, is_main: bool) -> Iterator[list[Guarded]]:
+    """Yield the mirrors of a run, and tell them how it ended."""
+    if run.config.logger["_target_"] is None or not is_main:
+        yield []
+        return
+    mirror = Guarded(lambda: mirror_of(run, task))
     try:
-        yield
+        yield [mirror]
+    except KeyboardInterrupt as stop:
+        mirror.close("stopped", str(stop))
+        raise
     except Exception as error:
-        logger.warning("%s failed: %s: %s", what, type(error).__name__, error)
+        mirror.close("failed", f"{type(error).__name__}: {error}")
+        raise
+    if run.config.predict:
+        with mirror.aside():
+            write_references(task, run.folder)
+    mirror.close("completed")

@@ -1,0 +1,259 @@
+"""The process that follows a run folder and tells wandb; started by `delta_lora.mirror`.
+
+It reads ``metrics.jsonl`` and ``measured.jsonl`` from their beginning and goes on as they grow,
+until a word from the run, or the end of the pipe (the run was killed), says how the run ended.
+Where anything of wandb fails, it reports why and becomes the same process anew, in offline mode,
+from the beginning of the files; where that fails too, it ends.
+
+Arguments: mode, number of the pipe with the run's words, and, in a process that begins anew, number
+of the pipe for reports and the words that were read already. Standard input: the specification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_lora.runlog import MEASURED
+
+#: seconds between two looks at the files.
+POLL_S = 1.0
+#: seconds until a finished file must have its end.
+WHOLE_S = 3.0
+#: rows of the table of predictions.
+MAX_PREDICTIONS = 200
+#: exit codes that wandb shows as finished, failed and killed.
+EXIT_CODES = {"completed": 0, "failed": 1, "stopped": 255, "killed": 255}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Mirror one run; leaves the process without wandb's exit hooks, which may wait."""
+    mode, words = arguments[0], int(arguments[1])
+    if len(arguments) > 2:
+        reports, said = int(arguments[2]), json.loads(arguments[3])
+    else:
+        reports, said = os.dup(1), []
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    spec = json.load(os.fdopen(os.dup(0)))
+    listener = _Listener(words, said)
+    try:
+        Writer(spec, mode).follow(listener)
+    except BaseException as error:
+        problem = f"{type(error).__name__}: {error}"
+        os.write(reports, json.dumps({"mode": mode, "problem": problem[:2000]}).encode() + b"\n")
+        if mode == "online" and not isinstance(error, ImportError):
+            _begin_anew(words, reports, listener.said)
+        os._exit(1)
+    os._exit(0)
+
+
+def _begin_anew(words: int, reports: int, said: Sequence[Any]) -> None:
+    """Become the same process in offline mode; of what wandb has in memory nothing is left."""
+    os.lseek(0, 0, os.SEEK_SET)
+    for number in (words, reports):
+        os.set_inheritable(number, True)
+    module = ["-m", "delta_lora.wandb_writer"]
+    state = ["offline", str(words), str(reports), json.dumps(said)]
+    os.execv(sys.executable, [sys.executable, *module, *state])  # noqa: S606
+
+
+class _Listener:
+    """What the run said.
+
+    Args:
+        words: number of the pipe.
+        said: what was read from it already.
+    """
+
+    def __init__(self, words: int, said: Sequence[Any]) -> None:
+        self._words, self._buffer = words, b""
+        self.said = list(said)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the next word, but no longer than `seconds`."""
+        if self.end is None and select.select([self._words], [], [], seconds)[0]:
+            chunk = os.read(self._words, 65536)
+            *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+            self.said += [json.loads(line) for line in lines]
+            if not chunk:
+                self.said.append({"end": {"status": "killed", "error": ""}})
+
+    @property
+    def may_read(self) -> bool:
+        """Whether the files are those of this session."""
+        return any(word.get("read") for word in self.said)
+
+    @property
+    def end(self) -> dict[str, str] | None:
+        """How the run ended, or None."""
+        return next((word["end"] for word in self.said if "end" in word), None)
+
+
+class Writer:
+    """One wandb run, made of the files of a run folder.
+
+    Args:
+        spec: from `delta_lora.mirror`.
+        mode: ``online`` or ``offline``.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], mode: str) -> None:
+        import wandb
+
+        self._wandb, self._spec, self._mode = wandb, spec, mode
+        self._folder = Path(spec["folder"])
+        self._metrics = _Lines(self._folder / "metrics.jsonl")
+        self._measured = _Lines(self._folder / MEASURED)
+        self._waiting: list[dict[str, Any]] = []
+        place = Path(spec["init"]["dir"])
+        if mode == "offline":  # else wandb would choose a temporary folder
+            (place / "wandb").mkdir(parents=True, exist_ok=True)
+            if not os.access(place / "wandb", os.W_OK):
+                raise PermissionError(f"cannot write to {place / 'wandb'}")
+        self._run = wandb.init(
+            **{**spec["init"], "mode": mode},
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=spec["init_timeout_s"],
+                finish_timeout=spec["finish_timeout_s"],
+                finish_timeout_raises=True,
+                x_stats_pid=spec["parent"],
+            ),
+        )
+        self._define()
+
+    def _define(self) -> None:
+        """Say what curves are drawn over, and which value of each stands for the run."""
+        run = self._run
+        run.define_metric("step", hidden=True)
+        run.define_metric("epoch", step_metric="step", hidden=True)
+        for family in ("train", "perf", "delta"):
+            run.define_metric(f"{family}/*", step_metric="step")
+        run.define_metric("validation/loss", step_metric="step", summary="min,last")
+        for name, is_higher_better in self._spec["best"].items():
+            best = "max" if is_higher_better else "min"
+            run.define_metric(f"validation/{name}", step_metric="step", summary=f"{best},last")
+
+    def follow(self, listener: _Listener) -> None:
+        """Copy what the files have, as they grow, until the run ends; then end too."""
+        while listener.end is None:
+            listener.wait(POLL_S)
+            if listener.may_read:
+                self._copy()
+        if listener.may_read:
+            self._copy()
+        self._end(**listener.end)
+
+    def _copy(self) -> None:
+        """Log the new rows, those of one step together."""
+        rows = self._metrics.read()  # first: what is measured of a step is written before
+        self._waiting += self._measured.read()
+        for row in rows:
+            step = row["step"]
+            while self._waiting and self._waiting[0]["step"] <= step:
+                measured = self._waiting.pop(0)
+                self._run.log(measured, step=measured["step"])
+            self._run.log({key: self._shown(key, value) for key, value in row.items()}, step=step)
+
+    def _shown(self, name: str, value: Any) -> Any:
+        """Return a score in the unit of the tables; anything else as it is."""
+        split, _, metric = name.partition("/")
+        scale = self._spec["scales"].get(metric.rpartition("/")[2] or metric)
+        is_score = split in ("validation", "test") and scale is not None
+        return value * scale if is_score and isinstance(value, (int, float)) else value
+
+    # ------------------------------------------------------------------ the end
+
+    def _end(self, status: str, error: str) -> None:
+        """Write what the run came to, and finish."""
+        self._run.summary.update({"status": status, **({"error": error} if error else {})})
+        if status == "completed":
+            self._copy_record()
+            self._copy_predictions()
+        place = Path(self._run.dir).parent
+        self._run.finish(exit_code=EXIT_CODES[status])
+        if self._mode == "offline":
+            self._check_is_whole(place)
+
+    def _copy_record(self) -> None:
+        """Write scores, counts and costs into the summary."""
+        record = _read_json(self._folder / "record.json")
+        values = {f"test/{name}": v for name, v in record.get("metrics", {}).items()}
+        summary = {name: self._shown(name, value) for name, value in values.items()}
+        summary |= {f"parameters/{k}": v for k, v in record.get("parameters", {}).items()}
+        summary |= {f"cost/{k}": v for k, v in _read_json(self._folder / "resources.json").items()}
+        missing = record.get("missing_metrics", {})
+        summary |= {f"missing/test/{name}": reason for name, reason in missing.items()}
+        facts = record.get("training", {}).get("method", {})
+        summary |= {f"method/{k}": v for k, v in facts.items() if isinstance(v, (int, float, str))}
+        self._run.summary.update(summary)
+
+    def _copy_predictions(self) -> None:
+        """Show the first predictions beside their references, where the task has some."""
+        rows = _Lines(self._folder / "predictions.jsonl").read()[:MAX_PREDICTIONS]
+        if not rows:
+            return
+        references = {
+            row["id"]: "\n".join(row["references"])
+            for row in _Lines(self._folder / "references.jsonl").read()
+        }
+        if references:
+            rows = [{**row, "references": references.get(row["id"], "")} for row in rows]
+        columns = list(rows[0])
+        data = [[str(row.get(column)) for column in columns] for row in rows]
+        self._run.log({"predictions": self._wandb.Table(columns=[*columns], data=data)})
+
+    def _check_is_whole(self, place: Path) -> None:
+        """Read the file again: a full disk is no error to wandb.
+
+        Raises:
+            OSError: it does not reach to the end of the run.
+        """
+        from delta_lora import wandb_file
+
+        path = place / f"run-{self._run.id}.wandb"
+        until = time.monotonic() + WHOLE_S  # the last records come a moment behind `finish`
+        while not path.is_file() or wandb_file.read(path).exit_code is None:
+            if time.monotonic() > until:
+                raise OSError(f"{path} was not written to its end; is the disk full?")
+            time.sleep(0.1)
+
+
+class _Lines:
+    """The JSON objects of a file that grows line by line; one that is not there has none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._place = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the whole lines since the last call."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._place)
+                content = stream.read()
+        except FileNotFoundError:
+            return []
+        content = content[: content.rfind(b"\n") + 1]
+        self._place += len(content)
+        return [json.loads(line) for line in content.split(b"\n") if line]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    return {}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
