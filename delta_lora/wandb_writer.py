@@ -61,9 +61,10 @@ def _begin_anew(words: int, reports: int, said: Sequence[Any]) -> None:
     os.lseek(0, 0, os.SEEK_SET)
     for number in (words, reports):
         os.set_inheritable(number, True)
-    module = ["-m", "delta_lora.wandb_writer"]
+    os.environ.pop("WANDB_SERVICE", None)  # the address of the service, which is given up too
     state = ["offline", str(words), str(reports), json.dumps(said)]
-    os.execv(sys.executable, [sys.executable, *module, *state])  # noqa: S606
+    command = [sys.executable, "-m", "delta_lora.wandb_writer", *state]
+    os.execv(sys.executable, command)  # noqa: S606
 
 
 class _Listener:

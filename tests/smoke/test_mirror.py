@@ -1,0 +1,361 @@
+"""The mirror to Weights & Biases: what it writes, and all the ways in which it may fail."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delta_lora import mirror, runlog, wandb_file
+from delta_lora.mirror import RunFacts, WandbMirror
+from delta_lora.protocols import MetricSpec
+from delta_lora.runlog import Guarded, RunLog
+
+KEY = "0123456789abcdef" * 3
+NAME = "e2e--delta_lora--seed1--0123456789ab"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that mirrored nothing yet, of a user without any settings."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(mirror, "_process", mirror._Process())
+    monkeypatch.setattr(mirror, "INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(mirror, "FINISH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(runlog, "_has_warned", False)
+
+
+def facts(outputs: Path, **changes: Any) -> RunFacts:
+    folder = outputs / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {
+        "folder": folder,
+        "outputs": outputs,
+        "id": NAME,
+        "name": "delta_lora e2e tiny seed 1 λ=2 K=500",
+        "group": "e2e--delta_lora--ba9876543210",
+        "job_type": "train",
+        "tags": ["e2e", "delta_lora", "tiny"],
+        "config": {"method": {"update_ratio": 2.0}},
+        "metrics": (MetricSpec("bleu", "BLEU", 100.0), MetricSpec("ter", "TER", 1.0, 2, False)),
+    }
+    return RunFacts(**{**values, **changes})
+
+
+def work(
+    outputs: Path,
+    logger: Callable[[], Any] = WandbMirror,
+    *,
+    end: tuple[str, str] = ("completed", ""),
+    meanwhile: Callable[[Guarded], None] = lambda _: None,
+    position: int = 0,
+    steps: range = range(1, 4),
+) -> float:
+    """Do what a run does; return the seconds that its mirror took."""
+    began = time.monotonic()
+
+    def make() -> Any:
+        made = logger()
+        made.begin(facts(outputs))
+        return made
+
+    guarded, folder = Guarded(make), outputs / NAME
+    log = RunLog(folder / "metrics.jsonl", position=position, mirrors=[guarded])
+    for step in steps:
+        log.log(step, {"epoch": step / 3, "train/loss": 1 / step}, {"perf/step_time_s": 0.5})
+    meanwhile(guarded)
+    log.log(steps[-1], {"epoch": 1.0, "validation/loss": 0.5, "validation/bleu": 0.25})
+    log.close()
+    if end[0] == "completed":
+        record = {
+            "metrics": {"bleu": 0.37, "ter": 0.5},
+            "parameters": {"trainable": 393216},
+            "missing_metrics": {"meteor": "no Java"},
+            "training": {"method": {"num_weight_updates": 2}},
+        }
+        (folder / "record.json").write_text(json.dumps(record))
+        (folder / "resources.json").write_text(json.dumps({"train_time_s": 3.0}))
+        predictions = [{"id": f"t{i}", "input": "name: Aromi", "prediction": "a"} for i in (0, 1)]
+        lines = [json.dumps(row) + "\n" for row in predictions]
+        (folder / "predictions.jsonl").write_text("".join(lines))
+        (folder / "references.jsonl").write_text('{"id": "t0", "references": ["x", "y"]}\n')
+    guarded.close(*end)
+    return time.monotonic() - began
+
+
+def files(outputs: Path) -> list[Path]:
+    """Return what wandb wrote offline, oldest first."""
+    return sorted((outputs / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_a_run_stands_in_the_file_by_words_that_people_filter_by(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work(tmp_path, lambda: WandbMirror(tags=["table1"]))
+    (path,) = files(tmp_path)
+    found = wandb_file.read(path)
+    assert found.run.display_name == "delta_lora e2e tiny seed 1 λ=2 K=500"
+    assert found.run.run_id == NAME
+    assert found.run.run_group == "e2e--delta_lora--ba9876543210"
+    assert found.run.job_type == "train"
+    assert list(found.run.tags) == ["e2e", "delta_lora", "tiny", "table1"]
+    assert found.run.project == "delta-lora"
+    assert found.config["method"] == {"update_ratio": 2.0}
+    assert found.exit_code == 0
+    assert found.summary["status"] == "completed"
+    assert not warnings_of(caplog)
+
+
+def test_curves_scores_and_costs_are_there_in_the_units_of_the_tables(tmp_path: Path) -> None:
+    work(tmp_path)
+    found = wandb_file.read(files(tmp_path)[0])
+    rows = dict(found.history)
+    assert [step for step, _ in found.history] == [1, 2, 3]
+    assert rows[2]["train/loss"] == 0.5
+    assert rows[2]["perf/step_time_s"] == 0.5
+    assert rows[3]["validation/bleu"] == 25
+    assert found.summary["test/bleu"] == pytest.approx(37)
+    assert found.summary["test/ter"] == 0.5
+    assert found.summary["missing/test/meteor"] == "no Java"
+    assert found.summary["parameters/trainable"] == 393216
+    assert found.summary["cost/train_time_s"] == 3.0
+    assert found.summary["method/num_weight_updates"] == 2
+    assert found.summary["validation/bleu"] == {"max": 25, "last": 25}
+    assert {"train/*", "perf/*", "delta/*", "validation/loss"} <= found.metrics.keys()
+    assert found.metrics["train/*"].step_metric == "step"
+    (table,) = (files(tmp_path)[0].parent / "files/media/table").glob("*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["id", "input", "prediction", "references"]
+    assert content["data"][0] == ["t0", "name: Aromi", "a", "x\ny"]
+    assert content["data"][1][3] == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(("failed", "NonFiniteLossError: loss is nan"), 1), (("stopped", ""), 255)]
+)
+def test_a_run_ends_in_the_file_as_it_ended(
+    end: tuple[str, str], code: int, tmp_path: Path
+) -> None:
+    work(tmp_path, end=end)
+    found = wandb_file.read(files(tmp_path)[0])
+    assert found.exit_code == code
+    assert found.summary["status"] == end[0]
+    assert found.summary.get("error", "") == end[1]
+
+
+def test_a_continued_run_is_mirrored_whole(tmp_path: Path) -> None:
+    """What was written behind the last checkpoint is gone, and the rest comes again."""
+    work(tmp_path, end=("stopped", ""), steps=range(1, 6))
+    kept = (tmp_path / NAME / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:3]
+    work(tmp_path, position=len(b"".join(kept)), steps=range(4, 8))
+    found = wandb_file.read(files(tmp_path)[-1])
+    assert [step for step, _ in found.history] == [1, 2, 3, 4, 5, 6, 7]
+    assert [values["perf/step_time_s"] for _, values in found.history] == [0.5] * 7
+    assert found.exit_code == 0
+
+
+def test_a_killed_run_ends_its_mirror(tmp_path: Path) -> None:
+    """The child reads the end of the pipe and does not outlive the run by much."""
+    child: list[int] = []
+
+    def kill(guarded: Guarded) -> None:
+        process: Any = guarded._mirror
+        child.append(process._child._process.pid)
+        os.close(process._child._words)  # all that the child sees of a kill
+        process._child._process.wait(timeout=20)
+        process._child = None
+
+    work(tmp_path, meanwhile=kill)
+    found = wandb_file.read(files(tmp_path)[0])
+    assert found.summary["status"] == "killed"
+    assert found.exit_code == 255
+    assert [step for step, _ in found.history] == [1, 2, 3]
+
+
+def test_variables_of_wandb_mean_what_they_mean_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    variables = {
+        "WANDB_PROJECT": "mine", "WANDB_ENTITY": "team", "WANDB_TAGS": "table1, rerun",
+        "WANDB_RUN_GROUP": "nightly", "WANDB_DIR": str(elsewhere), "WANDB_NAME": "a name",
+        "WANDB_JOB_TYPE": "rerun", "WANDB_NOTES": "a note", "WANDB_RUN_ID": "not-this-one",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    work(tmp_path)
+    assert not files(tmp_path)
+    run = wandb_file.read(files(elsewhere)[0]).run
+    assert (run.project, run.entity, run.run_group) == ("mine", "team", "nightly")
+    assert (run.display_name, run.job_type, run.notes) == ("a name", "rerun", "a note")
+    assert list(run.tags) == ["e2e", "delta_lora", "tiny", "table1", "rerun"]
+    assert run.run_id == NAME
+
+
+# ---------------------------------------------------------------------- what may fail
+
+
+@contextlib.contextmanager
+def server(answer: int | None) -> Iterator[str]:
+    """Serve on this machine: a status code for everything, or (None) no answer at all."""
+    done = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if answer is None:
+                done.wait(30)
+                return
+            self.send_response(answer)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.daemon_threads = True
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{found.server_port}"
+    finally:
+        done.set()
+        found.shutdown()
+        found.server_close()
+
+
+@pytest.mark.parametrize("answer", [401, 500, None, "refused"])
+def test_a_server_that_does_not_serve_leaves_offline_files(
+    answer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with server(401 if answer == "refused" else answer) as address:
+        if answer != "refused":
+            monkeypatch.setenv("WANDB_BASE_URL", address)
+            assert work(tmp_path) < 20
+    if answer == "refused":  # nobody listens there any more
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        assert work(tmp_path) < 20
+    found = wandb_file.read(files(tmp_path)[-1])
+    assert found.summary["test/bleu"] == pytest.approx(37)
+    assert found.exit_code == 0
+    (warning,) = warnings_of(caplog)
+    assert "cannot be reached" in warning
+    assert KEY not in caplog.text
+    assert mirror._process.best == "offline"  # the next run does not try again
+
+
+def test_a_key_that_cannot_be_one_is_not_tried_nor_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "no-key-at-all")
+    work(tmp_path)
+    assert wandb_file.read(files(tmp_path)[0]).exit_code == 0
+    (warning,) = warnings_of(caplog)
+    assert "written offline: the key has" in warning
+    assert "no-key-at-all" not in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_the_mirror_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wandb").write_text("a file where a folder should be")
+    assert work(tmp_path) < 20
+    (warning,) = warnings_of(caplog)
+    assert "gets nothing more" in warning
+    caplog.clear()
+    assert work(tmp_path) < 0.5  # not tried again
+    assert not warnings_of(caplog)
+
+
+def test_a_full_disk_costs_the_mirror_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of the child's processes may grow above 2 KB."""
+    popen = mirror.subprocess.Popen
+
+    def limited(*arguments: Any, **settings: Any) -> Any:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+        return popen(*arguments, **settings, preexec_fn=limit)
+
+    monkeypatch.setattr(mirror.subprocess, "Popen", limited)
+    assert work(tmp_path) < 21
+    (warning,) = warnings_of(caplog)
+    assert "gets nothing more" in warning
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_service_that_dies_or_hangs_costs_the_mirror_alone(
+    number: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mirror, "_process", mirror._Process(patience_s=4.0))
+    services: list[int] = []
+
+    def stop(guarded: Guarded) -> None:
+        made: Any = guarded._mirror
+        until = time.monotonic() + 30
+        while not services and time.monotonic() < until:
+            services.extend(_services(made._child._process.pid))
+            time.sleep(0.1)
+        os.kill(services[0], number)
+
+    try:
+        work(tmp_path, meanwhile=stop)
+    finally:
+        for pid in services:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    (warning,) = warnings_of(caplog)
+    assert "gets nothing more" in warning
+
+
+def _services(parent: int) -> list[int]:
+    """Return wandb's services below a process that are ready to be spoken to."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if f"PPid:\t{parent}\n" in (folder / "status").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+def test_without_wandb_there_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "stub/wandb").mkdir(parents=True)
+    (tmp_path / "stub/wandb/__init__.py").write_text("raise ImportError('No module named wandb')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
+    work(tmp_path)
+    (warning,) = warnings_of(caplog)
+    assert "No module named wandb" in warning
