@@ -70,9 +70,9 @@ def test_the_command_line_wins_over_the_experiment() -> None:
         ("task=xsum recipe=xsum", "model=gpt2_medium is not made for task=xsum"),
         ("task=glue/rte scale=tiny", "Use experiment=glue/rte, or write recipe=e2e"),
         ("experiment=e2e task=webnlg", "recipe=e2e is not made for task=webnlg"),
-        ("experiment=glue/rt", "Did you mean 'glue/rte'"),
-        ("model=gpt2_medim", "Did you mean 'gpt2_medium'"),
-        ("recipe.rnk=3", "Did you mean 'rank'"),
+        ("experiment=glue/rt", "did you mean 'glue/rte'"),
+        ("model=gpt2_medim", "did you mean 'gpt2_medium'"),
+        ("recipe.rnk=3", "did you mean 'rank'"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(overrides: str, words: str) -> None:
