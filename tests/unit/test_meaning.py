@@ -73,11 +73,12 @@ def test_plain_values_are_those_of_json() -> None:
             ["method=delta_lora", "method.start_step=5"],
         ),
         (["method=lora_no_dropout"], ["method=lora", "method.dropout=0"]),
-        (["method=lora", "recipe.rank=3"], ["method=lora", "method.rank=3"]),
+        (["recipe.rank=3"], ["method.rank=3"]),
     ],
 )
 def test_where_a_value_comes_from_is_no_part_of_a_run(one: list[str], other: list[str]) -> None:
-    assert name(*one) == name(*other) != name(one[0].replace("_no_dropout", ""))
+    assert name(*one) == name(*other)
+    assert name(*one) not in (name(), name("method=lora"))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_class_without_a_name_is_no_method(monkeypatch: pytest.MonkeyPatch) ->
 
     target = module_with(monkeypatch, Nameless)
     with pytest.raises(ConfigError, match=r"moved\.Nameless has no name"):
-        run_of("method=lora", method={"_target_": target}).meaning
+        name("method=lora", method={"_target_": target})
 
 
 # ---------------------------------------------------------------------- what makes another run
@@ -239,6 +240,14 @@ def test_a_run_that_starts_from_another_is_named_by_that_one(tmp_path: Path) -> 
     (tmp_path / "record.json").write_text(json.dumps({"signature": mnli.name}))
     by_folder = run_of("method=lora", f"init_from={tmp_path}", experiment="glue/rte")
     assert by_folder.name == run.name != plainly.name
+
+
+def test_a_folder_of_weights_takes_the_place_of_a_pre_trained_model(tmp_path: Path) -> None:
+    folder = str(write_folder(tmp_path / "mine"))
+    run = run_of("method=lora", "scale=tiny", model={"path": folder})
+    assert run.pretraining is None
+    assert run.weights == (folder, None)
+    assert run.name != name("method=lora", "scale=tiny")
 
 
 def test_a_run_on_a_pre_trained_model_is_named_by_how_that_is_made() -> None:
