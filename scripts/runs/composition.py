@@ -9,7 +9,6 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from delta_lora.checks import near
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -175,7 +176,7 @@ def check_choices(overrides: Sequence[str]) -> None:
         for name in value.split(","):
             if name not in known:
                 raise ConfigError(
-                    f"unknown {group} {name!r}.{_near(name, known)} Known: {', '.join(known)}"
+                    f"unknown {group} {name!r}; {near(name, known)}known: {', '.join(known)}"
                 )
 
 
@@ -189,11 +190,6 @@ def _members(folder: Path) -> list[str]:
     paths = folder.glob("*.yaml") if folder.name == "scale" else folder.rglob("*.yaml")
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return sorted(name for name in names if not name.rpartition("/")[2].startswith("_"))
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def _explain(error: Exception) -> str:
@@ -212,7 +208,6 @@ def _explain(error: Exception) -> str:
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
             if key not in known:  # else it is the file that is wrong, not the name
                 return (
-                    f"unknown key {unknown.group(1)!r}.{_near(key, known)} "
-                    f"Known: {', '.join(known)}"
+                    f"unknown key {unknown.group(1)!r}; {near(key, known)}known: {', '.join(known)}"
                 )
     return message

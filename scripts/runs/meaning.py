@@ -192,7 +192,8 @@ def _defaults(constructor: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-_CHECKSUMS: dict[tuple[str, float], str] = {}
+#: of folders as they were: path, then name, size and time of each file.
+_CHECKSUMS: dict[tuple[Any, ...], str] = {}
 
 
 def folder_checksum(key: str, path: str) -> str:
@@ -208,8 +209,8 @@ def folder_checksum(key: str, path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{key}={path}: no such folder (looked in {folder.resolve()})")
-    newest = max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0)
-    cache_key = (str(folder.resolve()), newest)
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))]
+    cache_key = (str(folder.resolve()), *files)
     if cache_key not in _CHECKSUMS:
         _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
     return _CHECKSUMS[cache_key]

@@ -17,11 +17,11 @@ from scripts.runs.run import Run
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=lorra", r"unknown method 'lorra'\. Did you mean 'lora'"),
-        ("task=e3e", r"unknown task 'e3e'\. Did you mean 'e2e'"),
-        ("model=gpt2_med", r"unknown model 'gpt2_med'\. Did you mean 'gpt2_medium'"),
-        ("trainer.max_step=3", r"unknown key 'trainer.max_step'\. Did you mean 'max_steps'"),
-        ("methd=lora", r"unknown key 'methd'\. Did you mean 'method'"),
+        ("method=lorra", r"unknown method 'lorra'; did you mean 'lora'"),
+        ("task=e3e", r"unknown task 'e3e'; did you mean 'e2e'"),
+        ("model=gpt2_med", r"unknown model 'gpt2_med'; did you mean 'gpt2_medium'"),
+        ("trainer.max_step=3", r"unknown key 'trainer.max_step'; did you mean 'max_steps'"),
+        ("methd=lora", r"unknown key 'methd'; did you mean 'method'"),
         ("trainer.max_steps=[1", r"cannot read the override"),
         ("seed=-1", r"seed=-1 must be an integer of 0 or more"),
         ("seed=abc", r"seed='abc' must be an integer"),
