@@ -119,8 +119,8 @@ def test_the_start_is_part_of_the_name_only_where_there_is_one(
 def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Path) -> None:
     for value, message in (
         ("glue/rte", "is the task of this run itself"),
-        ("glue/mnil", "neither a task nor the folder of a run"),
-        (str(tmp_path), "neither a task nor the folder of a run"),
+        ("glue/mnil", "neither an experiment nor the folder of a run"),
+        (str(tmp_path), "neither an experiment nor the folder of a run"),
     ):
         with pytest.raises(ConfigError, match=message):
             assert Run.compose(small("rte", "method=lora", f"init_from={value}")).name
@@ -219,7 +219,7 @@ def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[
     assert plain["signature"] != grouped["signature"]
     losses = [r["training"]["validation"][-1]["loss"] for r in (plain, grouped)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert "group_by_length" not in plain["config"]["trainer"]
+    assert "group_by_length" not in plain["meaning"]["trainer"]
 
 
 def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
