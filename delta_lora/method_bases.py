@@ -60,7 +60,7 @@ class LowRankMethod(Method):
             ValueError: nothing matches, the rank is larger than a projection, or the method cannot
                 work with the weights or the number of steps.
         """
-        self.plan(check_integer("total_steps", total_steps, at_least=1), seed)
+        self.plan(check_integer("total_steps", total_steps, at_least=0), seed)
         self.branches = inject_branches(
             model,
             projections=projections,

@@ -67,8 +67,8 @@ def test_a_prompt_on_a_causal_model_is_refused_before_data_are_read(tmp_path: Pa
     ("override", "message"),
     [
         ("method=peft/ia33", r"unknown method 'peft/ia33'\. Did you mean 'peft/ia3'"),
-        ("method.peft.peft_type=LORRA", r"unknown peft.peft_type='LORRA'\. Did you mean 'LORA'"),
-        ("+method.peft.use_dorra=true", r"unknown key peft.use_dorra of LORA\. .*'use_dora'"),
+        ("method.peft.peft_type=LORRA", r"unknown peft.peft_type='LORRA'; did you mean 'LORA'"),
+        ("+method.peft.use_dorra=true", r"unknown key peft.use_dorra of LORA; .*'use_dora'"),
         ("method.peft.rank=3", r"unknown key 'method.peft.rank'"),
     ],
 )

@@ -120,36 +120,39 @@ def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., lis
         execute(run, wait=False)
 
 
+class Broken:
+    """A mirror whose connection is gone."""
+
+    num_closed = 0
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def log(self, step: int, values: Any) -> None: ...
+
+    def log_record(self, record: Any, predictions: Path) -> None:
+        raise RuntimeError("no connection")
+
+    def close(self) -> None:
+        type(self).num_closed += 1
+
+
 def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
     small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    from scripts.runs import execution
     from tasks.e2e import E2E
-
-    closed = []
-
-    class Broken:
-        def log(self, step: int, values: Any) -> None: ...
-
-        def log_record(self, record: Any, predictions: Path) -> None:
-            raise RuntimeError("no connection")
-
-        def close(self) -> None:
-            closed.append(self)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(execution, "_mirrors", lambda run, stack: [Broken()])
-    run = Run.compose(small("method=lora", "seed=81"))
+    monkeypatch.setattr(Broken, "num_closed", 0)
+    run = Run.compose(small("method=lora", "seed=81", f"logger._target_={__name__}.Broken"))
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             execute(run)
-    num_closed = len(closed)  # the run's own, and where it came first the pre-training's
-    assert num_closed > 0
+    assert Broken.num_closed == 1
     assert execute(run)["status"] == "completed"
-    assert len(closed) == num_closed + 1
+    assert Broken.num_closed == 2
     assert "mirroring the record failed: RuntimeError: no connection" in caplog.text
 
 
@@ -191,8 +194,11 @@ def test_a_run_on_another_base_is_stale(
     assert run.status().state == "done"
 
 
-def test_the_untrained_model_is_a_run_of_no_steps(small: Callable[..., list[str]]) -> None:
-    record = execute(Run.compose(small("method=lora", "trainer.max_steps=0")))
+@pytest.mark.parametrize("method", ["lora", "delta_lora"])
+def test_the_untrained_model_is_a_run_of_no_steps(
+    method: str, small: Callable[..., list[str]]
+) -> None:
+    record = execute(Run.compose(small(f"method={method}", "trainer.max_steps=0")))
     assert record["training"]["steps"] == 0
     assert record["num_predictions"] == 3
 
