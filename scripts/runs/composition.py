@@ -83,6 +83,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ConfigError(f"seed={cfg.seed!r} must be an integer of 0 or more")
     check_pairing(choices, overrides)
+    check_files(cfg)
     return cfg
 
 
@@ -116,7 +117,8 @@ def check_pairing(choices: Mapping[str, str], overrides: Sequence[str]) -> None:
         if not pairs:
             raise ConfigError(
                 f"no experiment has task={choices['task']}, so nothing says which {group} it goes "
-                f"with; name one ({group}=...), or write configs/experiment/{choices['task']}.yaml"
+                f"with; name one ({group}=...), or write "
+                f"{folders(overrides)[-1] / 'experiment' / choices['task']}.yaml"
             )
         raise ConfigError(
             f"{group}={choices[group]} is not made for task={choices['task']}, which goes with "
@@ -142,6 +144,27 @@ def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
             if {"task", "model", "recipe"} <= pair.keys():
                 found[name] = pair
     return found
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Check that the chosen files say what every task, method and model must.
+
+    Raises:
+        ConfigError: a task or method names no class, or a model lacks a key.
+    """
+    for group in ("task", "method"):
+        if "_target_" not in cfg[group]:
+            raise ConfigError(
+                f"{group}={cfg.choices[group]} has no _target_; its yaml names a class, such as "
+                f"_target_: my_module.My{group.capitalize()}"
+            )
+    keys = yaml.safe_load((CONFIGS / "model" / "_base.yaml").read_text(encoding="utf-8"))
+    lacking = [key for key in keys if key not in cfg.model or OmegaConf.is_missing(cfg.model, key)]
+    if lacking:
+        raise ConfigError(
+            f"model={cfg.choices.model} lacks {', '.join(lacking)}; its yaml begins with "
+            "defaults: [/model/_base@_here_, _self_] and says name and family"
+        )
 
 
 # ---------------------------------------------------------------------- what there is

@@ -106,6 +106,15 @@ def test_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
     assert (shape.width, shape.num_layers, shape.vocabulary, shape.inner) == (64, 2, 99, 256)
 
 
+def test_a_tiny_model_is_that_of_the_run_that_pre_trains_it() -> None:
+    shape = read_architecture(compose([*E2E, "scale=tiny"]))
+    assert (shape.family, shape.width, shape.num_layers, shape.vocabulary) == ("gpt2", 128, 3, 1536)
+    assert read_architecture(compose([*XSUM, "scale=tiny"])).num_decoder_layers > 0
+    assert costs.estimate(compose([*COLA, "method=lora", "scale=tiny"])).disk_bytes
+    named = "model.pretrain=['model=tiny_gpt2_scratch']"
+    assert read_architecture(compose([*E2E, "scale=tiny", named])) == shape
+
+
 @pytest.mark.parametrize("table", ["table1", "table3"])
 @pytest.mark.parametrize("name", ["full", "delta_lora"])
 def test_decoding_takes_what_was_planned(table: str, name: str) -> None:
