@@ -50,7 +50,7 @@ def check(run: Run) -> None:
             f"task={run.choices.task} is learned by a {family}; use "
             f"experiment={run.choices.task}, or model={family} model.path=FOLDER"
         )
-    if cfg.init_from is not None and cfg.method.get("form") == "closed_form":
+    if cfg.init_from is not None and getattr(parts["method"], "form", None) == "closed_form":
         raise ConfigError(
             f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
             "to W would have to be written into it; use method.form=in_place"
