@@ -54,7 +54,7 @@ def check(run: Run) -> None:
             f"experiment={run.choices.task}, or model={family} model.path=FOLDER, or, if it is "
             f"one, write family: {family} in the model's yaml"
         )
-    if cfg.init_from is not None and cfg.method.get("form") == "closed_form":
+    if cfg.init_from is not None and getattr(parts["method"], "form", None) == "closed_form":
         raise ConfigError(
             f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
             "to W would have to be written into it; use method.form=in_place"
