@@ -103,6 +103,12 @@ class _Process:
 _process = _Process()
 
 
+def be_patient() -> None:
+    """Wait as long as it takes: for a command whose whole work is to mirror."""
+    global INIT_TIMEOUT_S, FINISH_TIMEOUT_S
+    INIT_TIMEOUT_S, FINISH_TIMEOUT_S, _process.patience_s = 60.0, 3000.0, 3600.0
+
+
 class WandbMirror:
     """Mirrors a run to Weights & Biases.
 
@@ -141,6 +147,8 @@ class WandbMirror:
                 "use logger.mode=offline"
             )
         self._child: _Child | None = None
+        #: where the last run went: ``online``, ``offline``, or None where it went nowhere.
+        self.written: str | None = None
 
     def begin(self, run: RunFacts) -> None:
         """Start to mirror `run`; nothing is read before the first `log`."""
@@ -196,6 +204,7 @@ class WandbMirror:
         """Let the child read to the end and finish; wait for it while there is patience."""
         if self._child is not None:
             self._child.close({"status": status, "error": redacted(error)})
+            self.written = self._child.mode
             self._child = None
 
 
@@ -205,9 +214,13 @@ class _Child:
     Args:
         mode: ``online`` or ``offline``.
         spec: all that it needs to know; JSON values.
+
+    Attributes:
+        mode: the one that it has come to, None where it failed.
     """
 
     def __init__(self, mode: str, spec: Mapping[str, Any]) -> None:
+        self.mode: str | None = mode
         environment = {key: value for key, value in os.environ.items() if key not in HIDDEN}
         root = str(Path(__file__).resolve().parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -279,6 +292,7 @@ class _Child:
         """Warn that a mode does not work, and do not try it again in this process."""
         self._has_problem = True
         problem = redacted(problem)
+        self.mode = "offline" if mode == "online" else None
         if mode == "online":
             _process.best = "offline"
             warn_once(

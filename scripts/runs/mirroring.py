@@ -9,6 +9,7 @@ from typing import Any
 
 from delta_lora.mirror import RunFacts
 from delta_lora.runlog import MetricLogger
+from scripts.runs.folder import RECORD, read_record
 from scripts.runs.recording import config_of
 from scripts.runs.run import Run
 
@@ -35,21 +36,37 @@ def mirror_of(run: Run, task: Any) -> MetricLogger:
     return mirror
 
 
-def facts_of(run: Run, task: Any) -> RunFacts:
-    """Return what a mirror shows of a run."""
+def facts_of(run: Run, task: Any, folder: Path | None = None) -> RunFacts:
+    """Return what a mirror shows of a run.
+
+    Args:
+        run: the run.
+        task: its task, for the units of its scores.
+        folder: where the run was executed, if it is not where it would be now; what names it there
+            is taken as it is.
+    """
     choices = run.choices
     is_pretraining = str(choices.task).startswith("pretraining")
+    folder, name, group = (run.folder, run.name, run.group) if folder is None else _named(folder)
     return RunFacts(
-        folder=run.folder,
-        outputs=run.outputs,
-        id=run.name,
+        folder=folder,
+        outputs=folder.parent,
+        id=name,
         name=title_of(run),
-        group=run.group,
+        group=group,
         job_type="pretrain" if is_pretraining else "train",
         tags=[choices.task, choices.method, choices.scale],
         config={**config_of(run), "command": " ".join(run.config.overrides)},
         metrics=task.metrics,
     )
+
+
+def _named(folder: Path) -> tuple[Path, str, str]:
+    """Return a run's folder, name and group by what it left there."""
+    if (folder / RECORD).is_file():
+        record = read_record(folder)
+        return folder, record["signature"], record["group"]
+    return folder, folder.name, folder.name
 
 
 def write_references(task: Any, folder: Path) -> None:

@@ -177,6 +177,40 @@ def test_the_updates_telescope(name, K):
         assert int((torch.linalg.svdvals(change) > 1e-12).sum()) <= 2 * RANK
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+@pytest.mark.parametrize("form", ["in_place", "closed_form"])
+def test_the_norms_that_mirrors_show_are_those_of_what_was_learned(name, form):
+    """Also behind a checkpoint, and they change no bit of the training."""
+    case, K = CASES[name], 2
+    method = delta(start_step=K, form=form)
+    model = inject(method, case.model(dtype=F64), case)
+    before = our_slices(model, find(case))
+    names = ("delta/num_updates", "delta/ba_norm", "delta/w_change_norm")
+    assert method.log_values() == dict.fromkeys(names, 0.0)
+    values = {}
+    for step in train(method, model, 6):
+        values = method.log_values()
+        norms = [(b.scaling * b.lora_B @ b.lora_A).norm() for b in method.branches.values()]
+        expected = float(torch.stack(norms).norm().detach())
+        assert values["delta/ba_norm"] == pytest.approx(expected, rel=1e-4)
+        assert values["delta/num_updates"] == max(0, step - K)
+        assert (values["delta/w_change_norm"] > 0) == (step > K)
+    if form == "in_place":
+        after = our_slices(model, find(case))
+        change = torch.stack([(after[n] - before[n]).norm() for n in after]).norm()
+        assert values["delta/w_change_norm"] == pytest.approx(float(change), rel=1e-4)
+    again, unwatched = delta(start_step=K, form=form), delta(start_step=K, form=form)
+    other = inject(again, case.model(dtype=F64), case)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(method.state_dict())
+    assert again.log_values() == values
+    same = inject(unwatched, case.model(dtype=F64), case)
+    for _ in train(unwatched, same, 6):
+        pass
+    theirs = same.state_dict()
+    assert all(torch.equal(tensor, theirs[n]) for n, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     # Adam divides GPT-2's query gradients of 1e-9 by themselves, rounding noise included.
     ("name", "tolerance"),

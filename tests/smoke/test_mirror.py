@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from delta_lora import mirror, runlog, wandb_file
 from delta_lora.mirror import RunFacts, WandbMirror
 from delta_lora.protocols import MetricSpec
 from delta_lora.runlog import Guarded, RunLog
+from scripts import dashboard
+from scripts.runs.run import Run
 
 KEY = "0123456789abcdef" * 3
 NAME = "e2e--delta_lora--seed1--0123456789ab"
@@ -230,7 +233,7 @@ def server(answer: int | None) -> Iterator[str]:
             self.send_response(answer)
             self.end_headers()
 
-        do_GET = do_POST
+        do_GET = do_POST  # noqa: N815 - the name is http.server's
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -359,3 +362,36 @@ def test_without_wandb_there_is_one_warning(
     work(tmp_path)
     (warning,) = warnings_of(caplog)
     assert "No module named wandb" in warning
+
+
+# ---------------------------------------------------------------------- afterwards
+
+
+def test_runs_are_written_again_from_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that had no mirror, in the same words and with the same rows."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = Run.compose(["experiment=e2e", "scale=tiny", "seed=2", f"paths.outputs={tmp_path}"])
+    work(tmp_path)
+    folder = tmp_path / NAME
+    OmegaConf.save(run.config, folder / "config.yaml")
+    record = json.loads((folder / "record.json").read_text())
+    record |= {"status": "completed", "signature": NAME, "group": "e2e--delta_lora--1"}
+    (folder / "record.json").write_text(json.dumps(record))
+    for name in ("INIT_TIMEOUT_S", "FINISH_TIMEOUT_S"):  # put back what the command changes
+        monkeypatch.setattr(mirror, name, getattr(mirror, name))
+    command = ["sync", str(folder), "--mode", "offline", "--tags", "table1,again"]
+    assert dashboard.main(command) == 0
+    assert f"offline  {NAME}  (delta_lora e2e tiny seed 2 λ=2 K=3; completed)" in (
+        capsys.readouterr().out
+    )
+    found = wandb_file.read(files(tmp_path)[0])
+    assert [step for step, _ in found.history] == [1, 2, 3]
+    assert found.history[-1][1]["validation/bleu"] == 25
+    assert found.summary["test/bleu"] == pytest.approx(37)
+    assert found.run.run_group == "e2e--delta_lora--1"
+    assert list(found.run.tags) == ["e2e", "delta_lora", "tiny", "table1", "again"]
+    with pytest.raises(SystemExit):
+        dashboard.main(["sync", str(tmp_path)])
+    assert "is no folder of a run: it has no config.yaml" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_the_command_line_wins_over_variables(monkeypatch: pytest.MonkeyPatch) -
         (
             {"mode": "online"},
             {},
-            r"logger.mode=online, but no key is configured; run `wandb login`",
+            r"logger.mode=online, but no key is configured; run `wandb",
         ),
         ({"mode": "online"}, {"WANDB_API_KEY": "short"}, r"the key has 5 characters"),
         ({"project": 3}, {}, r"logger.project=3 is a int, not a text"),
