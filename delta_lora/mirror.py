@@ -268,12 +268,11 @@ class _Child:
             self._process.wait()
             self._hear()
             self._complain("offline", "it did not finish in time")
-        finally:
-            if self._process.returncode != 0 and not self._has_problem:
-                self._complain("offline", f"its process ended with {self._process.returncode}")
-            self._reports.close()
-            if self._has_problem:
-                _process.patience_s -= time.monotonic() - began
+        if self._process.returncode != 0 and not self._has_problem:
+            self._complain("offline", f"its process ended with {self._process.returncode}")
+        self._reports.close()
+        if self._has_problem:
+            _process.patience_s -= time.monotonic() - began
 
     def _say(self, word: Mapping[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is gone; `close` says so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.server
 import json
 import logging
@@ -11,7 +12,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,50 +221,132 @@ def test_variables_of_wandb_mean_what_they_mean_everywhere(
 # ---------------------------------------------------------------------- what may fail
 
 
-@contextlib.contextmanager
-def server(answer: int | None) -> Iterator[str]:
-    """Serve on this machine: a status code for everything, or (None) no answer at all."""
-    done = threading.Event()
+class Server:
+    """A stand-in for the service, on this machine.
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            if answer is None:
-                done.wait(30)
-                return
-            self.send_response(answer)
-            self.end_headers()
+    Args:
+        fails: what the answer to a request is instead of the right one, by the beginning of its
+            path: a status code, or None for no answer at all.
 
-        do_GET = do_POST  # noqa: N815 - the name is http.server's
+    Attributes:
+        address: its address.
+        streams: what was sent of a run's files, by their names.
+        uploads: whole files, by their names.
+        exit_code: of the run that ended.
+    """
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    def __init__(self, fails: Mapping[str, int | None]) -> None:
+        self.fails, self.done = fails, threading.Event()
+        self.streams: dict[str, list[str]] = {}
+        self.uploads: dict[str, str] = {}
+        self.exit_code: int | None = None
+        self.address = ""
 
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.daemon_threads = True
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{found.server_port}"
-    finally:
-        done.set()
-        found.shutdown()
-        found.server_close()
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Server]:
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                outer.answer(self)
+
+            do_GET = do_PUT = do_POST  # noqa: N815 - the names are http.server's
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        found.daemon_threads = True
+        self.address = f"http://127.0.0.1:{found.server_port}"
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        try:
+            yield self
+        finally:
+            self.done.set()
+            found.shutdown()
+            found.server_close()
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        path, content = request.path, b"{}"
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if request.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        status = next((s for start, s in self.fails.items() if path.startswith(start)), 200)
+        if status is None:
+            self.done.wait(30)
+            return
+        if path == "/graphql":
+            content = json.dumps({"data": self.data(json.loads(body))}).encode()
+        elif path.startswith("/upload/"):
+            self.uploads[path.removeprefix("/upload/")] = body.decode()
+        elif path.endswith("/file_stream"):
+            sent = json.loads(body)
+            for name, part in sent.get("files", {}).items():
+                self.streams.setdefault(name, []).extend(part["content"])
+            self.exit_code = sent.get("exitcode", self.exit_code)
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    def data(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return what the service would say, as far as its client reads it."""
+        query, values = asked["query"], asked.get("variables", {})
+        if "upsertBucket(" in query:
+            project = {"id": "P", "name": values["project"], "entity": {"id": "E", "name": "team"}}
+            bucket = {"id": "R", "name": values["name"], "config": "{}", "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "createArtifact(" in query:
+            made = {"id": "A", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": made}}
+        if "createRunFiles(" in query:
+            files = [
+                {"name": n, "uploadUrl": f"{self.address}/upload/{n}"} for n in values["files"]
+            ]
+            return {"createRunFiles": {"runID": "R", "uploadHeaders": [], "files": files}}
+        return {"project": None, "viewer": {"entity": "team", "flags": "{}"}}
 
 
-@pytest.mark.parametrize("answer", [401, 500, None, "refused"])
+def test_a_server_that_serves_gets_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with Server({}).running() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        work(tmp_path, end=("failed", "OSError: gone"))
+        assert server.exit_code == 1
+        assert json.loads(server.streams["wandb-summary.json"][-1])["error"] == "OSError: gone"
+        server.streams.clear()
+        work(tmp_path)
+    rows = [json.loads(line) for line in server.streams["wandb-history.jsonl"]]
+    assert [row["train/loss"] for row in rows] == [1, 1 / 2, 1 / 3]
+    summary = json.loads(server.uploads["wandb-summary.json"])
+    assert summary["test/bleu"] == pytest.approx(37)
+    assert server.exit_code == 0
+    assert any(name.startswith("media/table/predictions") for name in server.uploads)
+    assert not warnings_of(caplog)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [{"/": 401}, {"/": 500}, {"/": None}, {"/files": None}, "refused"],
+    ids=["401", "500", "hanging", "hanging later", "refused"],
+)
 def test_a_server_that_does_not_serve_leaves_offline_files(
-    answer: Any,
+    fails: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with server(401 if answer == "refused" else answer) as address:
-        if answer != "refused":
-            monkeypatch.setenv("WANDB_BASE_URL", address)
+    with Server({} if fails == "refused" else fails).running() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        if fails != "refused":
             assert work(tmp_path) < 20
-    if answer == "refused":  # nobody listens there any more
-        monkeypatch.setenv("WANDB_BASE_URL", address)
+    if fails == "refused":  # nobody listens there any more
         assert work(tmp_path) < 20
     found = wandb_file.read(files(tmp_path)[-1])
     assert found.summary["test/bleu"] == pytest.approx(37)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from delta_lora import wandb_file
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
@@ -203,14 +205,34 @@ def test_the_untrained_model_is_a_run_of_no_steps(
     assert record["num_predictions"] == 3
 
 
-def test_wandb_runs_offline_without_a_question(
-    small: Callable[..., list[str]], train: Any, tmp_path: Path
+def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
+    small: Callable[..., list[str]], train: Any
 ) -> None:
-    arguments = small("method=lora", "logger=wandb", "seed=79")
-    done = train(arguments)
+    arguments = small("method=delta_lora", "seed=79")
+    run = Run.compose(arguments)
+    done = train([*arguments, "logger=wandb"])
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = Run.compose(arguments).outputs / "wandb"
-    assert list(folder.glob("offline-run-*"))
+    assert "WARNING delta_lora.runlog" not in done.stderr
+    (path,) = run.outputs.glob(f"wandb/offline-run-*/run-{run.name}.wandb")
+    found = wandb_file.read(path)
+    assert found.run.display_name.startswith("delta_lora e2e tiny seed 79 λ=2 K=1 ")
+    assert found.run.run_group == run.group
+    assert (found.exit_code, found.summary["status"]) == (0, "completed")
+    curves = dict(found.history)
+    assert [curves[step]["delta/num_updates"] for step in (2, 4, 6)] == [0, 2, 4]
+    assert curves[2]["delta/w_change_norm"] == 0 < curves[6]["delta/w_change_norm"]
+    assert curves[6]["perf/step_time_s"] > 0
+    record = run.record()
+    assert found.summary["test/bleu"] == pytest.approx(100 * record["metrics"]["bleu"])
+    (table,) = (path.parent / "files/media/table").glob("*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["id", "input", "prediction", "references"]
+    assert all(row[3] for row in content["data"])
+
+    with_mirror = (run.folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run.folder)
+    assert execute(run)["adapter_sha256"] == record["adapter_sha256"]
+    assert (run.folder / "metrics.jsonl").read_bytes() == with_mirror
 
 
 def test_a_sweep_runs_every_combination(small: Callable[..., list[str]], train: Any) -> None:
