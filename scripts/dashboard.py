@@ -1,17 +1,23 @@
-"""Bring finished and interrupted runs to Weights & Biases, from what stands in their folders.
+"""Bring runs to Weights & Biases from their folders, and make a view of every table there.
 
     python scripts/dashboard.py sync                          every run in outputs/
     python scripts/dashboard.py sync outputs/e2e--* --tags table1
     python scripts/dashboard.py sync --mode offline           files for `wandb sync` elsewhere
+    python scripts/dashboard.py table1 --scale tiny           a view of its runs, in the workspace
+    python scripts/dashboard.py all --dry-run views.json      what would be saved; no network
 
 A run is written whole, under its name: what was there before of the same run is replaced. So it
 does not matter whether it was mirrored while it trained, in how many sittings it was made, or when
 the network was gone. Without a key the runs are written offline, beside their folders.
+
+A view shows scores, curves, costs and predictions of the runs of a table, seeds together. Saving it
+needs a key (`wandb login`) and the package wandb-workspaces; saving it again makes another view.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,26 +30,41 @@ from omegaconf import OmegaConf
 
 from delta_lora import mirror
 from delta_lora.mirror import WandbMirror
+from scripts.reporting.spec import load_table, table_names
 from scripts.runs.folder import RECORD, read_record
 from scripts.runs.mirroring import facts_of
 from scripts.runs.run import Run
 
 CONFIG = "config.yaml"
+SCALES = ("tiny", "small", "paper")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 1 where a run could not be written, 2 for a wrong argument."""
+    """Run the command; return 1 where something could not be written, 2 for a wrong argument."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    sync = commands.add_parser("sync", help="write runs to Weights & Biases from their folders")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sync = commands.add_parser("sync", help="write runs from their folders")
     sync.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
     sync.add_argument("--mode", choices=mirror.MODES[:-1], help="default: WANDB_MODE, or auto")
-    sync.add_argument("--project", help="default: WANDB_PROJECT, or delta-lora")
-    sync.add_argument("--entity", help="default: WANDB_ENTITY, or the account's")
     sync.add_argument("--tags", type=lambda text: text.split(","), help="more tags, by commas")
+    for name in (*table_names(), "all"):
+        view = commands.add_parser(name, help="save a view of the runs")
+        view.add_argument("--scale", choices=SCALES, default="tiny", help="default: tiny")
+        view.add_argument("--dry-run", type=Path, metavar="FILE", help="write JSON, save nothing")
+    for command in commands.choices.values():
+        command.add_argument("--project", help="default: WANDB_PROJECT, or delta-lora")
+        command.add_argument("--entity", help="default: WANDB_ENTITY, or the account's")
     asked = parser.parse_args(arguments)
+    return sync_runs(parser, asked) if asked.command == "sync" else save_views(parser, asked)
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def sync_runs(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
+    """Write runs from their folders; return the exit code."""
     folders = asked.runs or sorted(p.parent for p in (ROOT / "outputs").glob(f"*/{CONFIG}"))
     for folder in folders:
         if not (folder / CONFIG).is_file():
@@ -80,6 +101,51 @@ def _end_of(folder: Path) -> tuple[str, str]:
         return "stopped", ""
     record = read_record(folder)
     return record["status"], record.get("error", {}).get("message", "")
+
+
+# ---------------------------------------------------------------------- views
+
+
+def save_views(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
+    """Save the views of one table or of all, or write them to a file; return the exit code."""
+    from scripts.reporting import views
+
+    entity = asked.entity or os.environ.get("WANDB_ENTITY", "")
+    project = asked.project or os.environ.get("WANDB_PROJECT") or mirror.PROJECT
+    if asked.dry_run is None:
+        problem = mirror.key_problem(os.environ)
+        if problem is not None:
+            parser.error(f"saving a view needs a key, but {problem}; run `wandb login`")
+        if not entity:
+            parser.error("whose project? name it with --entity, or WANDB_ENTITY")
+    names = table_names() if asked.command == "all" else [asked.command]
+    try:
+        made = [
+            view
+            for name in names
+            for view in views.views_of(
+                load_table(name), scale=asked.scale, entity=entity or "entity", project=project
+            )
+        ]
+    except ImportError as error:
+        parser.error(f"{error}; run `pip install wandb-workspaces`")
+    if asked.dry_run is not None:
+        views.write(made, asked.dry_run)
+        print(f"{len(made)} views in {asked.dry_run}")
+        return 0
+    failed = [view.name for view in made if not _save(view)]
+    return 1 if failed else 0
+
+
+def _save(view: Any) -> bool:
+    """Save one view; return whether it was."""
+    try:
+        view.save()
+    except Exception as error:  # of a service: anything
+        print(f"{view.name}: not saved: {mirror.redacted(str(error))}", file=sys.stderr)
+        return False
+    print(f"{view.name}: {view.url}")
+    return True
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -233,6 +235,7 @@ class Server:
         streams: what was sent of a run's files, by their names.
         uploads: whole files, by their names.
         exit_code: of the run that ended.
+        views: that were saved.
     """
 
     def __init__(self, fails: Mapping[str, int | None]) -> None:
@@ -240,6 +243,7 @@ class Server:
         self.streams: dict[str, list[str]] = {}
         self.uploads: dict[str, str] = {}
         self.exit_code: int | None = None
+        self.views: list[dict[str, Any]] = []
         self.address = ""
 
     @contextlib.contextmanager
@@ -306,6 +310,9 @@ class Server:
                 {"name": n, "uploadUrl": f"{self.address}/upload/{n}"} for n in values["files"]
             ]
             return {"createRunFiles": {"runID": "R", "uploadHeaders": [], "files": files}}
+        if "upsertView(" in query:
+            self.views.append(values)
+            return {"upsertView": {"view": {"id": "V", "name": values["name"]}, "inserted": True}}
         return {"project": None, "viewer": {"entity": "team", "flags": "{}"}}
 
 
@@ -478,3 +485,29 @@ def test_runs_are_written_again_from_their_folders(
     with pytest.raises(SystemExit):
         dashboard.main(["sync", str(tmp_path)])
     assert "is no folder of a run: it has no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [200, 500])
+def test_a_view_is_saved_or_it_is_said_why_not(
+    answer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    with Server({} if answer == 200 else {"/": answer}).running() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        done = subprocess.run(
+            [sys.executable, str(dashboard.ROOT / "scripts/dashboard.py"), "figure3"],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    if answer == 200:
+        assert done.returncode == 0, done.stderr
+        (view,) = server.views
+        assert (view["displayName"], view["entityName"]) == ("figure3 at tiny", "team")
+        assert "delta/w_change_norm" in view["spec"]
+    else:
+        assert done.returncode == 1
+        assert "figure3 at tiny: not saved" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert KEY not in done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from delta_lora import wandb_file
+from scripts.reporting import views
+from scripts.reporting.spec import load_table
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
@@ -205,6 +208,7 @@ def test_the_untrained_model_is_a_run_of_no_steps(
     assert record["num_predictions"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # of wandb-workspaces
 def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:
@@ -228,6 +232,15 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     content = json.loads(table.read_text())
     assert content["columns"] == ["id", "input", "prediction", "references"]
     assert all(row[3] for row in content["data"])
+
+    # What the panels of a table's view read, this run has, or says why not (it has no Java).
+    spec = load_table("table1")
+    spec = dataclasses.replace(spec, rows=(spec.row("delta_lora"),))
+    (view,) = views.views_of(spec, scale="tiny", entity="me", project="mine")
+    has = {*found.summary, *(key for values in curves.values() for key in values)}
+    has |= {key.partition("/_type")[0] for key in has}
+    lacking = views.metrics_of(views.content_of(view)) - has
+    assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
 
     with_mirror = (run.folder / "metrics.jsonl").read_bytes()
     shutil.rmtree(run.folder)
