@@ -152,7 +152,7 @@ class DeltaLora(LowRankMethod):
             self.num_updatable_parameters = sum(
                 target.branch.projection.num_entries for target in self._targets
             ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
-        if delta.never_updates(total_steps, self.update_ratio, self.start_step):
+        if total_steps and delta.never_updates(total_steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 
     def before_step(self, step: int) -> None:
