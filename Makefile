@@ -93,6 +93,11 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 report: $(READY)  ## put the generated rows into README
 	@$(RUN) scripts/report.py
 
+.PHONY: dashboard
+dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, and make a view of every table there
+	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
+	$(RUN) scripts/dashboard.py sync && $(RUN) scripts/dashboard.py all --scale $$scale $$ARGS
+
 gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: results/gpu/DEVICE.json (ONLY=2,7)
 	@$(RUN) scripts/gpu_check.py $$ARGS
 
