@@ -2,11 +2,13 @@
 
 It reads ``metrics.jsonl`` and ``measured.jsonl`` from their beginning and goes on as they grow,
 until a word from the run, or the end of the pipe (the run was killed), says how the run ended.
-Where anything of wandb fails, it reports why and becomes the same process anew, in offline mode,
-from the beginning of the files; where that fails too, it ends.
+Where anything of wandb fails, it becomes the same process anew, in offline mode, from the beginning
+of the files: a service that died costs nothing. It reports why it went offline, and why it ended
+where offline mode failed twice.
 
 Arguments: mode, number of the pipe with the run's words, and, in a process that begins anew, number
-of the pipe for reports and the words that were read already. Standard input: the specification.
+of the pipe for reports, the words that were read already, and ``tried`` where offline mode failed
+once. Standard input: the specification.
 """
 
 from __future__ import annotations
@@ -48,22 +50,28 @@ def main(arguments: Sequence[str]) -> None:
     try:
         Writer(spec, mode).follow(listener)
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"
-        os.write(reports, json.dumps({"mode": mode, "problem": problem[:2000]}).encode() + b"\n")
-        if mode == "online" and not isinstance(error, ImportError):
-            _begin_anew(words, reports, listener.said)
-        os._exit(1)
+        is_over = isinstance(error, ImportError) or (mode == "offline" and len(arguments) > 4)
+        if is_over or mode == "online":
+            _report(reports, "offline" if is_over else mode, error)
+        if is_over:
+            os._exit(1)
+        tried = ["tried"] if mode == "offline" else []
+        _begin_anew([str(words), str(reports), json.dumps(listener.said), *tried])
     os._exit(0)
 
 
-def _begin_anew(words: int, reports: int, said: Sequence[Any]) -> None:
+def _report(reports: int, mode: str, error: BaseException) -> None:
+    problem = f"{type(error).__name__}: {error}"[:2000]
+    os.write(reports, json.dumps({"mode": mode, "problem": problem}).encode() + b"\n")
+
+
+def _begin_anew(state: Sequence[str]) -> None:
     """Become the same process in offline mode; of what wandb has in memory nothing is left."""
     os.lseek(0, 0, os.SEEK_SET)
-    for number in (words, reports):
-        os.set_inheritable(number, True)
+    for number in state[:2]:
+        os.set_inheritable(int(number), True)
     os.environ.pop("WANDB_SERVICE", None)  # the address of the service, which is given up too
-    state = ["offline", str(words), str(reports), json.dumps(said)]
-    command = [sys.executable, "-m", "delta_lora.wandb_writer", *state]
+    command = [sys.executable, "-m", "delta_lora.wandb_writer", "offline", *state]
     os.execv(sys.executable, command)  # noqa: S606
 
 

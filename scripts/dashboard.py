@@ -149,4 +149,7 @@ def _save(view: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # wandb's own exit hooks may wait for a service for ever
