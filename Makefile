@@ -96,7 +96,8 @@ report: $(READY)  ## put the generated rows into README
 .PHONY: dashboard
 dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, and make a view of every table there
 	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
-	$(RUN) scripts/dashboard.py sync && $(RUN) scripts/dashboard.py all --scale $$scale $$ARGS
+	$(RUN) scripts/dashboard.py sync $$ARGS && $(RUN) scripts/dashboard.py summary --scale $$scale $$ARGS && \
+	$(RUN) scripts/dashboard.py all --scale $$scale $$ARGS
 
 gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: results/gpu/DEVICE.json (ONLY=2,7)
 	@$(RUN) scripts/gpu_check.py $$ARGS

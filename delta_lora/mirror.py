@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -74,6 +74,8 @@ class RunFacts:
         tags: what people filter by.
         config: JSON values.
         metrics: of the task; scores are shown in the units of the tables.
+        summary: further values of the summary.
+        media: pictures (png) and tables (csv) to show, by their names.
     """
 
     folder: Path
@@ -85,6 +87,8 @@ class RunFacts:
     tags: Sequence[str]
     config: Mapping[str, Any]
     metrics: Sequence[MetricSpec] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    media: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,6 +179,8 @@ class WandbMirror:
                 },
                 "scales": {spec.name: spec.scale for spec in run.metrics},
                 "best": {spec.name: spec.higher_is_better for spec in run.metrics},
+                "summary": dict(run.summary),
+                "media": {name: str(path) for name, path in run.media.items()},
                 "init_timeout_s": INIT_TIMEOUT_S,
                 "finish_timeout_s": FINISH_TIMEOUT_S,
             },

@@ -14,6 +14,7 @@ once. Standard input: the specification.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import select
@@ -185,10 +186,12 @@ class Writer:
 
     def _end(self, status: str, error: str) -> None:
         """Write what the run came to, and finish."""
-        self._run.summary.update({"status": status, **({"error": error} if error else {})})
+        said = {"status": status, **({"error": error} if error else {})}
+        self._run.summary.update({**self._spec["summary"], **said})
         if status == "completed":
             self._copy_record()
             self._copy_predictions()
+            self._copy_media()
         place = Path(self._run.dir).parent
         self._run.finish(exit_code=EXIT_CODES[status])
         if self._mode == "offline":
@@ -221,6 +224,17 @@ class Writer:
         columns = list(rows[0])
         data = [[str(row.get(column)) for column in columns] for row in rows]
         self._run.log({"predictions": self._wandb.Table(columns=[*columns], data=data)})
+
+    def _copy_media(self) -> None:
+        """Show pictures and tables."""
+        for name, path in self._spec["media"].items():
+            if path.endswith(".csv"):
+                with open(path, newline="", encoding="utf-8") as stream:
+                    head, *rows = csv.reader(stream)
+                shown: Any = self._wandb.Table(columns=[*head], data=rows)
+            else:
+                shown = self._wandb.Image(path)
+            self._run.log({name: shown})
 
     def _check_is_whole(self, place: Path) -> None:
         """Read the file again: a full disk is no error to wandb.

@@ -4,6 +4,7 @@
     python scripts/dashboard.py sync outputs/e2e--* --tags table1
     python scripts/dashboard.py sync --mode offline           files for `wandb sync` elsewhere
     python scripts/dashboard.py table1 --scale tiny           a view of its runs, in the workspace
+    python scripts/dashboard.py summary --scale tiny          tables, pictures, verdicts: one run
     python scripts/dashboard.py all --dry-run views.json      what would be saved; no network
 
 A run is written whole, under its name: what was there before of the same run is replaced. So it
@@ -17,6 +18,7 @@ needs a key (`wandb login`) and the package wandb-workspaces; saving it again ma
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from omegaconf import OmegaConf
 
 from delta_lora import mirror
-from delta_lora.mirror import WandbMirror
+from delta_lora.mirror import RunFacts, WandbMirror
 from scripts.reporting.spec import load_table, table_names
 from scripts.runs.folder import RECORD, read_record
 from scripts.runs.mirroring import facts_of
@@ -49,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sync.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
     sync.add_argument("--mode", choices=mirror.MODES[:-1], help="default: WANDB_MODE, or auto")
     sync.add_argument("--tags", type=lambda text: text.split(","), help="more tags, by commas")
+    summary = commands.add_parser("summary", help="write tables, pictures and verdicts as one run")
+    summary.add_argument("--scale", choices=SCALES, default="tiny", help="default: tiny")
+    summary.add_argument("--mode", choices=mirror.MODES[:-1], help="default: WANDB_MODE, or auto")
+    summary.add_argument("--results", type=Path, default=ROOT / "results", help="their folder")
     for name in (*table_names(), "all"):
         view = commands.add_parser(name, help="save a view of the runs")
         view.add_argument("--scale", choices=SCALES, default="tiny", help="default: tiny")
@@ -57,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--project", help="default: WANDB_PROJECT, or delta-lora")
         command.add_argument("--entity", help="default: WANDB_ENTITY, or the account's")
     asked = parser.parse_args(arguments)
-    return sync_runs(parser, asked) if asked.command == "sync" else save_views(parser, asked)
+    if asked.command == "sync":
+        return sync_runs(parser, asked)
+    if asked.command == "summary":
+        return write_summary(parser, asked)
+    return save_views(parser, asked)
 
 
 # ---------------------------------------------------------------------- runs
@@ -101,6 +111,39 @@ def _end_of(folder: Path) -> tuple[str, str]:
         return "stopped", ""
     record = read_record(folder)
     return record["status"], record.get("error", {}).get("message", "")
+
+
+# ---------------------------------------------------------------------- results
+
+
+def write_summary(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
+    """Write what the tables came to as one run of the kind ``report``; return the exit code."""
+    folder, scale = asked.results / asked.scale, asked.scale
+    tables = {name: folder / f"{name}.json" for name in table_names()}
+    tables = {name: path for name, path in tables.items() if path.is_file()}
+    if not tables:
+        parser.error(f"{folder} holds no table; make one with make reproduce-all SCALE={scale}")
+    verdicts = {
+        f"verdict/{claim['id']} ({name})": claim["verdict"]
+        for name, path in tables.items()
+        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", ())
+    }
+    media = {name: folder / f"{name}.csv" for name in tables}
+    media |= {f"pictures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
+    facts = RunFacts(
+        folder=folder, outputs=ROOT / "outputs", id=f"results--{scale}", name=f"results at {scale}",
+        group="results", job_type="report", tags=["results", scale], config={"scale": scale},
+        summary=verdicts, media={name: path for name, path in media.items() if path.is_file()},
+    )  # fmt: skip
+    try:
+        made = WandbMirror(mode=asked.mode, project=asked.project, entity=asked.entity)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    mirror.be_patient()
+    made.begin(facts)
+    made.close("completed")
+    print(f"{made.written or 'FAILED':>8}  {facts.name}: {', '.join(tables)}")
+    return 0 if made.written else 1
 
 
 # ---------------------------------------------------------------------- views

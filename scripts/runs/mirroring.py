@@ -17,6 +17,8 @@ from scripts.runs.run import Run
 SYMBOLS = {"update_ratio": "λ", "start_step": "K"}
 #: overrides of values that change no result, or are in a name already.
 LEFT_OUT = ("paths", "logger", "hydra", "seed", "predict", "score_references", "save_model", "fake")
+#: settings of the loop that change no result.
+HABITS = ("checkpoint_every_s", "checkpoint_every_steps", "log_every_steps")
 #: choices of groups; task, method and scale are in a name already, the others follow.
 CHOICES = ("experiment", "task", "recipe", "model", "method", "scale")
 
@@ -83,7 +85,8 @@ def write_references(task: Any, folder: Path) -> None:
 def title_of(run: Run) -> str:
     """Return a run's name in words: ``delta_lora e2e tiny seed 1 λ=2 K=500``.
 
-    Behind the seed stands what was chosen on the command line and is not in the name already.
+    Behind the seed stands what was chosen on the command line and is not in the name already, but
+    for lists, which are long.
     """
     choices = run.choices
     words = [choices.method, choices.task, choices.scale, "seed", str(run.seed)]
@@ -101,5 +104,7 @@ def _chosen(run: Run) -> Iterator[str]:
         first, _, rest = key.partition(".")
         name = key.rpartition(".")[2]
         if first in LEFT_OUT or name in SYMBOLS or (first in CHOICES and not rest):
+            continue
+        if name in HABITS or value.startswith(("[", "{")):
             continue
         yield f"{rest or key}={value}"

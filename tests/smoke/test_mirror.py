@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -491,6 +492,32 @@ def test_runs_are_written_again_from_their_folders(
     with pytest.raises(SystemExit):
         dashboard.main(["sync", str(tmp_path)])
     assert "is no folder of a run: it has no config.yaml" in capsys.readouterr().err
+
+
+def test_tables_pictures_and_verdicts_are_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("INIT_TIMEOUT_S", "FINISH_TIMEOUT_S"):  # put back what the command changes
+        monkeypatch.setattr(mirror, name, getattr(mirror, name))
+    (tmp_path / "tiny").mkdir()
+    for path in (dashboard.ROOT / "results/tiny").glob("table1.*"):
+        shutil.copy(path, tmp_path / "tiny")
+    command = ["summary", "--results", str(tmp_path), "--mode", "offline"]
+    assert dashboard.main(command) == 0
+    assert "offline  results at tiny: table1" in capsys.readouterr().out
+    (path,) = files(tmp_path)
+    found = wandb_file.read(path)
+    assert (found.run.job_type, found.exit_code) == ("report", 0)
+    table = json.loads((tmp_path / "tiny/table1.json").read_text())
+    for claim in table["claims"]:
+        assert found.summary[f"verdict/{claim['id']} (table1)"] == claim["verdict"]
+    media = path.parent / "files/media"
+    assert len(list(media.glob("table/table1*.json"))) == 1
+    assert len(list(media.glob("images/pictures/table1*.png"))) == 1
+    with pytest.raises(SystemExit):
+        dashboard.main([*command, "--scale", "small"])
+    assert "small holds no table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("answer", [200, 401])

@@ -105,7 +105,14 @@ def test_only_the_main_process_has_a_mirror(run: Run) -> None:
         (["recipe.update_ratio=4"], "delta_lora e2e tiny seed 1 λ=4 K=3"),
         (["method=lora", "logger.mode=offline"], "lora e2e tiny seed 1"),
         (
-            ["method=lora", "recipe.rank=4", "trainer.max_steps=5", "train_fraction=0.5"],
+            [
+                "method=lora",
+                "recipe.rank=4",
+                "trainer.max_steps=5",
+                "train_fraction=0.5",
+                "trainer.log_every_steps=2",
+                "trainer.no_decay=[bias]",
+            ],
             "lora e2e tiny seed 1 rank=4 max_steps=5 train_fraction=0.5",
         ),
     ],
