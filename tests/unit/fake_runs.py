@@ -45,12 +45,13 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     """Compose; of runs that differ in their method alone, all but the first in no time."""
     methods = [o for o in overrides if o.startswith("method")]
-    if not any(o.startswith("recipe.") for o in overrides) and len(methods) == 1:
+    has_values = any(o.startswith("recipe.") for o in overrides)
+    if not has_values and len(methods) == 1 and methods != ["method=full"]:  # any recipe has those
         name = methods[0].removeprefix("method=")
         path = composition.CONFIGS / "method" / f"{name}.yaml"
         own = OmegaConf.load(path) if path.is_file() else {}
         if own and "defaults" not in own:
-            cfg = _composed(tuple(o for o in overrides if o not in methods)).copy()
+            cfg = _composed(tuple("method=full" if o in methods else o for o in overrides)).copy()
             with open_dict(cfg):
                 cfg.method, cfg.choices.method = own, name
             OmegaConf.resolve(cfg)
@@ -103,7 +104,7 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
         "recipe": run.choices.recipe,
         "task": {"name": "e2e", "version": 1, "protocol": "lora", "source": "embedded"},
         "model": {"name": run.choices.model},
-        "init_from": None if run.start_run is None else {"adapter_sha256": None},
+        "init_from": _start(run),
         "parameters": {"trainable": 393216, "updatable": 50331648, "head": 0, "total": 354823168},
         "metrics": {name: score * factor for name, factor in METRICS.items()},
         "missing_metrics": {},
@@ -118,6 +119,12 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
         },
         **changes,
     }
+
+
+def _start(run: Run) -> dict[str, Any] | None:
+    if run.start_run is None:
+        return None
+    return {"task": run.start_run.meaning["task"]["name"], "adapter_sha256": None}
 
 
 def similarity(method, seed):
