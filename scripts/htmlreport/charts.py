@@ -18,9 +18,13 @@ from scripts.htmlreport.comparisons import Difference, number, signed
 _HALF = 45.0
 #: how far, in axes, a row may lie outside before it becomes an arrow.
 _STRETCH = 1.15
+#: labels of points: columns closer than this share theirs; distance of two labels.
+_LABEL = (18, 10)
+#: a curve of fewer points says nothing.
+NUM_STEPS = 3
 #: view box of a panel, and the room around its axes (left, top, right, bottom).
-PANEL = (360, 220)
-_LEFT, _TOP, _RIGHT, _BOTTOM = 44, 8, 12, 26
+PANEL = (360, 226)
+_LEFT, _TOP, _RIGHT, _BOTTOM = 44, 8, 12, 32
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def forest(differences: Sequence[Difference | None], column: Mapping[str, Any]) 
     if not known:
         return None
     limit = _limit(known)
-    step = _step(limit, 2)
+    step = _few_steps(limit)
     counts = range(-int(limit / step), int(limit / step) + 1)
     decimals = _decimals(step)
     return Forest(
@@ -137,7 +141,7 @@ def _strip(difference: Difference, limit: float) -> Strip:
 def curves(
     title: str, series: Sequence[tuple[str, str, Mapping[int, Mapping[float, float]]]]
 ) -> Panel | None:
-    """Return curves over steps, or None where no curve has two points.
+    """Return curves over steps, or None where no curve has `NUM_STEPS` points.
 
     Args:
         title: of the panel.
@@ -171,7 +175,7 @@ def _drawable(seeds: Mapping[int, Mapping[float, float]]) -> dict[int, Mapping[f
     finite = {
         seed: {s: v for s, v in curve.items() if math.isfinite(v)} for seed, curve in seeds.items()
     }
-    return {seed: curve for seed, curve in finite.items() if len(curve) > 1}
+    return {seed: curve for seed, curve in finite.items() if len(curve) >= NUM_STEPS}
 
 
 def _mean_curve(seeds: Mapping[int, Mapping[float, float]]) -> dict[float, float]:
@@ -208,7 +212,7 @@ def scatter(
     pad = max(0.08 * (max(logs) - min(logs)), 0.15)
     ends = [end for p in kept for end in (p["low"], p["y"], p["high"]) if end is not None]
     start, stop = min(logs) - pad, max(logs) + pad
-    x = _linear(start, stop, _LEFT, PANEL[0] - _RIGHT)
+    x = _linear(start, stop, _LEFT, PANEL[0] - 2 * _RIGHT)
     y, y_ticks = _axis(min(ends), max(ends), PANEL[1] - _BOTTOM - 6, _TOP + 6, 4)
     powers = range(math.ceil(start), math.floor(stop) + 1)
     x_ticks = [(x(power), _power(power)) for power in powers]
@@ -222,21 +226,39 @@ def scatter(
         }
         for p in kept
     ]
-    return Panel(title, x_label, x_ticks, y_ticks, points=tuple(_apart(placed)))
+    return Panel(title, x_label, x_ticks, y_ticks, points=tuple(_labelled(placed)))
 
 
-def _apart(points: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Move the points of the same x sideways, and their labels apart."""
-    columns: dict[float, int] = {}
-    for point in points:
-        seen = columns.get(point["cx"], 0)
-        columns[point["cx"]] = seen + 1
-        point["cx"] = round(point["cx"] + 13 * seen, 1)
-    furthest = max(point["cx"] for point in points)
-    shift = max(0.0, furthest - (PANEL[0] - 8))
-    for point in points:
-        point["cx"] = round(point["cx"] - shift, 1) if point["cx"] > PANEL[0] / 2 else point["cx"]
-        yield point
+def _labelled(points: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Yield the points with the places of their labels: to the right, none on another."""
+    columns: list[list[dict[str, Any]]] = []
+    for point in sorted(points, key=lambda p: (p["cx"], p["cy"])):
+        if not columns or point["cx"] - columns[-1][0]["cx"] > _LABEL[0]:
+            columns.append([])
+        columns[-1].append(point)
+    for column in columns:
+        right = max(point["cx"] for point in column) + 9
+        column.sort(key=lambda p: (p["cy"], p["number"]))
+        places = _spread([point["cy"] for point in column], _LABEL[1])
+        for point, place in zip(column, places, strict=True):
+            yield {**point, "label_x": round(right, 1), "label_y": place}
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Return rising places moved as little as needs be, so that two are `gap` apart."""
+    blocks: list[list[float]] = []  # sum of the wished places, count
+    for place in places:
+        blocks.append([place, 1])
+        while len(blocks) > 1:
+            (low, n), (high, m) = blocks[-2], blocks[-1]
+            if high / m - low / n >= gap * (n + m) / 2:
+                break
+            blocks[-2:] = [[low + high, n + m]]
+    spread: list[float] = []
+    for total, count in blocks:
+        start = total / count - gap * (count - 1) / 2
+        spread += [round(start + gap * i, 1) for i in range(int(count))]
+    return spread
 
 
 def _axis(
@@ -270,6 +292,12 @@ def _step(length: float, num: int) -> float:
     raw = length / num
     power = 10.0 ** math.floor(math.log10(raw))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= raw * (1 + 1e-9))
+
+
+def _few_steps(limit: float) -> float:
+    """Return the least step of 1, 2 or 5 times a power of ten of which one or two fit `limit`."""
+    power = 10.0 ** math.floor(math.log10(limit))
+    return min(f * power for f in (0.5, 1, 2, 5) if limit / (f * power) < 3)
 
 
 def _decimals(step: float) -> int:

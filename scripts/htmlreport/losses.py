@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.htmlreport.charts import curves
+from scripts.htmlreport.charts import Panel, curves
 from scripts.htmlreport.runs import on_of
 from scripts.htmlreport.sources import Sources
 
 Content = Mapping[str, Any]
 
 
-def curves_of(sources: Sources, content: Content, styles: Sequence[str]) -> list[dict[str, Any]]:
+def curves_of(sources: Sources, content: Content, styles: Sequence[str]) -> list[Panel]:
     """Return, for each of a table's runs, the loss over steps: validation, and training if kept."""
     found = []
     for on in content["tasks"]:
@@ -28,9 +28,15 @@ def curves_of(sources: Sources, content: Content, styles: Sequence[str]) -> list
             # What matters most is drawn last, on top.
             series.sort(key=lambda item: (item[0] in ("lora", "delta-lora"), item[0] != "control"))
             name = content["tasks"][on].get("name", on)
-            panel = curves(f"{title}, {name}", series)
+            is_repeated = read is _training and any(
+                sources.samples.get(run, {}).get("repeated")
+                for row in content["rows"]
+                for run in row["runs"]
+            )
+            note = " (of repetitions on another device)" if is_repeated else ""
+            panel = curves(f"{title}, {name}{note}", series)
             if panel is not None:
-                found.append({"panel": panel, "is_training": read is _training})
+                found.append(panel)
     return found
 
 

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.htmlreport.comparisons import number, signed
 from scripts.htmlreport.origin import origin_of
 from scripts.htmlreport.runs import failures_of, groups_of
 from scripts.htmlreport.sources import Sources, Sweep
 from scripts.htmlreport.tables import table_of
 from scripts.htmlreport.verdicts import verdicts_of
-from scripts.htmlreport.words import facts_of, heading
+from scripts.htmlreport.words import facts_of, heading, held
 
 Content = Mapping[str, Any]
 
@@ -57,7 +56,7 @@ def render(page: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, number=number)
+    environment.filters.update(held=held)
     style, script = (
         (TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "report.js")
     )

@@ -25,27 +25,21 @@ def groups_of(sources: Sources, *, first_seed_only: bool = False) -> list[dict[s
         sources: what the report is made of.
         first_seed_only: leave the details of all other seeds out.
     """
-    seen: dict[str, str] = {}
+    known: dict[str, bool] = {}  # by name whether its details are shown
     groups = []
     for name, content in sources.contents.items():
         for row in content["rows"]:
-            own, shared = [], 0
-            for run in row["runs"]:
-                if run in seen:
-                    shared += 1
-                    continue
-                seen[run] = name
-                own.append(_run(sources, name, content, row, run))
+            own = [_run(sources, name, content, row, r) for r in row["runs"] if r not in known]
+            shared = [run for run in row["runs"] if known.get(run)]
             first = min((run["seed"] for run in own if run["has_record"]), default=None)
-            kept = [run for run in own if not first_seed_only or run["seed"] == first]
+            shown = [run for run in own if not first_seed_only or run["seed"] == first]
+            known |= {run["id"]: run in shown for run in own}
             groups.append(
                 {
                     "id": f"runs-{name}-{row['method']}",
                     "table": name,
                     "label": row["label"],
-                    "is_control": row.get("is_control", False),
-                    "runs": kept,
-                    "left_out": len(own) - len(kept),
+                    "runs": shown,
                     "shared": shared,
                 }
             )
@@ -143,7 +137,16 @@ def _run(sources: Sources, name: str, content: Content, row: Content, run: str) 
         "adapter": record.get("adapter_sha256"),
         "command": command_of(sources.specs.get(name), content, row, on, record["seed"]),
         "samples": sources.samples.get(run, {}).get("predictions", []),
+        "repeated": _repeated(sources.samples.get(run, {}).get("repeated")),
     }
+
+
+def _repeated(repeated: Content | None) -> str | None:
+    """Return in words which repetition the samples of a run are of."""
+    if repeated is None:
+        return None
+    scores = ", ".join(f"{name} {value:g}" for name, value in list(repeated["scores"].items())[:3])
+    return f"of a repetition on {repeated['device']}: {scores}"
 
 
 def _training(training: Content) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from scripts.htmlreport.runs import on_of, overrides_of
 from scripts.htmlreport.sources import Sources
+from scripts.reporting.results import device_of
+from scripts.runs.folder import RECORD
 
 #: most points of a curve; predictions of a run; letters of a text; references of a prediction.
 NUM_POINTS, NUM_PREDICTIONS, NUM_LETTERS, NUM_REFERENCES = 40, 4, 280, 2
@@ -24,8 +26,10 @@ logger = logging.getLogger(__name__)
 def collect(sources: Sources, outputs: Path) -> dict[str, dict[str, Any]]:
     """Return the samples of all runs of the tables, by signature.
 
-    A run that has a folder with the result of its record is read anew, what is known of the others
-    is kept. Predictions are kept of the first seed only.
+    A run that has a folder is read anew, what is known of the others is kept. The folder may hold a
+    repetition that ended elsewhere (another processor rounds otherwise): then ``repeated`` says on
+    what and with which scores, and it takes no other's place. Predictions are kept of the first
+    seed only.
 
     Args:
         sources: what the report is made of; its `samples` are those of the last time.
@@ -37,28 +41,39 @@ def collect(sources: Sources, outputs: Path) -> dict[str, dict[str, Any]]:
         for row in content["rows"]:
             for run in row["runs"]:
                 record = sources.records.get(run)
-                if record is None or not _is_of(outputs / run, record):
+                own = _completed(outputs / run)
+                if record is None or own is None:
+                    continue
+                repeated = _repetition(own, record)
+                if repeated and run in found and found[run]["repeated"] is None:
                     continue
                 on = on_of(content, record)
-                sample: dict[str, Any] = {"loss": _loss(outputs / run)}
+                sample: dict[str, Any] = {"repeated": repeated, "loss": _loss(outputs / run)}
                 if on is not None and record["seed"] == min(content["seeds"]):
                     overrides = overrides_of(
                         sources.specs.get(name), content, row, on, record["seed"]
                     )
                     reader = readers.setdefault((name, on), _References(_references_of))
                     sample["predictions"] = _predictions(outputs / run, reader, overrides)
-                if any(sample.values()):
+                if sample["loss"] or sample.get("predictions"):
                     found[run] = sample
     return {name: dict(found[name]) for name in sorted(found)}
 
 
-def _is_of(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds the result that the record tells of."""
-    path = folder / "record.json"
-    if not path.exists():
-        return False
-    own = json.loads(path.read_text(encoding="utf-8"))
-    return all(own.get(key) == record.get(key) for key in ("signature", "metrics"))
+def _completed(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a finished run folder, else None."""
+    path = folder / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    is_done = record.get("status") == "completed" and record["signature"] == folder.name
+    return record if is_done else None
+
+
+def _repetition(own: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return None where a folder holds the result of `record`, else what it holds instead."""
+    if own["metrics"] == record["metrics"]:
+        return None
+    scores = {name: float(f"{value:.4g}") for name, value in own["metrics"].items()}
+    return {"device": device_of(own), "scores": scores}
 
 
 def to_text(samples: Mapping[str, Any]) -> str:

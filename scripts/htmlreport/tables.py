@@ -154,7 +154,7 @@ def _half(differences: Sequence[Difference | None], i: int, decimals: int) -> st
 
 
 def _aligned(values: Sequence[float | None], i: int, decimals: int) -> str | None:
-    """Return value `i`, as wide as the widest of its column: a figure space is a digit wide."""
-    texts = [None if value is None else number(value, decimals) for value in values]
+    """Return value `i` behind ±, as wide as the widest: a figure space is one digit wide."""
+    texts = [None if value is None else f"±{number(value, decimals)}" for value in values]
     mine = texts[i]
     return None if mine is None else mine.rjust(max(len(t) for t in texts if t), "\u2007")

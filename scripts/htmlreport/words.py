@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,11 @@ def interval(mean: float | None, low: float | None, high: float | None, decimals
     if low is None or high is None:
         return text
     return f"{text} [{signed(low, decimals)}, {signed(high, decimals)}]"
+
+
+def held(text: str) -> str:
+    """Return a label that is not broken within a short pair of brackets or behind ×: (1 + λ)."""
+    return re.sub(r"\([^()]{1,12}\)|× \d", lambda match: match[0].replace(" ", "\u00a0"), text)
 
 
 def sortable(value: float | None) -> str:

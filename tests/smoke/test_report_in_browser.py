@@ -62,7 +62,7 @@ setTimeout(() => {
 #: tells what is wider than the window, and how many buttons are too small for a finger.
 MEASURES = """
 const width = document.documentElement.clientWidth;
-const inside = (e) => e.closest(".scroll, .sr, .skip") !== null;
+const inside = (e) => e.closest(".scroll, .sr, .skip, .picture img") !== null;
 const wide = [...document.querySelectorAll("main *, header *")].filter((e) => !inside(e)
   && e.checkVisibility() && e.getBoundingClientRect().right > width + 1);
 tell({width, all: document.documentElement.scrollWidth, errors,
@@ -75,7 +75,7 @@ def sources() -> Sources:
     found = read_sources(RESULTS, "tiny", None)
     name = found.run_names()[0]
     sample = {"input": HOSTILE, "prediction": HOSTILE, "references": [HOSTILE]}
-    found.samples = {name: {"loss": [], "predictions": [sample]}}
+    found.samples = {name: {"repeated": None, "loss": [], "predictions": [sample]}}
     return found
 
 
