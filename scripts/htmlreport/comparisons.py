@@ -86,19 +86,42 @@ def scores_of(rows: Sequence[Content], column: Content) -> list[Score]:
     return found
 
 
-def differences_of(rows: Sequence[Content], column: Content) -> list[Difference | None]:
-    """Return how every row differs from LoRA in `column`; None for LoRA, and without it."""
+def stated_differences(claims: Sequence[Content]) -> dict[tuple[str, str], float]:
+    """Return the paper's differences to LoRA that claims state, by row and column."""
+    return {
+        (part["row"], part["column"]): float(part["paper_difference"])
+        for claim in claims
+        for part in claim["parts"]
+        if part["against"] == BASE and part["paper_difference"] is not None
+    }
+
+
+def differences_of(
+    rows: Sequence[Content], column: Content, stated: Mapping[tuple[str, str], float]
+) -> list[Difference | None]:
+    """Return how every row differs from LoRA in one column; None for LoRA, and without it.
+
+    Args:
+        rows: of a table.
+        column: of its ``column_specs``.
+        stated: from `stated_differences`, for rows of which the paper gives no two numbers.
+    """
     base = next((row for row in rows if row["method"] == BASE), None)
     if base is None:
         return [None] * len(rows)
-    return [None if row is base else _difference(row, base, column) for row in rows]
+    return [None if row is base else _difference(row, base, column, stated) for row in rows]
 
 
-def _difference(row: Content, base: Content, column: Content) -> Difference:
+def _difference(
+    row: Content, base: Content, column: Content, stated: Mapping[tuple[str, str], float]
+) -> Difference:
     name = column["name"]
     found = stats.paired_difference(by_seed(row["metrics"][name]), by_seed(base["metrics"][name]))
     papers = [side["paper"].get(name) for side in (row, base)]
-    paper = None if None in papers else float(papers[0]["value"]) - float(papers[1]["value"])
+    if None in papers:
+        paper = stated.get((row["method"], name))
+    else:
+        paper = float(papers[0]["value"]) - float(papers[1]["value"])
     if found is None:
         return Difference(None, None, None, 0, paper, TOO_FEW)
     low, high = found.ci95 if found.ci95 is not None else (None, None)

@@ -145,12 +145,21 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
     names = [path.stem.replace("_", " ") for path in sweep.pictures]
     return {
         "name": sweep.name,
+        "title": f"{sweep.name}: {sweep.title}" if sweep.title else sweep.name,
         "pictures": [
             _picture(path, f"Sweep {sweep.name}: {name}; the numbers stand in the table below")
             for path, name in zip(sweep.pictures, names, strict=True)
         ],
-        "rows": sweep.rows,
+        "rows": [[_rounded(text) for text in row] for row in sweep.rows],
     }
+
+
+def _rounded(text: str) -> str:
+    """Return a number of a CSV file with at most four decimals, any other text as it is."""
+    try:
+        return f"{float(text):.4f}".rstrip("0").rstrip(".") if "." in text else text
+    except ValueError:
+        return text
 
 
 def _picture(path: Path | None, alt: str) -> dict[str, str] | None:

@@ -28,6 +28,7 @@ class Sweep:
     """A sweep: its name, its pictures and its table (head first; empty where there is none)."""
 
     name: str
+    title: str
     pictures: tuple[Path, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -140,7 +141,8 @@ def _read_json(sources: Sources, path: Path) -> Any:
         content = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path.name} is no JSON ({error}); make it anew") from error
-    sources.hashes[path.name] = hashlib.sha256(data).hexdigest()
+    name = str(path.relative_to(sources.folder))
+    sources.hashes[name] = hashlib.sha256(data).hexdigest()
     return content
 
 
@@ -167,8 +169,10 @@ def _read_sweep(sources: Sources, folder: Path) -> None:
     if tables:
         with tables[0].open(encoding="utf-8", newline="") as stream:
             rows = tuple(map(tuple, csv.reader(stream)))
+    path = folder / "sweep.json"
+    title = str(_read_json(sources, path).get("title", "")) if path.exists() else ""
     if pictures or rows:
-        sources.sweeps.append(Sweep(folder.name, pictures, rows))
+        sources.sweeps.append(Sweep(folder.name, title, pictures, rows))
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from scripts.htmlreport.comparisons import (
     number,
     scores_of,
     signed,
+    stated_differences,
 )
 from scripts.htmlreport.costs import cost_of
 from scripts.htmlreport.losses import curves_of
@@ -34,7 +35,8 @@ def table_of(sources: Sources, name: str, content: Content) -> dict[str, Any]:
     rows, specs = content["rows"], content["column_specs"]
     styles = styles_of(rows)
     scores = {spec["name"]: scores_of(rows, spec) for spec in specs}
-    differences = {spec["name"]: differences_of(rows, spec) for spec in specs}
+    stated = stated_differences(content["claims"])
+    differences = {spec["name"]: differences_of(rows, spec, stated) for spec in specs}
     return {
         "id": name,
         "title": heading(content),

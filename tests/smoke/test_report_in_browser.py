@@ -86,9 +86,7 @@ def _browse(path: Path, folder: Path, *options: str) -> subprocess.CompletedProc
         f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000",
         "--enable-logging=stderr", *options, "--dump-dom", path.as_uri(),
     ]  # fmt: skip
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 def _ask(text: str, script: str, folder: Path, width: int) -> Any:

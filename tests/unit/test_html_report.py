@@ -17,7 +17,13 @@ import pytest
 from scripts import report
 from scripts.htmlreport import page, samples
 from scripts.htmlreport.charts import curves, forest, scatter
-from scripts.htmlreport.comparisons import Difference, differences_of, scores_of, signed
+from scripts.htmlreport.comparisons import (
+    Difference,
+    differences_of,
+    scores_of,
+    signed,
+    stated_differences,
+)
 from scripts.htmlreport.runs import flat, overrides_of
 from scripts.htmlreport.sources import Sources, read_sources
 from scripts.reporting.results import RESULTS
@@ -270,8 +276,10 @@ def test_a_sweep_is_shown_where_there_is_one(small: Path) -> None:
     folder = small / "tiny" / "sweeps" / "lambda_k"
     folder.mkdir(parents=True)
     (folder / "heat.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    (folder / "pivot.csv").write_text("lambda,K 0\n0.5,17.4\n")
+    (folder / "pivot.csv").write_text("lambda,K 0\n0.5,17.40001\n")
+    _write(folder / "sweep.json", {"title": "lambda & K"})
     text = page.write(read_sources(small, "tiny", None))
+    assert "lambda_k: lambda &amp; K" in text
     assert 'href="#sweeps"' in text
     assert "<td>17.4</td>" in text
     assert text.count("data:image/svg+xml") == 1
@@ -374,23 +382,31 @@ def test_differences_are_paired_and_read_by_direction() -> None:
         _row("full", {1: 10.0, 2: 30.0, 3: 20.0}),
         _row("other", {7: 1.0}),
     ]
-    base, above, unclear, none = differences_of(rows, COLUMN)
+    base, above, unclear, none = differences_of(
+        rows, COLUMN, {("full", "x"): 0.5, ("delta_lora", "x"): 9.0}
+    )
     assert base is None
     assert above is not None
     assert unclear is not None
     assert none is not None
     assert (above.n, above.reading, above.paper) == (3, "better", 1.5)
     assert above.mean == pytest.approx(31 / 30)
-    assert (unclear.reading, unclear.paper) == ("not distinguishable", None)
+    assert (unclear.reading, unclear.paper) == ("not distinguishable", 0.5)
     assert (none.reading, none.mean) == ("too few seeds", None)
-    lower = differences_of(rows, {**COLUMN, "better": "lower"})[1]
+    lower = differences_of(rows, {**COLUMN, "better": "lower"}, {})[1]
     assert lower is not None
     assert lower.reading == "worse"
     assert [score.mark for score in scores_of(rows[:3], COLUMN)] == [None, "best", "tied"]
 
 
+def test_the_paper_s_differences_stand_in_the_claims_too(sources: Sources) -> None:
+    stated = stated_differences(sources.tables["table2"]["claims"])
+    assert stated["delta_lora", "meteor_all"] == 0.01
+    assert {row for row, _ in stated} == {"delta_lora"}
+
+
 def test_without_lora_there_is_no_difference() -> None:
-    assert differences_of([_row("full", {1: 1.0})], COLUMN) == [None]
+    assert differences_of([_row("full", {1: 1.0})], COLUMN, {}) == [None]
     assert forest([None], COLUMN) is None
 
 
@@ -449,6 +465,28 @@ def test_labels_of_points_do_not_meet() -> None:
     assert all(high - low >= 9.9 for (_, low), (_, high) in pairwise(places[:4]))
     assert all(0 < p["cx"] < p["label_x"] < 360 for p in panel.points)
     assert scatter("Score", "parameters", points[:1], 1) is None
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_can_be_read(scheme: str) -> None:
+    style = (page.TEMPLATES / "style.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    found = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme == "dark"]))
+    texts = ["text", "soft", "link", "lora", "delta-lora", "control"]
+    texts += [f"other-{i}" for i in range(5)]
+    pairs = [(text, back) for text in texts for back in ("page", "card")]
+    pairs += [(name, f"{name}-back") for name in ("good", "bad", "open", "none")]
+    pairs += [("text", "open-back"), ("soft", "side"), ("delta-lora", "side")]
+    for text, back in pairs:
+        light, dark = sorted((_luminance(found[text]), _luminance(found[back])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, back)
+
+
+def _luminance(colour: str) -> float:
+    """Return the relative luminance of ``#rrggbb``, as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_numbers_are_written_as_in_print() -> None:
