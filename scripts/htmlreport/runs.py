@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from scripts.htmlreport.sources import Sources
+from scripts.htmlreport.words import heading
 from scripts.reporting.results import device_of
 from scripts.reporting.spec import TableSpec
 
@@ -16,6 +17,8 @@ Content = Mapping[str, Any]
 #: what a meaning says that stands elsewhere in a run's details.
 _ELSEWHERE = ("seed", "task.name", "task.version", "method.name", "method.version")
 _STATES = {"missing": "not run", "partial": "not finished"}
+#: of a state that is not named here: 1.
+_ORDER = {"failed": 0, "not run": 2, "no score": 3}
 
 
 def groups_of(sources: Sources, *, first_seed_only: bool = False) -> list[dict[str, Any]]:
@@ -47,34 +50,39 @@ def groups_of(sources: Sources, *, first_seed_only: bool = False) -> list[dict[s
 
 
 def failures_of(sources: Sources) -> list[dict[str, Any]]:
-    """Return the runs without a result and why, failed ones first, and scores that are missing."""
+    """Return the runs without a result and why, failed ones first, then scores that are missing."""
     found = []
     for name, content in sources.contents.items():
+        place = {"table": name, "where": heading(content, short=True)}
         for row in content["rows"]:
             for item in row["absent"]:
+                on, seed = item["run"], item["seed"]
                 found.append(
                     {
-                        "table": name,
-                        "what": f"{row['label']} on {item['run']}, seed {item['seed']}",
+                        **place,
+                        "what": f"{row['label']} on {on}, seed {seed}",
                         "state": _STATES.get(item["state"], item["state"]),
                         "reason": item["reason"],
-                        "command": command_of(
-                            sources.specs.get(name), content, row, item["run"], item["seed"]
-                        ),
+                        "command": command_of(sources.specs.get(name), content, row, on, seed),
                     }
                 )
-            for column in content.get("column_specs", []):
-                for reason in row["metrics"][column["name"]]["missing"]:
-                    found.append(
-                        {
-                            "table": name,
-                            "what": f"{row['label']}, {column['label']}",
-                            "state": "no score",
-                            "reason": reason,
-                            "command": None,
-                        }
-                    )
-    return sorted(found, key=lambda item: item["state"] != "failed")
+        for reason, labels in _unscored(content).items():
+            what = ", ".join(labels)
+            unscored = {"what": what, "state": "no score", "reason": reason, "command": None}
+            found.append({**place, **unscored})
+    return sorted(found, key=lambda item: _ORDER.get(item["state"], 1))
+
+
+def _unscored(content: Content) -> dict[str, list[str]]:
+    """Return by reason the rows whose finished runs lack a score."""
+    found: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        for column in content.get("column_specs", []):
+            for reason in row["metrics"][column["name"]]["missing"]:
+                labels = found.setdefault(reason, [])
+                if row["label"] not in labels:
+                    labels.append(row["label"])
+    return found
 
 
 def command_of(

@@ -114,19 +114,23 @@ def _cell(
     i: int,
 ) -> dict[str, Any]:
     score, difference, decimals = scores[i], differences[i], spec["decimals"]
+    half, widest_half = _aligned([s.half for s in scores], i, decimals)
+    own, widest = _aligned(_halves(differences), i, decimals)
     state = "–"
     if score.mean is None and not row["runs"]:
         is_failed = any(item["state"] == "failed" for item in row["absent"])
         state = "failed" if is_failed else "not run"
     return {
         "mean": number(score.mean, decimals) if score.mean is not None else state,
-        "half": _aligned([s.half for s in scores], i, decimals),
+        "half": half,
+        "widest_half": widest_half,
         "n": score.n,
         "mark": score.mark,
         "paper": number(score.paper, decimals),
         "status": score.status,
         "difference": None if difference is None else signed(difference.mean, decimals),
-        "difference_half": _half(differences, i, decimals),
+        "difference_half": own,
+        "widest_difference_half": widest,
         "reading": None if difference is None else difference.reading,
         "missing": "; ".join(score.missing),
         "sort": {
@@ -146,17 +150,19 @@ def _ends(difference: Difference, decimals: int) -> str | None:
     return f"{signed(difference.low, decimals)} to {signed(difference.high, decimals)}"
 
 
-def _half(differences: Sequence[Difference | None], i: int, decimals: int) -> str | None:
-    """Return half of the interval of the difference in row `i`."""
-    halves = [
+def _halves(differences: Sequence[Difference | None]) -> list[float | None]:
+    """Return half of the interval of every difference."""
+    return [
         None if d is None or d.low is None or d.high is None else (d.high - d.low) / 2
         for d in differences
     ]
-    return _aligned(halves, i, decimals)
 
 
-def _aligned(values: Sequence[float | None], i: int, decimals: int) -> str | None:
-    """Return value `i` behind ±, as wide as the widest: a figure space is one digit wide."""
-    texts = [None if value is None else f"±{number(value, decimals)}" for value in values]
-    mine = texts[i]
-    return None if mine is None else mine.rjust(max(len(t) for t in texts if t), "\u2007")
+def _aligned(values: Sequence[float | None], i: int, decimals: int) -> tuple[str | None, str]:
+    """Return value `i` behind ±, as wide as the widest of its column, and that widest.
+
+    A figure space is as wide as a digit; the widest keeps the place where there is no value.
+    """
+    texts = ["" if value is None else f"±{number(value, decimals)}" for value in values]
+    widest = max(texts, key=len)
+    return texts[i].rjust(len(widest), "\u2007") if texts[i] else None, widest

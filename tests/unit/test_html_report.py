@@ -241,10 +241,16 @@ def test_failures_come_first_with_reason_and_command(small: Path) -> None:
     for state, seed in (("missing", 2), ("failed", 3)):
         lost = {"run": "e2e", "seed": seed, "signature": "x", "state": state, "reason": "NaN loss"}
         row["absent"].append(lost)
+    for i in (3, 4):
+        content["rows"][i]["metrics"]["meteor"]["missing"] = ["METEOR: no Java"]
     _write(path, content)
     text = page.write(read_sources(small, "tiny", None))
     runs = text[text.index('<section id="runs"') :]
-    assert runs.index(">failed<") < runs.index(">not run<") < runs.index('class="group"')
+    places = [runs.index(f">{state}<") for state in ("failed", "not run", "no score")]
+    assert places == sorted(places)
+    assert places[-1] < runs.index('class="group"')
+    assert runs.count(">no score<") == 1
+    assert "LoRA, DyLoRA: METEOR: no Java" in runs
     assert "Delta-LoRA on e2e, seed 3" in runs
     assert "NaN loss" in runs
     assert "train.py experiment=e2e method=delta_lora scale=tiny seed=3" in runs
