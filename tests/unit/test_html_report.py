@@ -127,7 +127,7 @@ def test_the_page_is_small_and_whole(text: str, document: Document, sources: Sou
     assert not sources.problems
     assert not document.wrong
     assert not document.open
-    assert "/work/" not in text
+    assert str(RESULTS.parent) not in text
     assert "None<" not in text
 
 
