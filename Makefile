@@ -36,7 +36,7 @@ export ARGS SCALE SEEDS WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report bench gpu-check check-results check-pins clean check-python
+.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report readme bench gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -90,8 +90,11 @@ sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
 	$(RUN) scripts/train.py -m experiment=e2e method=delta_lora scale=$$scale \
 	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
 
-report: $(READY)  ## put the generated rows into README
-	@$(RUN) scripts/report.py
+report: $(READY)  ## all results of a scale as one page that opens from disk: results/SCALE/report/index.html
+	@$(RUN) scripts/report.py --scale "$$SCALE"
+
+readme: $(READY)  ## put the generated rows into README
+	@$(RUN) scripts/readme.py
 
 .PHONY: dashboard
 dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, and make a view of every table there
@@ -105,9 +108,10 @@ gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: resu
 bench: $(READY)  ## seconds and memory of data at full size, of rows made on the spot (many minutes)
 	@$(RUN) benchmarks/data_at_scale.py $$ARGS
 
-check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
+check-results: $(READY)  ## do the committed tables and their report follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
 	@$(RUN) scripts/audit.py --scale tiny --check
+	@$(RUN) scripts/report.py --scale tiny --check
 
 check-pins: $(READY)  ## are all pinned weights and data where they are downloaded from? needs the network
 	@$(RUN) scripts/check_pins.py $$ARGS
