@@ -78,6 +78,7 @@ MAY_IMPORT = {
     "scripts/runs": ("delta_lora", "tasks", "scripts.planning"),
     "scripts/reporting": ("delta_lora", "scripts.runs"),
     "scripts/auditing": ("delta_lora", "scripts.runs", "scripts.reporting"),
+    "scripts/sweeping": ("delta_lora", "scripts.runs", "scripts.reporting"),
     "scripts/checking": ("delta_lora", "tasks", "scripts.runs.provenance", "scripts.runs.workers"),
     "examples": ("delta_lora",),
 }  # fmt: skip
