@@ -187,7 +187,7 @@ class Task(ABC):
     version: int
     #: what `score` returns, in table order.
     metrics: tuple[MetricSpec, ...]
-    #: family of models whose outputs `loss` reads (one of `models.FAMILIES`); None: any.
+    #: family of models whose outputs `loss` reads (one of `families.FAMILIES`); None: any.
     family: str | None = None
     #: keywords of the constructor that change no result, so that no run is named by them.
     not_signed: tuple[str, ...] = ("cache_dir",)

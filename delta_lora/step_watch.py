@@ -53,11 +53,12 @@ class StepWatch:
         self._begin()
 
     def _begin(self) -> None:
-        self._trains: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        #: what an optimiser trains of the model.
+        self._own: weakref.WeakKeyDictionary[Optimizer, list[Tensor]] = weakref.WeakKeyDictionary()
         listen(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_trains"}
+        return {name: value for name, value in vars(self).items() if name != "_own"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -102,11 +103,11 @@ class StepWatch:
 
     def see(self, optimizer: Optimizer) -> None:
         """Take notice of an optimiser step of this process."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if optimizer not in self._trains:
-            own = {id(p) for p in self.model.parameters() if p.requires_grad}
-            self._trains[optimizer] = any(id(p) in own for p in parameters)
-        if not self._trains[optimizer] or all(p.grad is None for p in parameters):
+        if optimizer not in self._own:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+            self._own[optimizer] = [p for p in parameters if id(p) in trained]
+        if all(p.grad is None for p in self._own[optimizer]):
             return
         if self._suspicion is not None and self._found_inf is None:
             return

@@ -65,7 +65,8 @@ def main() -> None:
     model = copy.deepcopy(base)
     print(f"error before: {error(model):.6f}")
 
-    # What is left out has a default; only Delta-LoRA's fit longer trainings than this one.
+    # What is left out has a default; only Delta-LoRA's fit longer trainings than this one. W is not
+    # written; with form="in_place" Delta-LoRA writes it as the paper prints, in float32.
     is_delta = args.method == "delta_lora"
     settings = {"rank": 4, "alpha": 8, "update_ratio": 0.5, "start_step": 20} if is_delta else {}
     adapter = delta_lora.attach(
@@ -88,7 +89,7 @@ def main() -> None:
         loss.backward()
         adapter.before_step()  # gradients are there, the optimiser has not run
         optimizer.step()
-        adapter.after_step()  # Delta-LoRA moves W here
+        adapter.after_step()  # Delta-LoRA's branch takes the update of W here
         optimizer.zero_grad()
     model.eval()
     print(f"error after:  {error(model):.6f} ({adapter.method.describe()})")

@@ -1,7 +1,7 @@
 """Delta-LoRA with transformers.Trainer and PEFT: train, export, load again.
 
     python examples/trainer_callback.py                            # no download, under a minute
-    python examples/trainer_callback.py --form closed_form         # W is never written
+    python examples/trainer_callback.py --form in_place            # W is written, as in the paper
     python examples/trainer_callback.py --model FOLDER_OR_HUB_ID   # your own text classifier
 
 Without --model a tiny RoBERTa with random weights is built, first trained on all its parameters for
@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from delta_lora.delta import FORMS
+from delta_lora.delta import FORM, FORMS
 from delta_lora.integrations import DeltaLoraCallback
 
 LENGTH = 8  # letters in a text
@@ -97,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a classifier: folder or hub id (default: a tiny RoBERTa)")
     parser.add_argument("--output", type=Path, default=Path("outputs/trainer_callback"))
-    parser.add_argument("--form", choices=FORMS, default="in_place")
+    parser.add_argument("--form", choices=FORMS, default=FORM)
     parser.add_argument("--update-ratio", type=float, default=0.5, help="lambda in the paper")
     parser.add_argument("--start-step", type=int, default=20, help="K in the paper")
     parser.add_argument("--steps", type=int, default=150)

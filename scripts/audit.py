@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from delta_lora.checkpoint import write_json
 from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
@@ -141,6 +140,8 @@ def keep(plan: AuditPlan, folder: Path) -> None:
     Raises:
         ValueError: a record comes from a tree with uncommitted changes.
     """
+    from delta_lora.checkpoint import write_json
+
     distinct = {c.signature: c for c in plan.cells if not (folder / f"{c.signature}.json").exists()}
     accept(collect(list(distinct.values())), folder)
     dirty = []

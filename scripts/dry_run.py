@@ -125,7 +125,7 @@ def row_settings(spec: TableSpec, row: Any, *, is_small: bool) -> dict[str, Any]
     if is_small:
         overrides.append(f"++model.architecture={SMALL[model]}")
     cfg = _composed(tuple(overrides))
-    if "DeltaLora" in cfg.method["_target_"]:
+    if read_adaptation(cfg).method == "delta_lora":
         overrides.append("method.start_step=-1")
     shape, lengths = read_architecture(cfg), read_lengths(cfg)
     return {

@@ -98,10 +98,12 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with Hydra's ``--config-dir FOLDER`` as the override that it means."""
     found = list(arguments)
     for flag in ("--config-dir", "-cd"):
-        if flag in found[:-1]:
-            place = found.index(flag)
-            folder = Path(found[place + 1]).resolve()
-            found[place : place + 2] = [f"{composition.SEARCH_PATH}=[file://{folder}]"]
+        for place, argument in enumerate(found):
+            name, is_joined, value = argument.partition("=")
+            if name == flag and (is_joined or place + 1 < len(found)):
+                folder = Path(value if is_joined else found[place + 1]).resolve()
+                taken = 1 if is_joined else 2
+                found[place : place + taken] = [f"{composition.SEARCH_PATH}=[file://{folder}]"]
     return found
 
 

@@ -69,7 +69,8 @@ class Source:
         check_choice("task.source", self.kind, KINDS)
         if (self.data_dir is not None) != (self.kind == "files"):
             raise ValueError(
-                f"task.source={self.kind} with task.data_dir={self.data_dir}: a folder goes with "
+                f"task.source={self.kind} with task.data_dir={self.data_dir}: "
+                "task.source=files needs task.data_dir=FOLDER, and a folder goes with "
                 "task.source=files and with nothing else"
             )
         if self.release is None and self.kind == "hub":

@@ -152,7 +152,7 @@ def compare(
     originals = snapshot(model, projections, exclude=head)
     delta = DeltaLora(
         rank=rank, alpha=alpha, learning_rate=learning_rate, update_ratio=update_ratio,
-        start_step=start_step,
+        start_step=start_step, form="in_place",
     )  # fmt: skip
     delta.inject(model, **where)  # type: ignore[arg-type]
     optim = make(_trained(model), lr=learning_rate, **keywords)

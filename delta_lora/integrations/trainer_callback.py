@@ -6,12 +6,12 @@ arXiv 2309.02411, Algorithm 1: after the optimiser step t, if t > K,
 
 Two forms with equal gradients and equal results:
 
-* ``in_place`` writes W as printed. W must be float32 or float64. `disable_adapter()` then no longer
-  gives the base: where a loss needs it (DPO's reference, a KL term), take ``closed_form``.
-* ``closed_form`` leaves W alone. The updates telescope, so the change of W is
+* ``closed_form``, the default, leaves W alone. The updates telescope, so the change of W is
   ``update_ratio * scaling * (B @ A - B_k @ A_k)`` with A_k and B_k as they stood before the first
-  update; a forward hook on each LoRA layer adds it. It never reads W, so
-  the base may be narrow or quantised (tested: bfloat16, int8).
+  update; a forward hook on each LoRA layer adds it. It never reads W, so the base may be narrow or
+  quantised (tested: bfloat16, int8), and `disable_adapter()` gives it (DPO's reference, a KL term).
+* ``in_place`` writes W as printed. W must be float32 or float64, and `disable_adapter()` no longer
+  gives the base.
 
 Details:
 1. Steps are applied optimiser steps, counted from 0, and the inequality is strict: the first update
@@ -83,7 +83,7 @@ class DeltaLoraCallback(TrainerCallback):
     Args:
         update_ratio: lambda, at least 0 (paper: 2 on E2E and WebNLG, 0.5 on XSum and GLUE).
         start_step: K, at least -1; W is updated at the steps above it (paper: 500 on E2E).
-        form: ``in_place`` or ``closed_form``.
+        form: ``closed_form``, which leaves W alone, or ``in_place``, which writes it as printed.
         save_weights: in place, also store every adapted W in a checkpoint, so that a resumed run
             has the bits of W and not only its value to rounding.
         export_checkpoints: also write the export (see `export`) into every checkpoint, as
@@ -101,7 +101,7 @@ class DeltaLoraCallback(TrainerCallback):
         *,
         update_ratio: float = delta.UPDATE_RATIO,
         start_step: int = delta.START_STEP,
-        form: str = "in_place",
+        form: str = delta.FORM,
         save_weights: bool = False,
         export_checkpoints: bool = False,
         resume_from_checkpoint: str | Path | None = None,
@@ -273,10 +273,11 @@ class DeltaLoraCallback(TrainerCallback):
         if self._num_updates > 0:
             logger.warning(
                 "Delta-LoRA: %d updates of W in %d steps. model.save_pretrained and the adapter in "
-                "a checkpoint hold A and B only and are NOT the trained model; save it with "
+                "a checkpoint hold A and B only%s and are NOT the trained model; save it with "
                 "DeltaLoraCallback.export(model, folder), a plain LoRA of twice the rank",
                 self._num_updates,
                 self._num_steps,
+                ", model.merge_and_unload gives no more," if self.form == "closed_form" else "",
             )
 
     def _updates_now(self) -> bool:

@@ -63,11 +63,15 @@ def describe(kind: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: a setting that the method does not have, or lacks.
     """
-    parameters = {
-        key: value
-        for key, value in inspect.signature(kind).parameters.items()
-        if value.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    every = inspect.signature(kind).parameters
+    parameters = {k: p for k, p in every.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if unnamed := [
+        k for k, p in every.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]:
+        raise TypeError(
+            f"{kind.__qualname__} takes {', '.join(unnamed)} by place, and settings are saved by "
+            f"name; write them behind a star: def __init__(self, *, {', '.join(unnamed)})"
+        )
     for key in settings:
         if key not in parameters:
             raise TypeError(

@@ -14,10 +14,10 @@ are what is computed.
 
 Two forms of the same method:
 
-* ``in_place`` writes W as printed.
-* ``closed_form`` never writes it. The updates telescope (detail 6), so with A_k and B_k the factors
-  before the first update, W(t) x is ``W_0 x + update_ratio * scaling * (B A - B_k A_k) x``. The
-  branch becomes one of rank 2 rank, ``(1 + update_ratio) B A - update_ratio B_k A_k``, in which A
+* ``in_place`` writes W as printed; the suite's tables use it.
+* ``closed_form``, the default, never writes it. The updates telescope (detail 6), so with A_k and
+  B_k the factors before the first update, W(t) x is
+  ``W_0 x + update_ratio * scaling * (B A - B_k A_k) x``. The branch becomes one of rank 2 rank, ``(1 + update_ratio) B A - update_ratio B_k A_k``, in which A
   and B get the gradients that they have in ``scaling * B A`` alone, while x gets the whole one.
   Values and gradients are those of ``in_place``; only a forward pass of the base layer is needed,
   so its weight may be narrow, quantised or sharded.
@@ -75,11 +75,12 @@ class DeltaLora(LowRankMethod):
         start_step: K, at least -1; W is updated at the steps above it.
         dropout: probability on the input of the branch, in [0, 1); above 0 only for the ablation.
         allow_dropout: says that a dropout above 0 is meant.
-        form: ``in_place``, the update of W as Algorithm 1 prints it, or ``closed_form``, the same
-            without writing W.
+        form: ``closed_form``, which leaves W alone, or ``in_place``, the update of W as
+            Algorithm 1 prints it, for a W in float32 or float64.
     """
 
     name = "delta_lora"
+    version = 2  # since form has another default
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class DeltaLora(LowRankMethod):
         start_step: int = delta.START_STEP,
         dropout: float = 0.0,
         allow_dropout: bool = False,
-        form: str = "in_place",
+        form: str = delta.FORM,
     ) -> None:
         super().__init__(rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate)
         self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
@@ -101,7 +102,8 @@ class DeltaLora(LowRankMethod):
             raise ValueError(
                 f"dropout={self.dropout:g} is not allowed in Delta-LoRA: with dropout in the "
                 "branch the gradient of W is not that of B @ A, which the method rests on; "
-                "use dropout=0, or allow_dropout=true for the ablation (method=delta_lora_dropout)"
+                "use dropout=0, or allow_dropout=true with form=in_place for the ablation "
+                "(method=delta_lora_dropout)"
             )
         if self.form == "closed_form" and self.dropout > 0:
             raise ValueError(
@@ -149,7 +151,7 @@ class DeltaLora(LowRankMethod):
             self.num_updatable_parameters = sum(
                 target.branch.projection.num_entries for target in self._targets
             ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
-        if delta.never_updates(total_steps, self.update_ratio, self.start_step):
+        if total_steps and delta.never_updates(total_steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 
     def before_step(self, step: int) -> None:

@@ -62,7 +62,7 @@ def build(
         seed: of the weights.
         **values: further values of the architecture.
     """
-    config = recipes.read(f"model/{name}")
+    config = recipes.model(name)
     architecture = {**config["architecture"], **(_SMALL[name] if small else {}), **values}
     if layers is not None:
         architecture |= dict.fromkeys(_LAYERS[name], layers)

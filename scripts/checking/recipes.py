@@ -27,6 +27,11 @@ def read(path: str) -> dict[str, Any]:
     return content
 
 
+def model(name: str) -> dict[str, Any]:
+    """Return ``configs/model/<name>.yaml`` with what all models share."""
+    return read("model/_base") | read(f"model/{name}")
+
+
 def recipe(task: str) -> dict[str, Any]:
     """Return the recipe of ``e2e``, ``webnlg``, ``xsum`` or ``glue/<task>`` with its batch size."""
     values = read(f"recipe/{task}")

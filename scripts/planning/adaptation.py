@@ -7,15 +7,15 @@ from typing import Any
 
 from scripts.planning.architecture import UnknownCostError
 
-#: class of `delta_lora.methods` -> kind of what trains.
+#: name of a method -> kind of what trains.
 KINDS = {
-    "Full": "full",
-    "FullFrozenEmbeddings": "full_frozen_embeddings",
-    "FullQueryValue": "full_query_value",
-    "Lora": "low_rank",
-    "DyLora": "low_rank",
-    "AdaLora": "low_rank",
-    "DeltaLora": "low_rank",
+    "full": "full",
+    "full_frozen_embeddings": "full_frozen_embeddings",
+    "full_query_value": "full_query_value",
+    "lora": "low_rank",
+    "dylora": "low_rank",
+    "adalora": "low_rank",
+    "delta_lora": "low_rank",
 }
 
 
@@ -25,7 +25,7 @@ class Adaptation:
 
     Attributes:
         kind: a value of `KINDS`.
-        method: name of the class.
+        method: a key of `KINDS`.
         rank: r, of the low-rank methods.
         forward_rank: rank of a branch in the forward pass: 2 r in the closed form, else r.
         extra_per_branch: further trained numbers of a branch (AdaLoRA's singular values: r).
@@ -75,26 +75,32 @@ def read_adaptation(cfg: Any) -> Adaptation:
         UnknownCostError: a method that is not planned (those of the package peft).
     """
     method = cfg.method
-    name = str(method["_target_"]).rpartition(".")[2]
+    name = _name_of(method["_target_"])
     if name not in KINDS:
         raise UnknownCostError(f"the method {name} is not planned; planned are {', '.join(KINDS)}")
     states = _optimizer_states(cfg)
     if KINDS[name] != "low_rank":
         return Adaptation(KINDS[name], name, states=states)
-    rank = method["init_rank"] if name == "AdaLora" else method["rank"]
+    rank = method["init_rank"] if name == "adalora" else method["rank"]
     dropout = method.get("dropout", 0.0)
     common: dict[str, Any] = {"rank": rank, "forward_rank": rank, "dropout": dropout}
-    if name == "DyLora":
+    if name == "dylora":
         common |= {"makes_a": True, "makes_b": True}
-    if name == "AdaLora":
+    if name == "adalora":
         common |= {"makes_a": True, "extra_per_branch": rank, "kept_factors": 2}
-    if name == "DeltaLora" and method["update_ratio"] > 0:
+    if name == "delta_lora" and method["update_ratio"] > 0:
         is_closed = method["form"] == "closed_form"
         common["kept_factors"] = 1 if is_closed else 2
         common["writes_weight"] = not is_closed
         if is_closed:
             common |= {"forward_rank": 2 * rank, "makes_a": True, "makes_b": True}
     return Adaptation("low_rank", name, states=states, **common)
+
+
+def _name_of(target: str) -> str:
+    """Return the name of a method: that of its file, so that nothing is imported to know it."""
+    folder, _, file = target.rpartition(".")[0].rpartition(".")
+    return file if folder == "delta_lora.methods" else target
 
 
 def _optimizer_states(cfg: Any) -> int:

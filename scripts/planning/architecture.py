@@ -8,7 +8,7 @@ probabilities that it leaves out are those of the published checkpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,7 @@ def _raw(cfg: Any) -> dict[str, Any]:
     if model.get("architecture") is not None:
         return _plain(model.architecture)
     if model.get("pretrain") is not None:
-        named = [o.removeprefix("model=") for o in model.pretrain if o.startswith("model=")]
-        for name in named:
+        for name in _trained_by(model.pretrain):
             other = _read_yaml(ROOT / "configs" / "model" / f"{name}.yaml")
             if other.get("architecture"):
                 return dict(other["architecture"])
@@ -155,6 +154,17 @@ def _raw(cfg: Any) -> dict[str, Any]:
             "configs/plan/models.yaml"
         )
     return dict(known)
+
+
+def _trained_by(overrides: Iterable[str]) -> Iterator[str]:
+    """Yield the model that a run of these overrides trains, named or by its experiment."""
+    chosen = {key: value for key, _, value in (each.partition("=") for each in overrides)}
+    if "model" in chosen:
+        yield chosen["model"]
+    elif "experiment" in chosen:
+        path = ROOT / "configs" / "experiment" / f"{chosen['experiment']}.yaml"
+        for entry in _read_yaml(path)["defaults"]:
+            yield from (name for key, name in entry.items() if key == "override /model")
 
 
 def read_plan_file(name: str) -> dict[str, Any]:

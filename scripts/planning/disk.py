@@ -63,7 +63,7 @@ def run_disk(cfg: Any, ledger: Ledger, workload: Workload, predictions: int) -> 
     beside = ledger.written if adaptation.writes_weight else ledger.updatable
     adapter = (ledger.trained + beside) * FLOAT + tensors * HEADER_BYTES
     state = adaptation.states * ledger.trained * FLOAT + adaptation.states * tensors * HEADER_BYTES
-    if adaptation.method == "AdaLora":
+    if adaptation.method == "adalora":
         state += adaptation.kept_factors * (ledger.adapters * FLOAT + tensors * HEADER_BYTES)
     checkpoint = adapter + state
     kept = adapter + RECORD_BYTES + predictions * PREDICTION_BYTES

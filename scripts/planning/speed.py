@@ -35,7 +35,7 @@ SEARCH_LAUNCHES = 60
 BLOCK_LAUNCHES = {"gpt2": 18, "bart": 30}
 #: further kernels of a step for each branch: Delta-LoRA's copies and product; AdaLoRA's
 #: orthogonality of two factors with its gradient, and its scores.
-BRANCH_LAUNCHES = {"DeltaLora": 5, "AdaLora": 28}
+BRANCH_LAUNCHES = {"delta_lora": 5, "adalora": 28}
 #: rows that run the same operations as a measured one.
 SAME_WORK = {"lora_high_lr": "lora", "lora_scaled": "lora_no_dropout"}
 

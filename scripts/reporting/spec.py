@@ -6,7 +6,6 @@ with a `kind` other than ``table``; it has series instead of columns.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from delta_lora.checks import near
 from scripts.runs.cells import Cell, list_cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,9 +155,7 @@ def load_table(name: str) -> TableSpec:
     known = table_names()
     name = f"table{name}" if f"table{name}" in known else name
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown table {name!r}; {hint}available: {', '.join(known)}")
+        raise ValueError(f"unknown table {name!r}; {near(name, known)}known: {', '.join(known)}")
     path = TABLES / f"{name}.yaml"
     try:
         return _build_table(name, read_yaml(path))

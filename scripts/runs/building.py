@@ -203,6 +203,21 @@ def random_model(cfg: DictConfig, task: Any, architecture: Any = None) -> Any:
     )
 
 
+def describe_method(run: Run, method: Any) -> dict[str, Any]:
+    """Return name and settings of the method of a run, from which `delta_lora.load` makes it again.
+
+    Raises:
+        TypeError: a setting is not one that can be given by name.
+        ValueError: another method has the same name.
+    """
+    from delta_lora import methods
+
+    settings: Any = OmegaConf.to_container(run.config.method, resolve=True)
+    del settings["_target_"]
+    methods.method_class(method.name)
+    return methods.describe(type(method), settings)
+
+
 def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
     """Return how the model of a run is built before any method, for `delta_lora.load`."""
     from delta_lora.adapter_file import describe_base

@@ -13,8 +13,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from delta_lora.checks import check_choice
+from delta_lora.families import FAMILIES
 from scripts.runs import devices
-from scripts.runs.building import random_model, weights_of
+from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.faults import NO_DEVICE
 from scripts.runs.meaning import hash_of
@@ -37,20 +39,22 @@ def check(run: Run) -> None:
         raise ConfigError(
             f"cannot write to the output folder {folder}; choose another with paths.outputs=FOLDER"
         )
-    if cfg.task.get("source") == "files" and cfg.task.get("data_dir") is None:
-        raise ConfigError("task.source=files needs task.data_dir=FOLDER")
     parts = {}
     for part in ("trainer", "task", "method"):
         with as_config_error():
             parts[part] = instantiate(cfg[part])
+    with as_config_error():
+        describe_method(run, parts["method"])  # else a finished run could not be loaded
+        check_choice("model.family", cfg.model.family, tuple(FAMILIES))
     family = parts["task"].family
     if family not in (None, cfg.model.family):
         raise ConfigError(
             f"model={run.choices.model} is of the family {cfg.model.family}, but "
             f"task={run.choices.task} is learned by a {family}; use "
-            f"experiment={run.choices.task}, or model={family} model.path=FOLDER"
+            f"experiment={run.choices.task}, or model={family} model.path=FOLDER, or, if it is "
+            f"one, write family: {family} in the model's yaml"
         )
-    if cfg.init_from is not None and cfg.method.get("form") == "closed_form":
+    if cfg.init_from is not None and getattr(parts["method"], "form", None) == "closed_form":
         raise ConfigError(
             f"init_from={cfg.init_from} with method.form=closed_form: what the earlier run added "
             "to W would have to be written into it; use method.form=in_place"

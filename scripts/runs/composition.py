@@ -9,7 +9,6 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from delta_lora.checks import near
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -82,6 +83,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ConfigError(f"seed={cfg.seed!r} must be an integer of 0 or more")
     check_pairing(choices, overrides)
+    check_files(cfg)
     return cfg
 
 
@@ -115,7 +117,8 @@ def check_pairing(choices: Mapping[str, str], overrides: Sequence[str]) -> None:
         if not pairs:
             raise ConfigError(
                 f"no experiment has task={choices['task']}, so nothing says which {group} it goes "
-                f"with; name one ({group}=...), or write configs/experiment/{choices['task']}.yaml"
+                f"with; name one ({group}=...), or write "
+                f"{folders(overrides)[-1] / 'experiment' / choices['task']}.yaml"
             )
         raise ConfigError(
             f"{group}={choices[group]} is not made for task={choices['task']}, which goes with "
@@ -141,6 +144,27 @@ def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
             if {"task", "model", "recipe"} <= pair.keys():
                 found[name] = pair
     return found
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Check that the chosen files say what every task, method and model must.
+
+    Raises:
+        ConfigError: a task or method names no class, or a model lacks a key.
+    """
+    for group in ("task", "method"):
+        if "_target_" not in cfg[group]:
+            raise ConfigError(
+                f"{group}={cfg.choices[group]} has no _target_; its yaml names a class, such as "
+                f"_target_: my_module.My{group.capitalize()}"
+            )
+    keys = yaml.safe_load((CONFIGS / "model" / "_base.yaml").read_text(encoding="utf-8"))
+    lacking = [key for key in keys if key not in cfg.model or OmegaConf.is_missing(cfg.model, key)]
+    if lacking:
+        raise ConfigError(
+            f"model={cfg.choices.model} lacks {', '.join(lacking)}; its yaml begins with "
+            "defaults: [/model/_base@_here_, _self_] and says name and family"
+        )
 
 
 # ---------------------------------------------------------------------- what there is
@@ -175,7 +199,7 @@ def check_choices(overrides: Sequence[str]) -> None:
         for name in value.split(","):
             if name not in known:
                 raise ConfigError(
-                    f"unknown {group} {name!r}.{_near(name, known)} Known: {', '.join(known)}"
+                    f"unknown {group} {name!r}; {near(name, known)}known: {', '.join(known)}"
                 )
 
 
@@ -189,11 +213,6 @@ def _members(folder: Path) -> list[str]:
     paths = folder.glob("*.yaml") if folder.name == "scale" else folder.rglob("*.yaml")
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return sorted(name for name in names if not name.rpartition("/")[2].startswith("_"))
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def _explain(error: Exception) -> str:
@@ -212,7 +231,6 @@ def _explain(error: Exception) -> str:
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
             if key not in known:  # else it is the file that is wrong, not the name
                 return (
-                    f"unknown key {unknown.group(1)!r}.{_near(key, known)} "
-                    f"Known: {', '.join(known)}"
+                    f"unknown key {unknown.group(1)!r}; {near(key, known)}known: {', '.join(known)}"
                 )
     return message

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import processes
-from scripts.runs.building import Built, build, load_task
+from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
@@ -221,15 +221,13 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
 
 def _write_adapter(run: Run, built: Built, step: int) -> str:
     """Write every parameter that the run changed; return their checksum."""
-    from delta_lora import adapter_file, methods
+    from delta_lora import adapter_file
 
-    settings: Any = OmegaConf.to_container(run.config.method, resolve=True)
-    del settings["_target_"]
     return adapter_file.write(
         (run.folder / ADAPTER).parent,
         built.method.updated_tensors(built.model),
         {
-            "method": methods.describe(type(built.method), settings),
+            "method": describe_method(run, built.method),
             "seed": run.seed,
             "base": built.base,
             "facts": built.method.describe(),

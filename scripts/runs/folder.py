@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -12,9 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from scripts.runs.composition import ConfigError
 
 RECORD, RESOURCES = "record.json", "resources.json"
+#: held by the process that works in a run folder, and beside it that process's number.
+LOCK, OWNER = ".lock", ".owner"
 ADAPTER = "adapter/adapter_model.safetensors"
 
 logger = logging.getLogger(__name__)
@@ -35,37 +38,40 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the run folder for this process.
+    """Hold the run folder for this process; the system frees it where the process ends.
+
+    Args:
+        folder: made where it does not exist.
+        wait: wait for another process that holds it.
 
     Raises:
         LockedError: another process holds it and `wait` is False.
         ConfigError: the folder cannot be written.
     """
+    held, owner = FileLock(folder / LOCK), folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a+")
+        with contextlib.suppress(Timeout):
+            held.acquire(blocking=False)
+        if not held.is_locked:
+            who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
+            if not wait:
+                raise LockedError(
+                    f"process {who} is already working in {folder}; wait for it, or stop it"
+                )
+            logger.info("waiting for process %s, which works in %s", who, folder)
+            held.acquire()
+        owner.write_text(str(os.getpid()), encoding="utf-8")
     except OSError as error:
+        held.release()
         raise ConfigError(
             f"cannot write to the output folder {folder}: {error.strerror}; "
             "choose another with paths.outputs=FOLDER"
         ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            owner = stream.read().strip() or "unknown"
-            if not wait:
-                raise LockedError(
-                    f"process {owner} is already working in {folder}; wait for it, or stop it"
-                ) from None
-            logger.info("waiting for process %s, which works in %s", owner, folder)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        stream.truncate()
-        stream.write(str(os.getpid()))
-        stream.flush()
+    try:
         yield
+    finally:
+        held.release()
 
 
 def predict(
@@ -176,7 +182,7 @@ def clear(folder: Path) -> None:
     """Remove the results of a stale run; its folder and lock stay."""
     logger.info("run %s is stale: starting it again", folder.name)
     for path in folder.iterdir():
-        if path.name == ".lock":
+        if path.name in (LOCK, OWNER):
             continue
         if path.is_dir():
             shutil.rmtree(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -89,8 +90,19 @@ def _task(cfg: DictConfig, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task by name and version, its data by checksum."""
     from hydra.utils import instantiate
 
+    from delta_lora.protocols import Task
+
+    kind = _class(content["_target_"], "task")
+    _check_kind("task", kind, Task)
     with as_config_error():
         task = instantiate(cfg.task)
+    for key, example in (
+        ("name", "'my_task'"),
+        ("version", "1"),
+        ("metrics", "(MetricSpec('accuracy', 'Accuracy'),)"),
+    ):
+        if not hasattr(task, key):
+            raise ConfigError(f"{_called(kind)} has no {key}; write {key} = {example} in the class")
     values = {key: value for key, value in content.items() if not key.startswith(PIN)}
     if values.get("data_dir") is not None:
         values["data_dir"] = folder_checksum("task.data_dir", values["data_dir"])
@@ -108,12 +120,15 @@ def _pinned(pin: Mapping[str, Any]) -> Any:
 
 def _method(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method by name and version, and its settings."""
-    found = _owner(content)
-    if "name" not in found:
+    from delta_lora.protocols import Method
+
+    kind = _class(content["_target_"], "method")
+    _check_kind("method", kind, Method)
+    if not isinstance(vars(kind).get("name"), str):  # an inherited one is that of another method
         raise ConfigError(
-            f"{content['_target_']} has no name; a method is a class with name = 'my_method'"
+            f"{_called(kind)} has no name of its own; write name = 'my_method' in the class"
         )
-    return found
+    return _owner(content)
 
 
 def _owner(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,11 +193,32 @@ def _model(content: Mapping[str, Any], pretrained: str | None) -> dict[str, Any]
 # ---------------------------------------------------------------------- reading
 
 
-def _class(target: str) -> Any:
-    from hydra.utils import get_object
+def _class(target: str, key: str = "") -> Any:
+    """Return what a dotted name stands for; `key` is where it is written, for the message."""
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+        reason = f"{module} has no {name}"
+    except (ImportError, ValueError) as error:
+        found, reason = None, str(error)
+    if found is None:
+        raise ConfigError(
+            f"{key and key + '.'}_target_={target} cannot be imported: {reason}; correct it, or "
+            "name the folder of your module: PYTHONPATH=FOLDER python scripts/train.py ..."
+        )
+    return found
 
-    with as_config_error():
-        return get_object(target)
+
+def _check_kind(key: str, kind: Any, needed: type) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, needed)):
+        raise ConfigError(
+            f"{key}._target_={_called(kind)} is no {needed.__name__}; a {key} is a class that "
+            f"inherits from delta_lora.protocols.{needed.__name__}"
+        )
+
+
+def _called(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @functools.cache
@@ -192,7 +228,8 @@ def _defaults(constructor: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-_CHECKSUMS: dict[tuple[str, float], str] = {}
+#: of folders as they were: path, then name, size and time of each file.
+_CHECKSUMS: dict[tuple[Any, ...], str] = {}
 
 
 def folder_checksum(key: str, path: str) -> str:
@@ -208,8 +245,8 @@ def folder_checksum(key: str, path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{key}={path}: no such folder (looked in {folder.resolve()})")
-    newest = max((p.stat().st_mtime for p in folder.rglob("*")), default=0.0)
-    cache_key = (str(folder.resolve()), newest)
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))]
+    cache_key = (str(folder.resolve()), *files)
     if cache_key not in _CHECKSUMS:
         _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
     return _CHECKSUMS[cache_key]

@@ -158,7 +158,7 @@ class Run:
     @cached_property
     def pretraining(self) -> Run | None:
         """The run that pre-trains its model; None where its weights come from outside."""
-        if self.config.model.pretrain is None:
+        if self.config.model.pretrain is None or self.config.model.path is not None:
             return None
         return _pretraining(tuple(self.config.model.pretrain), self.config.paths.outputs)
 

@@ -72,7 +72,9 @@ class Classification(Task):
 def run_ours(folder, *, K, num_steps=NUM_STEPS, num_micro=1, ratio=RATIO):
     """Train with our trainer; return (factors at the start, final tensors by PEFT's names)."""
     model = roberta()
-    method = DeltaLora(rank=RANK, alpha=ALPHA, learning_rate=LR, update_ratio=ratio, start_step=K)
+    method = DeltaLora(
+        rank=RANK, alpha=ALPHA, learning_rate=LR, update_ratio=ratio, start_step=K, form="in_place"
+    )
     method.inject(model, projections=None, head=["classifier"], total_steps=num_steps, seed=SEED)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     Trainer(

@@ -59,6 +59,29 @@ def test_two_calls_in_a_loop_train_as_the_method_does(name):
     assert adapter.method.describe()["num_weight_updates"] == 3
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_w_of_the_user_stays_as_it_is_unless_its_writing_is_asked_for(name):
+    """To the bit; and in place, which writes it, trains the same model."""
+    case, models = CASES[name], {}
+    start = case.model(dtype=torch.float64).state_dict()
+    layers = {projection.rpartition(".")[0] for projection in case.names}
+    for form in ({}, {"form": "in_place"}):
+        model = case.model(dtype=torch.float64)
+        adapter = attached(name, model=model, learning_rate=1e-2, **DELTA, **form)
+        train(adapter, 5)
+        adapter.method.finish(5)
+        assert adapter.method.describe()["num_weight_updates"] == 3
+        for layer in layers:
+            W = model.get_submodule(layer).weight
+            assert torch.equal(W, start[f"{layer}.weight"]) == (not form)
+        batch = inputs(model, 99)
+        models[len(form)] = [logits(model.eval(), batch).detach()] + [
+            p.detach() for n, p in model.named_parameters() if "lora_" in n
+        ]
+    for ours, printed in zip(*models.values(), strict=True):
+        torch.testing.assert_close(ours, printed, atol=1e-10, rtol=0)
+
+
 def test_dylora_draws_its_ranks_by_itself():
     adapter, seen = attached(method="dylora", rank=3, alpha=3, seed=5), []
     model = adapter.model
@@ -113,12 +136,18 @@ def test_a_folder_of_base_and_adapter_can_be_moved(tmp_path):
     assert torch.equal(logits(model, inputs(model, 99)), expected)
 
 
-@pytest.mark.parametrize("method", ["delta_lora", "dylora", "full_query_value", "adalora"])
-def test_a_stopped_loop_continues_to_the_bit(method):
-    settings = {
-        "delta_lora": DELTA, "dylora": {"rank": 2, "alpha": 3}, "adalora": ADALORA,
-        "full_query_value": {},
-    }[method]  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("delta_lora", DELTA),
+        ("delta_lora", {**DELTA, "form": "in_place"}),
+        ("dylora", {"rank": 2, "alpha": 3}),
+        ("full_query_value", {}),
+        ("adalora", ADALORA),
+    ],
+    ids=["delta_lora", "delta_lora_in_place", "dylora", "full_query_value", "adalora"],
+)
+def test_a_stopped_loop_continues_to_the_bit(method, settings):
     runs = []
     for stop in (None, 3):
         adapter = attached(method=method, total_steps=10, **settings)
@@ -316,6 +345,7 @@ def test_defaults_are_the_paper_s_and_said(caplog):
         method = attach(CASES["gpt2"].model()).method
     assert isinstance(method, DeltaLora)
     assert (method.update_ratio, method.start_step, method.learning_rate) == (2.0, 500, 2e-4)
+    assert method.form == "closed_form"
     assert re.search(r"delta_lora: rank=8, .*update_ratio=2\.0, .* by default", caplog.text)
 
 
@@ -380,6 +410,6 @@ def test_what_is_written_is_json_and_safetensors(tmp_path):
     assert description["base"]["family"] == "causal_lm"
     assert description["step"] == 6
     assert description["method"]["name"] == "delta_lora"
-    assert description["method"]["form"] == "in_place", "defaults stand in the file"
+    assert description["method"]["form"] == "closed_form", "defaults stand in the file"
     assert isinstance(load(folder).model, tf.GPT2LMHeadModel)
     assert delta_lora.__version__

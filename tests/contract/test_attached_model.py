@@ -59,7 +59,7 @@ def test_a_model_that_nothing_was_added_to_is_saved_as_it_is(tmp_path):
 
 def test_what_cannot_be_merged_is_not_saved_as_a_whole(tmp_path):
     model = CASES["gpt2"].model(dtype=torch.bfloat16)
-    adapter = delta_lora.attach(model, form="closed_form", **DELTA)
+    adapter = delta_lora.attach(model, **DELTA)
     with (
         adapter.merged() as same,
         pytest.raises(RuntimeError, match=r"cannot be merged .* adapter\.save\(folder\)"),
@@ -68,7 +68,7 @@ def test_what_cannot_be_merged_is_not_saved_as_a_whole(tmp_path):
 
 
 def test_the_sizes_are_printed_as_peft_prints_them(capsys):
-    attached().print_trainable_parameters()
+    attached(form="in_place", **DELTA).print_trainable_parameters()
     model = CASES["gpt2"].model()
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_proj"]))
     theirs.print_trainable_parameters()

@@ -21,6 +21,7 @@ SCALING = ALPHA / RANK
 def delta(**values):
     defaults = {
         "rank": RANK, "alpha": ALPHA, "learning_rate": LR, "update_ratio": RATIO, "start_step": 1,
+        "form": "in_place",
     }  # fmt: skip
     return DeltaLora(**(defaults | values))
 

@@ -248,7 +248,7 @@ def test_a_bfloat16_base_exports_as_peft_and_not_merged(tmp_path):
     model = case.model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     model = AUTO["gpt2"].from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    adapter = delta_lora.attach(model, form="closed_form", learning_rate=2e-2, **DELTA)
+    adapter = delta_lora.attach(model, learning_rate=2e-2, **DELTA)
     train(adapter, 4)
     adapter.save(tmp_path / "adapter")
     export.export_peft(tmp_path / "adapter", tmp_path / "peft")

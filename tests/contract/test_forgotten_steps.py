@@ -207,6 +207,17 @@ def test_other_optimisers_and_steps_without_gradients():
     backward(adapter)
 
 
+def test_an_optimiser_of_two_models_that_trains_the_other():
+    adapter, other = attached(), CASES["mlp"].model().train()
+    optimizer = torch.optim.AdamW([*adapter.param_groups(), {"params": list(other.parameters())}])
+    loss(other, inputs(other)).backward()
+    optimizer.step()
+    one_step(adapter, optimizer)
+    loss(other, inputs(other)).backward()
+    optimizer.step()
+    one_step(adapter, optimizer)
+
+
 def test_two_optimisers_in_one_step():
     adapter = attached("roberta")
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]

@@ -122,7 +122,7 @@ def test_counts_of_the_paper(build, head, rank, trainable, updatable):
     assert num_trainable(model, head) == trainable
 
     model = build()
-    method = DeltaLora(rank=rank, alpha=16, learning_rate=1e-3, update_ratio=2.0, start_step=5)
+    method = DeltaLora(rank=rank, alpha=16, learning_rate=1e-3, form="in_place")
     method.inject(model, **setting)
     assert num_trainable(model, head) == trainable
     assert method.num_updatable_parameters == updatable

@@ -43,6 +43,18 @@ def test_it_is_our_own_run(tmp_path, reference, form, K):
         assert torch.equal(layer.base_layer.weight, before[name]) == (form == "closed_form")
 
 
+def test_w_of_the_user_stays_as_it_is_unless_its_writing_is_asked_for(tmp_path, reference):
+    start, final = reference(K=1, num_steps=12)
+    for form in ({}, {"form": "in_place"}):
+        callback = DeltaLoraCallback(update_ratio=RATIO, start_step=1, **form)
+        model = lora_model(start)
+        before = {n: layer.base_layer.weight.clone() for n, layer in lora_layers(model).items()}
+        trainer_of(tmp_path, model, callback, num_steps=12).train()
+        assert_same(model, final)
+        for name, layer in lora_layers(model).items():
+            assert torch.equal(layer.base_layer.weight, before[name]) == (not form)
+
+
 @both_forms
 def test_micro_batches_are_one_step(tmp_path, reference, form):
     start, final = reference(K=3, num_steps=20, num_micro=2)
@@ -115,7 +127,7 @@ class TestKnownMistakes:
     def test_a_narrow_base_is_refused_in_place(self, tmp_path, dtype):
         model = lora_model(model=roberta(dtype))
         with pytest.raises(ValueError, match=r"torch\.\w+16, but form=\"in_place\".*closed_form"):
-            trainer_of(tmp_path, model, delta()).train()
+            trainer_of(tmp_path, model, delta(form="in_place")).train()
 
     @both_forms
     def test_the_adapter_alone_is_not_the_trained_model_and_that_is_said(
@@ -212,7 +224,7 @@ class TestModelsThatDoNotFit:
         attention.value.weight = attention.query.weight
         model = lora_model(model=base)
         with pytest.raises(ValueError, match=r"is shared .*closed_form"):
-            self.begin(model)
+            self.begin(model, delta(form="in_place"))
         self.begin(model, delta(form="closed_form"))
 
     @both_forms
@@ -278,7 +290,7 @@ class Stepper:
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_a_step_that_the_loss_scaler_skipped_does_not_count(is_fused):
-    model, callback = lora_model(), delta(start_step=0)
+    model, callback = lora_model(), delta(start_step=0, form="in_place")
     stepper = Stepper(callback, model)
     scale = [1024.0]
     optimizer = SimpleNamespace(

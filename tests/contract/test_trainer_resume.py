@@ -51,10 +51,10 @@ def test_a_killed_run_continues(tmp_path, reference, form, K):
 def test_with_stored_weights_the_bits_of_w_continue(tmp_path, reference):
     start, _ = reference(K=1)
     straight = lora_model(start)
-    trainer_of(tmp_path / "straight", straight, delta()).train()
+    trainer_of(tmp_path / "straight", straight, delta(form="in_place")).train()
     train_and_kill(tmp_path, start, form="in_place", K=1, save_weights=True)
-    model = lora_model()
-    trainer_of(tmp_path, model, delta(save_weights=True)).train(resume_from_checkpoint=True)
+    model, callback = lora_model(), delta(form="in_place", save_weights=True)
+    trainer_of(tmp_path, model, callback).train(resume_from_checkpoint=True)
     expected = straight.state_dict()
     assert all(torch.equal(tensor, expected[n]) for n, tensor in model.state_dict().items())
 
@@ -90,7 +90,7 @@ class TestWhatCannotBeResumed:
         return tmp_path / "run"
 
     def resume(self, run, message, model=None, **values):
-        trainer = trainer_of(run, model or lora_model(), delta(**values))
+        trainer = trainer_of(run, model or lora_model(), delta(**{"form": "in_place"} | values))
         with pytest.raises((RuntimeError, ValueError), match=message):
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-50"))
 

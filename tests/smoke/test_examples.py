@@ -66,6 +66,6 @@ def test_the_loop_learns_and_saves_what_it_learned(outputs: dict[str, str]) -> N
 
 
 @pytest.mark.slow
-def test_the_closed_form_does_so_too(tmp_path: Path) -> None:
+def test_writing_w_does_so_too(tmp_path: Path) -> None:
     script = ROOT / "examples" / "trainer_callback.py"
-    check_accuracies(run(script, tmp_path, "--form", "closed_form"))
+    check_accuracies(run(script, tmp_path, "--form", "in_place"))

@@ -21,9 +21,9 @@ from scripts.runs.run import Run
 def test_a_run_loads_and_exports(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = Run.compose(small("method=delta_lora"))
-    record = execute(cfg)
-    folder = cfg.folder
+    run = Run.compose(small("method=delta_lora"))
+    record = execute(run)
+    folder = run.folder
     model = delta_lora.load(folder).model
     assert isinstance(model, tf.GPT2LMHeadModel)
     (tmp_path / "of_somebody_else").mkdir()
@@ -32,7 +32,7 @@ def test_a_run_loads_and_exports(
     said = capsys.readouterr().out
     assert "rank 16 in 3 layers" in said  # 2 r of query and of value in one fused layer
     assert "outputs differ by at most" in said
-    base = cfg.pretraining.folder / "model"
+    base = run.pretraining.folder / "model"
     ids = torch.arange(20)[None]
     served = peft.PeftModel.from_pretrained(
         tf.AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft"
@@ -52,9 +52,9 @@ def test_a_run_loads_and_exports(
 def test_compressing_says_what_it_costs(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = Run.compose(small("method=lora"))
-    execute(cfg)
-    folder = cfg.folder
+    run = Run.compose(small("method=lora"))
+    execute(run)
+    folder = run.folder
     arguments = [str(folder), "--output", str(tmp_path), "--rank", "2", "--no-merged"]
     assert export.main(arguments) == 0
     said = capsys.readouterr().out
@@ -65,9 +65,9 @@ def test_compressing_says_what_it_costs(
 def test_full_fine_tuning_exports_merged_and_says_why_not_as_a_lora(
     small: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = Run.compose(small("method=full"))
-    execute(cfg)
-    assert export.main([str(cfg.folder), "--output", str(tmp_path)]) == 0
+    run = Run.compose(small("method=full"))
+    execute(run)
+    assert export.main([str(run.folder), "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "no PEFT LoRA:" in said
     assert (tmp_path / "merged" / "model.safetensors").is_file()
@@ -91,11 +91,11 @@ def test_wrong_input_is_said(
 def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
     small: Callable[..., list[str]],
 ) -> None:
-    cfg = Run.compose(small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16"))
-    record = execute(cfg)
+    run = Run.compose(small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16"))
+    record = execute(run)
     assert record["training"]["method"]["num_weight_updates"] == 4
     assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
-    model = delta_lora.load(cfg.folder).model
+    model = delta_lora.load(run.folder).model
     layer = model.transformer.h[0].attn.c_attn
     assert layer.weight.dtype == torch.bfloat16
     assert layer.query.is_active
@@ -105,12 +105,12 @@ def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
 def test_writing_in_place_into_bfloat16_is_refused_before_anything_starts(
     small: Callable[..., list[str]],
 ) -> None:
-    cfg = Run.compose(small("method=delta_lora", "model.dtype=bfloat16"))
+    run = Run.compose(small("method=delta_lora", "model.dtype=bfloat16"))
     with pytest.raises(ConfigError, match="form=closed_form"):
-        execute(cfg)
+        execute(run)
 
 
 def test_a_closed_form_does_not_start_from_another_run(small: Callable[..., list[str]]) -> None:
-    cfg = Run.compose(small("method=delta_lora", "method.form=closed_form", "init_from=glue/mnli"))
+    run = Run.compose(small("method=delta_lora", "method.form=closed_form", "init_from=glue/mnli"))
     with pytest.raises(ConfigError, match=r"use method\.form=in_place"):
-        check(cfg)
+        check(run)

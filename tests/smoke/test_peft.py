@@ -57,16 +57,16 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(
 
 
 def test_a_prompt_on_a_causal_model_is_refused_before_data_are_read(tmp_path: Path) -> None:
-    cfg = Run.compose(["method=peft/prompt_tuning", f"paths.outputs={tmp_path}", "logger=none"])
+    run = Run.compose(["method=peft/prompt_tuning", f"paths.outputs={tmp_path}", "logger=none"])
     with pytest.raises(ConfigError, match="stand in one row without padding"):
-        execute(cfg)
+        execute(run)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=peft/ia33", r"unknown method 'peft/ia33'\. Did you mean 'peft/ia3'"),
+        ("method=peft/ia33", r"unknown method 'peft/ia33'; did you mean 'peft/ia3'"),
         ("method.peft.peft_type=LORRA", r"unknown peft.peft_type='LORRA'; did you mean 'LORA'"),
         ("+method.peft.use_dorra=true", r"unknown key peft.use_dorra of LORA; .*'use_dora'"),
         ("method.peft.rank=3", r"unknown key 'method.peft.rank'"),
@@ -92,9 +92,9 @@ def test_the_optimiser_is_part_of_the_name_only_where_it_is_another() -> None:
 
 def test_a_tiny_run_takes_the_rate_of_the_scale() -> None:
     def rate(scale: str) -> Any:
-        cfg = Run.compose(["experiment=glue/mrpc",
+        run = Run.compose(["experiment=glue/mrpc",
                             "method=peft/ia3", f"scale={scale}"])  # fmt: skip
-        return json.loads(json.dumps(cfg.meaning))["method"]["learning_rate"]
+        return json.loads(json.dumps(run.meaning))["method"]["learning_rate"]
 
     assert rate("paper") == 3.0e-3
     assert rate("tiny") > rate("paper")

@@ -32,9 +32,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_through(method: str, small: Callable[..., list[str]]) -> None:
-    cfg = Run.compose(small(f"method={method}"))
-    assert cfg.status().state in ("missing", "done")
-    record = execute(cfg)
+    run = Run.compose(small(f"method={method}"))
+    assert run.status().state in ("missing", "done")
+    record = execute(run)
     assert record["status"] == "completed"
     assert record["method"] == method
     assert record["task"]["protocol"] == "lora"
@@ -44,7 +44,7 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     }  # fmt: skip
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
-    folder = cfg.folder
+    folder = run.folder
     assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
     low_rank = 3 * 2 * 4 * 2 * 128
@@ -58,8 +58,8 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
         "full_frozen_embeddings": (record["parameters"]["total"] - 700 * 128, 0),
     }.get(method, (low_rank, 0))
     assert (record["parameters"]["trainable"], record["parameters"]["updatable"]) == expected
-    assert cfg.status().state == "done"
-    again = execute(cfg)
+    assert run.status().state == "done"
+    again = execute(run)
     assert again == record
 
 
@@ -74,9 +74,9 @@ def test_delta_lora_writes_w_and_says_how_often(small: Callable[..., list[str]])
 def test_runs_without_updates_of_w_are_the_same_run(small: Callable[..., list[str]]) -> None:
     delta = Run.compose(small("method=delta_lora", "method.update_ratio=0"))
     plain = Run.compose(small("method=lora_no_dropout"))
-    for cfg in (delta, plain):
-        execute(cfg)
-    a, b = (contents(cfg.folder) for cfg in (delta, plain))
+    for run in (delta, plain):
+        execute(run)
+    a, b = (contents(run.folder) for run in (delta, plain))
     for name in ("metrics.jsonl", "predictions.jsonl", "adapter_model.safetensors"):
         assert a[name] == b[name]
 
@@ -112,44 +112,47 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
 
 
 def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., list[str]]) -> None:
-    cfg = Run.compose(small("method=lora", "seed=77"))
+    run = Run.compose(small("method=lora", "seed=77"))
     with (
-        lock(cfg.folder, wait=False),
+        lock(run.folder, wait=False),
         pytest.raises(LockedError, match=r"process \d+ is already working in"),
     ):
-        execute(cfg, wait=False)
+        execute(run, wait=False)
+
+
+class Broken:
+    """A mirror whose connection is gone."""
+
+    num_closed = 0
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def log(self, step: int, values: Any) -> None: ...
+
+    def log_record(self, record: Any, predictions: Path) -> None:
+        raise RuntimeError("no connection")
+
+    def close(self) -> None:
+        type(self).num_closed += 1
 
 
 def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
     small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    from scripts.runs import execution
     from tasks.e2e import E2E
-
-    closed = []
-
-    class Broken:
-        def log(self, step: int, values: Any) -> None: ...
-
-        def log_record(self, record: Any, predictions: Path) -> None:
-            raise RuntimeError("no connection")
-
-        def close(self) -> None:
-            closed.append(self)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(execution, "_mirrors", lambda cfg, plan: [Broken()])
-    cfg = Run.compose(small("method=lora", "seed=81"))
+    monkeypatch.setattr(Broken, "num_closed", 0)
+    run = Run.compose(small("method=lora", "seed=81", f"logger._target_={__name__}.Broken"))
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", fail)
         with pytest.raises(RuntimeError, match="no memory"):
-            execute(cfg)
-    num_closed = len(closed)  # the run's own, and where it came first the pre-training's
-    assert num_closed > 0
-    assert execute(cfg)["status"] == "completed"
-    assert len(closed) == num_closed + 1
+            execute(run)
+    assert Broken.num_closed == 1
+    assert execute(run)["status"] == "completed"
+    assert Broken.num_closed == 2
     assert "mirroring the record failed: RuntimeError: no connection" in caplog.text
 
 
@@ -158,7 +161,7 @@ def test_a_failing_run_leaves_its_reason_and_can_be_run_again(
 ) -> None:
     from tasks.e2e import E2E
 
-    cfg = Run.compose(small("method=lora", "seed=78"))
+    run = Run.compose(small("method=lora", "seed=78"))
 
     def broken(*_: Any) -> None:
         raise RuntimeError("the disk is full")
@@ -166,33 +169,36 @@ def test_a_failing_run_leaves_its_reason_and_can_be_run_again(
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", broken)
         with pytest.raises(RuntimeError, match="the disk is full"):
-            execute(cfg)
-    record = json.loads((cfg.folder / "record.json").read_text())
+            execute(run)
+    record = json.loads((run.folder / "record.json").read_text())
     assert record["status"] == "failed"
     assert "in broken" in record["error"]["traceback"]
-    assert cfg.status() == Status("failed", "the disk is full")
-    assert execute(cfg)["status"] == "completed"
+    assert run.status() == Status("failed", "the disk is full")
+    assert execute(run)["status"] == "completed"
 
 
 def test_a_run_on_another_base_is_stale(
     small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = Run.compose(small("method=lora"))
-    execute(cfg)
-    base = cfg.pretraining.folder / "record.json"
+    run = Run.compose(small("method=lora"))
+    execute(run)
+    base = run.pretraining.folder / "record.json"
     original = base.read_text()
     record = json.loads(original)
     record["model"]["saved_weights_sha256"] = "0" * 64
     base.write_text(json.dumps(record))
     try:
-        assert cfg.status().state == "stale"
+        assert run.status().state == "stale"
     finally:
         base.write_text(original)
-    assert cfg.status().state == "done"
+    assert run.status().state == "done"
 
 
-def test_the_untrained_model_is_a_run_of_no_steps(small: Callable[..., list[str]]) -> None:
-    record = execute(Run.compose(small("method=lora", "trainer.max_steps=0")))
+@pytest.mark.parametrize("method", ["lora", "delta_lora"])
+def test_the_untrained_model_is_a_run_of_no_steps(
+    method: str, small: Callable[..., list[str]]
+) -> None:
+    record = execute(Run.compose(small(f"method={method}", "trainer.max_steps=0")))
     assert record["training"]["steps"] == 0
     assert record["num_predictions"] == 3
 
@@ -211,8 +217,8 @@ def test_a_sweep_runs_every_combination(small: Callable[..., list[str]], train: 
     done = train(["-m", *small("method=delta_lora", "method.update_ratio=0.5,1")])
     assert done.returncode == 0, done.stderr[-2000:]
     for ratio in ("0.5", "1"):
-        cfg = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
-        assert cfg.status().state == "done"
+        run = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
+        assert run.status().state == "done"
 
 
 def test_a_signature_names_what_can_change_the_result_and_nothing_else(

@@ -54,9 +54,9 @@ def small(tokenizer: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return overrides
 
 
-def run(overrides: list[str]) -> tuple[dict[str, Any], Path]:
-    cfg = Run.compose(overrides)
-    return execute(cfg), cfg.folder
+def make_run(overrides: list[str]) -> tuple[dict[str, Any], Path]:
+    run = Run.compose(overrides)
+    return execute(run), run.folder
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,9 +68,9 @@ def test_a_run_starts_from_what_the_same_method_learned_on_mnli(
     small: Callable[..., list[str]], method: str
 ) -> None:
     settings = [f"method={method}", "method.learning_rate=0.01"]
-    mnli, mnli_folder = run(small("mnli", *settings, MNLI_SIZES, "recipe.start_step=-1"))
+    mnli, mnli_folder = make_run(small("mnli", *settings, MNLI_SIZES, "recipe.start_step=-1"))
     # The only step of this run has learning rate 0.
-    record, folder = run(
+    record, folder = make_run(
         small("rte", *settings, SIZES, f"init_from={mnli_folder}", "trainer.max_steps=1")
     )
     assert record["init_from"] == {
@@ -89,20 +89,20 @@ def test_a_run_starts_from_what_the_same_method_learned_on_mnli(
 
 
 def test_the_run_on_mnli_is_made_first_and_shared(small: Callable[..., list[str]]) -> None:
-    cfg = Run.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=3"))
-    before = cfg.start
+    run = Run.compose(small("rte", "method=lora", "init_from=glue/mnli", "seed=3"))
+    before = run.start
     assert (before.choices.task, before.choices.method, before.seed) == ("glue/mnli", "lora", 3)
     assert before.name == Run.compose(small("mnli", "method=lora", "seed=3")).name
-    record = execute(cfg)
+    record = execute(run)
     assert before.status().state == "done"
     # Overrides that are not about the task belong to the start too.
     assert read_record(before.folder)["training"]["steps"] == 4
     assert record["init_from"]["signature"] == before.name
-    assert cfg.status().state == "done"
+    assert run.status().state == "done"
     path = before.folder / "record.json"
     changed = {**json.loads(path.read_text()), "adapter_sha256": "0" * 64}
     path.write_text(json.dumps(changed))
-    assert cfg.status().state == "stale"
+    assert run.status().state == "stale"
 
 
 def test_the_start_is_part_of_the_name_only_where_there_is_one(
@@ -119,12 +119,12 @@ def test_the_start_is_part_of_the_name_only_where_there_is_one(
 def test_a_wrong_start_is_refused(small: Callable[..., list[str]], tmp_path: Path) -> None:
     for value, message in (
         ("glue/rte", "is the task of this run itself"),
-        ("glue/mnil", "neither a task nor the folder of a run"),
-        (str(tmp_path), "neither a task nor the folder of a run"),
+        ("glue/mnil", "neither an experiment nor the folder of a run"),
+        (str(tmp_path), "neither an experiment nor the folder of a run"),
     ):
         with pytest.raises(ConfigError, match=message):
             assert Run.compose(small("rte", "method=lora", f"init_from={value}")).name
-    _, folder = run(small("mnli", "method=lora", "trainer.max_steps=1"))
+    _, folder = make_run(small("mnli", "method=lora", "trainer.max_steps=1"))
     other = Run.compose(small("rte", "method=delta_lora", f"init_from={folder}"))
     with pytest.raises(ConfigError, match="lora on roberta_base, this one is delta_lora"):
         execute(other)
@@ -147,14 +147,14 @@ def test_a_start_has_the_settings_of_the_run(
 def test_a_start_of_another_scaling_is_refused(
     small: Callable[..., list[str]], setting: str
 ) -> None:
-    _, folder = run(small("mnli", "method=lora", MNLI_SIZES, "trainer.max_steps=1"))
+    _, folder = make_run(small("mnli", "method=lora", MNLI_SIZES, "trainer.max_steps=1"))
     other = small("rte", "method=lora", SIZES, f"init_from={folder}", f"method.{setting}=4")
     with pytest.raises(ConfigError, match=f"has {setting}=8, this one 4"):
         execute(Run.compose(other))
 
 
 def test_best_and_last_epoch_are_recorded(small: Callable[..., list[str]]) -> None:
-    record, folder = run(
+    record, folder = make_run(
         small("rte", "method=full", SIZES, "trainer.max_steps=12", "method.learning_rate=0.01")
     )
     history = record["training"]["validation"]
@@ -184,15 +184,15 @@ def test_the_best_epoch_is_what_is_kept_everywhere(
         "rte", "method=delta_lora", f"method.form={form}", SIZES, "trainer.max_steps=9",
         "method.start_step=3", "method.learning_rate=0.05",
     )  # fmt: skip
-    record, folder = run(overrides)
+    record, folder = make_run(overrides)
     assert record["training"]["chosen_step"] == 3
     assert record["training"]["method"]["num_weight_updates"] == 0
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["step"] == 3
-    cfg = Run.compose(overrides)
-    task = instantiate(cfg.task)
+    run = Run.compose(overrides)
+    task = instantiate(run.config.task)
     task.load()
-    tokenizer = load_tokenizer(cfg.model.tokenizer_path)
-    model = delta_lora.load(folder, base=base_model(cfg, task, None, None)).model
+    tokenizer = load_tokenizer(run.config.model.tokenizer_path)
+    model = delta_lora.load(folder, base=base_model(run, task, None)).model
     batch = task.collate(task.examples("validation", tokenizer))
     with torch.no_grad():
         loss = float(task.loss(model, batch)) / batch.num_targets
@@ -201,7 +201,7 @@ def test_the_best_epoch_is_what_is_kept_everywhere(
 
 
 def test_the_last_epoch_can_be_taken_instead(small: Callable[..., list[str]]) -> None:
-    record, _ = run(
+    record, _ = make_run(
         small("mnli", "method=lora", MNLI_SIZES, "trainer.checkpoint_rule=last",
               "score_references=true")
     )  # fmt: skip
@@ -214,12 +214,12 @@ def test_the_last_epoch_can_be_taken_instead(small: Callable[..., list[str]]) ->
 
 def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[str]]) -> None:
     settings = ["method=full", "recipe.model_dropout=0.0", SIZES, "trainer.micro_batch_size=4"]
-    plain, _ = run(small("rte", *settings))
-    grouped, _ = run(small("rte", *settings, "trainer.group_by_length=true"))
+    plain, _ = make_run(small("rte", *settings))
+    grouped, _ = make_run(small("rte", *settings, "trainer.group_by_length=true"))
     assert plain["signature"] != grouped["signature"]
     losses = [r["training"]["validation"][-1]["loss"] for r in (plain, grouped)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert "group_by_length" not in plain["config"]["trainer"]
+    assert "group_by_length" not in plain["meaning"]["trainer"]
 
 
 def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
@@ -232,18 +232,18 @@ def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
         "task.num_validation_statements=5", "task.tokenizer_documents=200",
         "model.architecture.vocab_size=600",
     ]  # fmt: skip
-    cfg = Run.compose(
+    run = Run.compose(
         [
             "experiment=glue/rte", "method=lora", "scale=tiny",
             "logger=none", f"model.pretrain={pretraining!r}", SIZES, "trainer.max_steps=2",
             f"paths.outputs={tmp_path / 'outputs'}",
         ]
     )  # fmt: skip
-    record = execute(cfg)
-    base = cfg.pretraining.folder / "record.json"
+    record = execute(run)
+    base = run.pretraining.folder / "record.json"
     stored = json.loads(base.read_text())
     assert record["model"]["pretrained_sha256"] == stored["model"]["saved_weights_sha256"]
-    assert cfg.status().state == "done"
+    assert run.status().state == "done"
     stored["model"]["saved_weights_sha256"] = "0" * 64
     base.write_text(json.dumps(stored))
-    assert cfg.status().state == "stale"
+    assert run.status().state == "stale"

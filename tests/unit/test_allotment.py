@@ -136,7 +136,10 @@ def test_the_largest_cell_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allotment, "device_bytes", lambda config: config)
 
     def cells(*needs: int | None) -> Any:
-        return [SimpleNamespace(row=str(i), run="e2e", config=n) for i, n in enumerate(needs)]
+        return [
+            SimpleNamespace(row=str(i), on="e2e", run=SimpleNamespace(config=need))
+            for i, need in enumerate(needs)
+        ]
 
     assert largest_need(cells(3, 7, 5)) == 7
     assert largest_need(cells(3, None)) is None

@@ -67,7 +67,10 @@ def test_bad_weights_are_refused() -> None:
 def test_a_trained_model_has_the_rank_of_the_algebra(update_ratio: float, bound: int) -> None:
     model = build64()
     originals = similarity.snapshot(model, None)
-    method = DeltaLora(rank=2, alpha=4, learning_rate=0.01, update_ratio=update_ratio, start_step=1)
+    method = DeltaLora(
+        rank=2, alpha=4, learning_rate=0.01, update_ratio=update_ratio, start_step=1,
+        form="in_place",
+    )  # fmt: skip
     method.inject(model, **KEYS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for step in range(5):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +18,11 @@ from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.plan import load_settings, make_plan
 from scripts.reporting.results import RESULTS
+from scripts.reporting.spec import load_table
 from scripts.runs import devices
 from scripts.runs.devices import Cuda
-from tests.unit import fake_cell
+from scripts.runs.run import Run
+from tests.unit import fake_runs
 from tests.unit.audit_records import gaps
 
 SETTINGS = load_settings("tiny")
@@ -65,8 +67,8 @@ def test_runs_are_shared_with_the_tables() -> None:
     few["memory"]["methods"] = few["memory"]["methods"][:2]
     plan = make_plan("tiny", [1], [], few)
     names = {cell.signature for cell in plan.cells}
-    committed = {path.stem for path in (RESULTS / "runs" / "tiny").glob("*.json")}
-    assert len(names & committed) >= 5  # LoRA, Delta-LoRA, both controls, fine-tuning
+    table = {cell.signature for cell in load_table("table1").cells(scale="tiny", seeds=[1])}
+    assert len(names & table) >= 5  # LoRA, Delta-LoRA, both controls, fine-tuning
     assert len(names) < len(plan.cells)
     assert len({m.signature for m in plan.measurements}) == len(plan.measurements)
     other = make_plan("tiny", [1], ["recipe.weight_decay=0.1"], few)
@@ -74,54 +76,65 @@ def test_runs_are_shared_with_the_tables() -> None:
     assert not kept
 
 
-def some(tmp_path: Path, **settings: Any) -> Measurement:
-    return Measurement("memory", "memory of lora", settings, ("seed=1",), False, "abc", tmp_path)
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    fake_runs.install(monkeypatch.setattr)
+    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path)
+    return Run.compose(["experiment=e2e", "method=lora", "scale=tiny"])
 
 
-def test_a_measurement_is_named_by_what_it_depends_on(tmp_path: Path) -> None:
-    first = some(tmp_path, rank=4)
-    assert first.signature != some(tmp_path, rank=8).signature
+def some(run: Run, **settings: Any) -> Measurement:
+    return Measurement("memory", "memory of lora", settings, run, needs_run=False)
+
+
+def test_a_measurement_is_named_by_what_it_depends_on(run: Run) -> None:
+    first = some(run, rank=4)
+    assert first.signature != some(run, rank=8).signature
     assert first.signature == dataclasses.replace(first, label="x").signature
-    assert first.signature != dataclasses.replace(first, start="abd").signature
-    changed = dataclasses.replace(first, extra=("recipe.weight_decay=0.1",))
-    assert first.signature != changed.signature
-    assert measurements.compose(measurements.as_job(changed)) == changed
-    (text,) = measurements.as_job(first)
-    assert measurements.compose([text]) == first
+    assert first.signature != dataclasses.replace(first, extra=("recipe.rank=2",)).signature
+    assert first.path.parent == run.outputs / "audit"
+
+
+def test_what_a_measurement_does_not_read_of_its_run_does_not_name_it(run: Run) -> None:
+    first, trained = some(run, rank=4), dataclasses.replace(some(run, rank=4), needs_run=True)
+    overrides = ("experiment=e2e", "scale=tiny")
+    other = Run.compose([*overrides, "method=full"])
+    assert first.signature == dataclasses.replace(first, run=other).signature
+    assert trained.signature != dataclasses.replace(trained, run=other).signature
+    data = Run.compose([*overrides, "method=lora", "task.max_length=31"])
+    assert first.signature != dataclasses.replace(first, run=data).signature
 
 
 def test_a_killed_audit_measures_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     monkeypatch.setitem(
-        measurements.MEASURE, "memory", lambda cfg, settings: calls.append(settings) or {"grid": []}
+        measurements.MEASURE, "memory", lambda run, settings: calls.append(settings) or {"grid": []}
     )
-    config = SimpleNamespace(
-        model=SimpleNamespace(name="tiny_gpt2"), trainer=SimpleNamespace(device="cpu")
-    )
-    monkeypatch.setattr(measurements.cell, "compose", lambda overrides: config)
-    first, second = some(tmp_path, rank=4), some(tmp_path, rank=8)
-    record = measurements.run(first)
-    assert measurements.run(first) == record == first.read()
+    first, second = some(run, rank=4), some(run, rank=8)
+    record = measurements.measure(first)
+    assert measurements.measure(first) == record == first.read()
     assert second.read() is None
     second.path.write_text('{"signature": "memo')  # what a kill leaves of a file not written whole
     assert second.read() is None
-    measurements.run(second)
+    measurements.measure(second)
     assert [settings["rank"] for settings in calls] == [4, 8]
     assert sorted(p.name for p in first.path.parent.iterdir()) == sorted(
         [first.path.name, second.path.name]
     )
 
 
-def test_a_measurement_waits_for_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(tmp_path))
-    for name in ("compose", "status", "run_dir"):
-        monkeypatch.setattr(measurements.cell, name, getattr(fake_cell, name))
-    overrides = ("seed=1", "scale=tiny", "task=e2e", "method=lora")
-    mine = Measurement("rank", "rank of lora", {}, overrides, True, "abc", tmp_path)
+def test_a_measurement_waits_for_its_run(run: Run) -> None:
+    mine = Measurement("rank", "rank of lora", {}, run, needs_run=True)
     with pytest.raises(ValueError, match="not finished"):
-        measurements.run(mine)
+        measurements.measure(mine)
+
+
+def test_a_measurement_reaches_a_worker_whole(run: Run) -> None:
+    first = some(run, rank=4)
+    again = pickle.loads(pickle.dumps(first))
+    assert (again.signature, again.path, again.label) == (first.signature, first.path, first.label)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +158,12 @@ def test_bad_input_is_named(
 
 
 def test_measurements_of_scale_paper_need_a_gpu_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
-    plan = audit_plan.Plan("paper", [1], [], {}, [], [some(tmp_path, rank=4)])
+    plan = audit_plan.AuditPlan("paper", [1], [], {}, [], [some(run, rank=4)])
     with pytest.raises(ValueError, match=r"scale=paper needs a CUDA device.*driver is too old"):
-        audit.run_missing(plan, "auto", tmp_path, fake_cell, "", "")
+        audit.run_missing(plan, "auto", tmp_path)
 
 
 @pytest.mark.slow

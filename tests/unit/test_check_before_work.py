@@ -205,17 +205,19 @@ def test_the_tiny_scale_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub.asked == []
 
 
-def test_a_new_pin_renames_no_run_that_does_not_read_it(tmp_path: Path) -> None:
-    def name(*overrides: str) -> str:
-        cfg = composed(tmp_path, *overrides, task="xsum", model="bart_large")
-        return cfg.name
+def test_a_new_pin_renames_the_runs_that_read_it_and_no_other(tmp_path: Path) -> None:
+    def name(source: str, commit: str | None = None, **files: str) -> str:
+        run = composed(tmp_path, f"task.source={source}", task="xsum", model="bart_large")
+        pin = run.config.task.release
+        changed = {"commit": commit or pin.commit, "files": {**pin.files, **files}}
+        run.config.task.release = {**pin, **changed}
+        return run.name
 
-    other = f"task.release.commit={hashlib.sha1(b'other').hexdigest()}"
-    assert name("scale=tiny") == name("scale=tiny", other)
-    assert (
-        name("scale=tiny", "seed=1", "paths.outputs=null") == "7abaf7c19abd"
-    )  # a committed record
-    assert name() != name(other)
+    other = {"default/xsum-test.parquet": hashlib.sha256(b"other").hexdigest()}
+    assert name("embedded") == name("embedded", **other)
+    assert name("hub") != name("hub", **other)
+    commit = hashlib.sha1(b"other").hexdigest()
+    assert name("hub") == name("hub", commit), "the checksums say which data they are"
 
 
 # ---------------------------------------------------------------------- other people's models

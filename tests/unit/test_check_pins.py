@@ -100,7 +100,7 @@ def path_of(pin: Pin) -> str:
 
 
 def releases(task: str) -> list[Release]:
-    config = compose([f"task={task}"]).task
+    config = compose([f"task={task}", "recipe=e2e", "model=gpt2_medium"]).task
     values = [value for value in config.values() if OmegaConf.is_dict(value)]
     return [instantiate(v) for v in values if v.get("_target_") == "tasks.sources.Release"]
 
@@ -124,7 +124,7 @@ def test_every_data_file_of_the_configs_is_listed_with_its_checksum_and_no_other
 
 def test_every_model_of_the_configs_is_listed_at_its_revision_and_no_other() -> None:
     configs = [OmegaConf.load(path) for path in (CONFIGS / "model").glob("*.yaml")]
-    pinned = {(c.hub_id, c.revision) for c in configs if c.hub_id is not None}
+    pinned = {(c.hub_id, c.revision) for c in configs if c.get("hub_id") is not None}
     assert pinned == {(p.repository, p.revision) for p in read_pins() if p.kind == "model"}
     assert all(len(revision) == 40 for _, revision in pinned)
 

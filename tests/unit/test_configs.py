@@ -9,6 +9,7 @@ import pytest
 from delta_lora.models import FAMILIES
 from scripts.reporting.spec import load_table, table_names
 from scripts.runs.composition import CONFIGS, ConfigError, compose, options
+from scripts.runs.run import Run
 from scripts.runs.scale import SCALES
 
 
@@ -32,9 +33,10 @@ def test_the_batch_of_xsum_is_cut_to_what_one_gpu_holds() -> None:
     xsum = ["experiment=xsum", "method=lora"]
     paper = compose(xsum).trainer
     assert (paper.batch_size, paper.micro_batch_size, paper.group_by_length) == (64, 32, True)
-    tiny = compose([*xsum, "scale=tiny"])
-    assert (tiny.trainer.micro_batch_size, tiny.trainer.group_by_length) == (None, False)
-    assert not {"micro_batch_size", "group_by_length"} & set(tiny.meaning["recipe"])
+    tiny = Run.compose([*xsum, "scale=tiny"])
+    trainer = tiny.config.trainer
+    assert (trainer.micro_batch_size, trainer.group_by_length) == (None, False)
+    assert not {"micro_batch_size", "group_by_length"} & set(tiny.meaning["trainer"])
     assert compose(["task=e2e", "recipe=e2e"]).trainer.micro_batch_size is None
 
 
@@ -70,9 +72,9 @@ def test_the_command_line_wins_over_the_experiment() -> None:
         ("task=xsum recipe=xsum", "model=gpt2_medium is not made for task=xsum"),
         ("task=glue/rte scale=tiny", "Use experiment=glue/rte, or write recipe=e2e"),
         ("experiment=e2e task=webnlg", "recipe=e2e is not made for task=webnlg"),
-        ("experiment=glue/rt", "Did you mean 'glue/rte'"),
-        ("model=gpt2_medim", "Did you mean 'gpt2_medium'"),
-        ("recipe.rnk=3", "Did you mean 'rank'"),
+        ("experiment=glue/rt", "did you mean 'glue/rte'"),
+        ("model=gpt2_medim", "did you mean 'gpt2_medium'"),
+        ("recipe.rnk=3", "did you mean 'rank'"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(overrides: str, words: str) -> None:

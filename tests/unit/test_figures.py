@@ -128,10 +128,10 @@ def test_a_page_says_how_it_was_made(spec: TableSpec, tmp_path: Path) -> None:
 
 def table(name: str, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     spec = load_table(name)
-    cells = list_cells(spec, scale="tiny", seeds=SEEDS, extra=[], cell=fake_cell)
+    cells = cells_of(spec)
     made = [cell for cell in cells if cell.row not in without]
     finish(made)
-    every = collect(cells, fake_cell)
+    every = collect(cells)
     return build_results(spec, "tiny", SEEDS, (), [e if e.cell in made else lost(e) for e in every])
 
 
@@ -200,7 +200,7 @@ def test_a_picture_that_fails_costs_no_table(
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "figure3.png").write_bytes(b"of an older table")
-    assert command.main(["figure3", "--scale", "tiny", "--results", str(tmp_path)], fake_cell) == 0
+    assert command.main(["figure3", "--scale", "tiny", "--results", str(tmp_path)]) == 0
     assert "no picture figure3: RuntimeError: no fonts" in capsys.readouterr().err
     assert (folder / "figure3.json").is_file()
     assert not (folder / "figure3.png").exists()

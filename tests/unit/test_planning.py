@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from delta_lora.analysis.memory_model import LiveBytes, measure_step
 from delta_lora.methods.full import Full
 from scripts import dry_run
 from scripts.planning import disk, memory, speed
-from scripts.planning.adaptation import read_adaptation
+from scripts.planning.adaptation import KINDS, read_adaptation
 from scripts.planning.architecture import UnknownCostError, read_architecture
 from scripts.planning.forward import Batch, write_down
 from scripts.planning.ledger import CPU, CUDA
@@ -73,7 +73,8 @@ def test_parameters_are_those_of_the_real_architectures(table: int) -> None:
         (["++model.architecture={model_type: llama}"], "'llama'"),
         (["model.architecture=null", "model.hub_id=some/model"], "configs/plan/models.yaml"),
         (["model.path=/nowhere"], "/nowhere/config.json"),
-        (["method=peft"], "Peft is not planned"),
+        (["method=peft"], "the method peft is not planned"),
+        (["method._target_=my.lora.Lora"], "the method my.lora.Lora is not planned"),
     ],
 )
 def test_what_is_not_known_is_said_and_not_guessed(overrides: list[str], message: str) -> None:
@@ -81,6 +82,12 @@ def test_what_is_not_known_is_said_and_not_guessed(overrides: list[str], message
     assert cost.seconds is cost.device_bytes is cost.disk_bytes is None
     assert message in cost.basis
     assert costs.device_bytes(compose([*E2E, *overrides])) is None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_method_is_planned_by_the_name_that_it_declares(name: str) -> None:
+    cfg = compose([*E2E, f"method={name}"])
+    assert read_adaptation(cfg).method == get_class(cfg.method["_target_"]).name == name
 
 
 @pytest.mark.parametrize("wrong", ["recipe.rank=abc", "trainer.batch_size=0", "recipe.rank=null"])
@@ -97,6 +104,15 @@ def test_a_local_model_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape = read_architecture(compose([*E2E, f"model.path={tmp_path}"]))
     assert (shape.width, shape.num_layers, shape.vocabulary, shape.inner) == (64, 2, 99, 256)
+
+
+def test_a_tiny_model_is_that_of_the_run_that_pre_trains_it() -> None:
+    shape = read_architecture(compose([*E2E, "scale=tiny"]))
+    assert (shape.family, shape.width, shape.num_layers, shape.vocabulary) == ("gpt2", 128, 3, 1536)
+    assert read_architecture(compose([*XSUM, "scale=tiny"])).num_decoder_layers > 0
+    assert costs.estimate(compose([*COLA, "method=lora", "scale=tiny"])).disk_bytes
+    named = "model.pretrain=['model=tiny_gpt2_scratch']"
+    assert read_architecture(compose([*E2E, "scale=tiny", named])) == shape
 
 
 @pytest.mark.parametrize("table", ["table1", "table3"])
@@ -239,7 +255,7 @@ def test_kernels_of_a_step_are_about_its_counted_operations(name: str) -> None:
     model = random_model(cfg, task)
     method.inject(model, projections=None, head=task.head, total_steps=1000, seed=1)
     optimizer, loss = (
-        trainer.optimizer(model, method),
+        trainer.build_optimizer(model, method),
         dry_run._loss(cfg, task, model.train(), batch),
     )
     for step in range(2):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.reporting.figures import build_figure
-from scripts.reporting.plan import list_cells
 from scripts.reporting.results import Entry, build_results
 from scripts.reporting.spec import load_table
 from scripts.reporting.summary import summary
-from tests.unit import fake_cell
+from scripts.runs.cells import Cell
+from tests.unit import fake_runs
 
 
 @pytest.fixture(autouse=True)
-def _outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CELL_OUTPUTS", str(tmp_path / "outputs"))
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs.install(monkeypatch.setattr)
+    monkeypatch.setattr(fake_runs, "OUTPUTS", Path("/nowhere"))  # nothing is read or written
+
+
+@functools.cache
+def cells_of(table: str, seeds: tuple[int, ...]) -> list[Cell]:
+    return load_table(table).cells(scale="tiny", seeds=seeds)
 
 
 def content(
@@ -30,10 +37,9 @@ def content(
 ) -> dict[str, Any]:
     """Return a table of made-up runs; `values`: row -> metric -> a value a seed."""
     spec = load_table(table)
-    cells = list_cells(spec, scale="tiny", seeds=list(seeds), extra=[], cell=fake_cell)
     entries = []
-    for cell in cells:
-        record = {**fake_cell.record(cell.config), **changes}
+    for cell in cells_of(table, seeds):
+        record = {**fake_runs.record(cell.run), **changes}
         for metric, by_seed in (values or {}).get(cell.row, {}).items():
             record["metrics"] = {**record["metrics"], metric: by_seed[seeds.index(cell.seed)]}
         is_lost = cell.row in without
@@ -114,7 +120,7 @@ def test_one_seed_has_no_interval_and_decides_nothing() -> None:
 
 def test_an_empty_cell_says_why() -> None:
     missing = {"meteor": "Java not found; install a runtime"}
-    metrics = {name: 0.5 for name in fake_cell.METRICS if name != "meteor"}
+    metrics = {name: 0.5 for name in fake_runs.METRICS if name != "meteor"}
     text = summary(content(metrics=metrics, missing_metrics=missing, without=("lora",)), [])
     assert text.count("METEOR: Java not found; install a runtime") == 1, "once, not once a row"
     assert line_of(text, "LoRA").split().count("not") == 5

@@ -454,7 +454,7 @@ def test_memory_of_a_cpu_is_explained(spec: TableSpec) -> None:
 
 
 def test_a_table_of_two_tasks_reads_each_column_from_its_own_run(spec: TableSpec) -> None:
-    runs = {"one": spec.runs["e2e"], "two": (*spec.runs["e2e"], "side=two")}
+    runs = {"one": spec.runs["e2e"], "two": (*spec.runs["e2e"], "train_fraction=0.5")}
     columns = (
         table_spec.Column("first", "First", "one", "bleu", 100.0, 2, True),
         table_spec.Column("second", "Second", "two", "bleu", 100.0, 2, True),
@@ -502,7 +502,7 @@ def test_a_failure_without_a_record_is_shown(spec: TableSpec) -> None:
     cells = cells_of(spec)
     victim = next(c for c in cells if c.row == "lora" and c.seed == 2)
     finish([c for c in cells if c is not victim])
-    job = Job("run", (victim.overrides,), victim.signature)
+    job = Job("run", (victim.run,), victim.signature)
     for was_run, reason, state in (
         (True, "the worker process was ended by SIGKILL", "failed"),
         (False, "the run that it starts from failed: no memory", "not run"),
@@ -700,7 +700,7 @@ def test_accepted_records_stand_in_for_run_folders(spec: TableSpec, tmp_path: Pa
     assert len(tables.accept(entries, folder)) == 36
     before = to_json(tables.build_results(spec, "tiny", SEEDS, (), entries))
     for cell in cells:
-        for path in cell.folder.iterdir():
+        for path in cell.run.folder.iterdir():
             path.unlink()
     accepted = tables.read_accepted(tmp_path / "results" / "runs")
     again = tables.collect(cells, accepted=accepted)
