@@ -110,6 +110,11 @@ def _score(metric: Any) -> dict[str, Any]:
     }
 
 
+def selection_name(config: Any) -> str:
+    """Return the score of the validation split that a task is selected by, else ``loss``."""
+    return _task(config).selection_metric or "loss"
+
+
 def validation_value(record: Mapping[str, Any], name: str) -> float | None:
     """Return a score of the validation split, of the weights that the run was scored with.
 

@@ -219,7 +219,11 @@ def _limits(
     if not known:
         return 0.0, 1.0
     low, high, median = min(known), max(known), statistics.median(known)
-    if content["scores"][panel["experiment"]][measure]["better"] == "higher":
+    score = content["scores"][panel["experiment"]][measure]
+    least = 10.0 ** -score["decimals"]
+    if high - low < least:  # what is printed as the same has the same colour
+        return (low + high) / 2 - 50 * least, (low + high) / 2 + 50 * least
+    if score["better"] == "higher":
         return (max(low, median - 3 * (high - median)) if high > median else low), high
     return low, (min(high, median + 3 * (median - low)) if low < median else high)
 
