@@ -279,6 +279,12 @@ def _check_layer(target: LoraTarget, peft: Any) -> None:
             f"the adapter of {name} is {state}, so it cannot train; call "
             "model.unmerge_adapter() or model.enable_adapter_layers() first"
         )
+    weight = getattr(layer.get_base_layer(), "weight", None)  # quantised, it may have another name
+    if weight is not None and weight.requires_grad:
+        raise ValueError(
+            f"the weight of {name} is trained itself; Delta-LoRA needs it frozen, so call "
+            "requires_grad_(False) on the base weights"
+        )
     if target.is_changed:
         raise ValueError(
             f"{name} was trained by a DeltaLoraCallback before and is no plain LoRA on the base "
@@ -304,11 +310,6 @@ def _check_weight(target: LoraTarget, peft: Any) -> None:
             f'the weight of {target.name} is a {kind}{weight.dtype}, but form="in_place" needs '
             "torch.float32 or torch.float64 (a narrower type rounds the update away); load the "
             f"model in float32, or {advice}, which leaves W alone"
-        )
-    if weight.requires_grad:
-        raise ValueError(
-            f"the weight of {target.name} is trained itself; Delta-LoRA needs it frozen, so call "
-            "requires_grad_(False) on the base weights"
         )
 
 

@@ -17,10 +17,11 @@ Two forms of the same method:
 * ``in_place`` writes W as printed; the suite's tables use it.
 * ``closed_form``, the default, never writes it. The updates telescope (detail 6), so with A_k and
   B_k the factors before the first update, W(t) x is
-  ``W_0 x + update_ratio * scaling * (B A - B_k A_k) x``. The branch becomes one of rank 2 rank, ``(1 + update_ratio) B A - update_ratio B_k A_k``, in which A
-  and B get the gradients that they have in ``scaling * B A`` alone, while x gets the whole one.
-  Values and gradients are those of ``in_place``; only a forward pass of the base layer is needed,
-  so its weight may be narrow, quantised or sharded.
+  ``W_0 x + update_ratio * scaling * (B A - B_k A_k) x``. The branch becomes one of rank 2 rank,
+  ``(1 + update_ratio) B A - update_ratio B_k A_k``, in which A and B get the gradients that they
+  have in ``scaling * B A`` alone, while x gets the whole one. Values and gradients are those of
+  ``in_place``; only a forward pass of the base layer is needed, so its weight may be narrow,
+  quantised or sharded.
 
 State kept, ``in_place``: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of
 the factors, together twice the factors (3 MiB for GPT2-Medium at rank 4). They are rewritten in
@@ -151,7 +152,7 @@ class DeltaLora(LowRankMethod):
             self.num_updatable_parameters = sum(
                 target.branch.projection.num_entries for target in self._targets
             ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
-        if total_steps and delta.never_updates(total_steps, self.update_ratio, self.start_step):
+        if delta.never_updates(total_steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 
     def before_step(self, step: int) -> None:

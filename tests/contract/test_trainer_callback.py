@@ -212,11 +212,12 @@ class TestModelsThatDoNotFit:
         with pytest.raises(ValueError, match="merged into W, so it cannot train"):
             self.begin(model)
 
-    def test_a_trained_base(self):
+    @both_forms
+    def test_a_trained_base(self, form):
         model = lora_model()
         next(iter(lora_layers(model).values())).base_layer.weight.requires_grad_(True)
         with pytest.raises(ValueError, match="is trained itself"):
-            self.begin(model)
+            self.begin(model, delta(form=form))
 
     def test_a_shared_weight_in_place(self):
         base = roberta()
