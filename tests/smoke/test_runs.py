@@ -229,17 +229,20 @@ def test_a_launcher_gives_the_same_runs_to_the_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    submitit = ["hydra/launcher=submitit_local"]  # what Slurm would be given, on this machine
     same = ("method=delta_lora", "seed=5")
     runs = [Run.compose(small(*same, f"method.start_step={start}")) for start in (0, 2)]
     found = []
-    for launcher in (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], []):
+    for launcher in (joblib, submitit, []):
         done = train(["-m", *launcher, *small(*same, "method.start_step=0,2")])
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.splitlines()[-1] == "2 done"
         found.append([contents(run.folder) for run in runs])
         for run in runs:
             shutil.rmtree(run.folder)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert len(found[0][0]) > 3
 
 
