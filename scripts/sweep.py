@@ -3,6 +3,8 @@ r"""Sweep settings over a grid: plan, run what is missing, write the view of wha
     python scripts/sweep.py lambda_k --scale tiny --plan
     python scripts/sweep.py lambda_k --scale tiny --seeds 1,2,3 --workers 2
     python scripts/sweep.py lambda_k --values "lambda=0.5,1,2 K=0,100"      other values of an axis
+    python scripts/sweep.py lambda_k --scale tiny --accept      keep the records in results/runs
+    python scripts/sweep.py lambda_k --scale tiny --check       compare with what is committed
 
 Sweeps are files of configs/sweep. Every cell is composed and checked before the first one runs. A
 cell that is refused, fails, or is held by another process costs itself only: the last line names
@@ -18,14 +20,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.plan import describe, describe_costs
-from scripts.reporting.results import RESULTS
+from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch, PreparationError, stop_in_order
 from scripts.runs.cells import parse_overrides, parse_seeds
@@ -34,7 +38,8 @@ from scripts.runs.space import check_disk_space
 from scripts.sweeping.content import build
 from scripts.sweeping.page import last_line, terminal
 from scripts.sweeping.spec import Refused, load_sweep, parse_values
-from scripts.sweeping.view import collect_runs, write
+from scripts.sweeping.view import collect_runs, keep, write
+from scripts.tables import differences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
     )
     parser.add_argument("--plan", action="store_true", help="show what is missing and stop")
+    parser.add_argument("--accept", action="store_true", help="keep the records in results/runs")
+    parser.add_argument("--check", action="store_true", help="compare, from accepted records only")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return parser
 
@@ -89,6 +96,13 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError("a sweep needs statsmodels; install requirements.lock")
     spec = load_sweep(options.sweep, scale, parse_values(options.values))
     cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
+    folder = options.results / scale / "sweeps" / spec.name
+    if options.accept or options.check:
+        if options.accept:
+            keep(cells, options.results / "runs" / scale)
+        entries = collect_accepted(cells, read_accepted(options.results / "runs"))
+        content = build(spec, scale, seeds, extra, entries, refused)
+        return _finish(content, folder) if options.accept else _compare(content, folder)
     batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers)
     print("\n".join(describe(spec.as_table(), cells, batch.states)))
     print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
@@ -103,13 +117,26 @@ def _sweep(options: argparse.Namespace) -> int:
         print(f"refused: {row} on {on}: {why}", file=sys.stderr)
     failures = batch.run(f"sweep-{spec.name}", waits=False)
     entries = collect_runs(cells, failures, refused)
-    content = build(spec, scale, seeds, extra, entries, refused)
-    paths = write(content, options.results / scale / "sweeps" / spec.name)
+    return _finish(build(spec, scale, seeds, extra, entries, refused), folder)
+
+
+def _finish(content: Mapping[str, Any], folder: Path) -> int:
+    """Write and print the view; return the exit code."""
+    paths = write(content, folder)
     print(f"\n{terminal(content)}")
     print("\n".join(f"wrote {path}" for path in paths), flush=True)
     is_complete = all(not row["absent"] for row in content["rows"])
     print(last_line(content), file=sys.stdout if is_complete else sys.stderr)
     return 0 if is_complete else 1
+
+
+def _compare(content: Mapping[str, Any], folder: Path) -> int:
+    """Say what differs between a view and the one in `folder`; return the exit code."""
+    with tempfile.TemporaryDirectory() as temporary:
+        write(content, Path(temporary))
+        problems = differences(Path(temporary), folder)
+    print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
+    return 1 if problems else 0
 
 
 def _without_refused(batch: Batch, refused: Refused) -> tuple[Batch, Refused]:

@@ -151,7 +151,7 @@ def chosen_lines(content: Content, panel: Mapping[str, Any]) -> list[str]:
             if item["ci95"] is not None:
                 low, high = item["ci95"]
                 text += f" (95 % interval {low:+.{decimals}f} to {high:+.{decimals}f})"
-            lines.append(f"  - against {label}: {text}, {item['n']} common seeds")
+            lines.append(f"  - against {label}: {text}; common seeds: {item['n']}")
     return lines or ["- No cell has a score of the validation split."]
 
 
@@ -162,8 +162,8 @@ def _certainty(chosen: Mapping[str, Any]) -> str:
     if chosen["compared"] == 0:
         return "One seed decides nothing: no cell is compared with it."
     return (
-        f"{len(chosen['tied'])} of the other {chosen['of'] - 1} cells are not distinguishable "
-        "from it on the validation split."
+        f"Not distinguishable from it on the validation split: {len(chosen['tied'])} of the "
+        f"{chosen['compared']} cells that it is compared with."
     )
 
 

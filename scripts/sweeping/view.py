@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.reporting.figures import try_to_draw
-from scripts.reporting.results import Entry, collect, write_text
+from scripts.reporting.results import Entry, accept, collect, write_text
 from scripts.runs.cells import Cell
 from scripts.runs.folder import LockedError, is_held
 from scripts.runs.jobs import Outcome
@@ -41,6 +41,16 @@ def collect_runs(
             entry = replace(entry, state="refused", reason=refused[place])
         entries.append(entry)
     return entries
+
+
+def keep(cells: Sequence[Cell], folder: Path) -> None:
+    """Copy the records of finished runs to ``folder/<name>.json``; those that are there stay.
+
+    Raises:
+        ValueError: a record comes from a tree with uncommitted changes.
+    """
+    known = {c.signature: c for c in cells if not (folder / f"{c.signature}.json").exists()}
+    accept(collect(list(known.values())), folder)
 
 
 def write(content: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -186,6 +186,20 @@ def test_a_refused_a_failed_and_a_held_cell_cost_themselves_only(
     assert sweep.main(arguments_for(fake)) == 0
 
 
+def test_what_is_committed_follows_from_the_records(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main(arguments_for(fake)) == 0
+    assert sweep.main(arguments_for(fake, "--accept")) == 0
+    assert len(list((fake / "results" / "runs" / "tiny").iterdir())) == 14
+    monkeypatch.setattr(fake_runs, "OUTPUTS", fake / "no run is here")
+    assert sweep.main(arguments_for(fake, "--check")) == 0
+    assert "follows from its records, byte for byte" in capsys.readouterr().out
+    (view(fake) / "sweep.csv").write_text("other")
+    assert sweep.main(arguments_for(fake, "--check")) == 1
+    assert "sweep.csv differs from what its records give" in capsys.readouterr().out
+
+
 def test_where_every_cell_is_refused_nothing_is_run(
     fake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
