@@ -96,9 +96,11 @@ gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: resu
 bench: $(READY)  ## seconds and memory of data at full size, of rows made on the spot (many minutes)
 	@$(RUN) benchmarks/data_at_scale.py $$ARGS
 
-check-results: $(READY)  ## do the committed tables follow, byte for byte, from the committed records?
+check-results: $(READY)  ## do the committed tables and sweeps follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
 	@$(RUN) scripts/audit.py --scale tiny --check
+	@for name in $(notdir $(wildcard results/tiny/sweeps/*)); do \
+	  $(RUN) scripts/sweep.py "$$name" --scale tiny --check || exit 1; done
 
 check-pins: $(READY)  ## are all pinned weights and data where they are downloaded from? needs the network
 	@$(RUN) scripts/check_pins.py $$ARGS

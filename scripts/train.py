@@ -102,9 +102,10 @@ def check_arguments(arguments: Sequence[str]) -> Multirun | None:
     overrides = [
         a for a in arguments
         if ("=" in a or a.startswith("~")) and not a.startswith("-")
-        and (not a.startswith("hydra.") or a.startswith(composition.SEARCH_PATH))
+        and (not a.startswith(("hydra.", "hydra/")) or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
-    grid = read_grid(overrides)
+    sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
+    grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not _is_asking(arguments):
         return Multirun.check(grid)
     composition.compose(grid.firsts)

@@ -64,19 +64,20 @@ class Grid:
             yield [*self.fixed, *own]
 
 
-def read_grid(overrides: Sequence[str]) -> Grid:
+def read_grid(overrides: Sequence[str], *, has_sampler: bool = False) -> Grid:
     """Return what a command line asks for.
 
     Args:
         overrides: as Hydra takes them: ``a=1,2``, ``a=choice(1,2)``, ``a=range(1,4)``,
             ``a=glob(*)``, ``a=interval(0,1)``, each also with ``tag(...)``.
+        has_sampler: whether another sweeper than Hydra's own picks the runs.
 
     Raises:
         ConfigError: one cannot be read.
     """
     fixed: list[str] = []
     swept: dict[str, tuple[str, ...]] = {}
-    is_sampled = False
+    is_sampled = has_sampler
     try:
         for parsed in OverridesParser.create().parse_overrides(list(overrides)):
             if not parsed.is_sweep_override():
@@ -135,9 +136,12 @@ class Multirun:
         Raises:
             ConfigError: a run does not compose, or no run is allowed.
         """
+        first = Run.compose(grid.firsts)
+        if grid.is_sampled:
+            return None
         for overrides in grid.compositions():
-            first = Run.compose(overrides)  # what does not compose would end the sweep within Hydra
-        if grid.is_sampled or "scale" in grid.swept:
+            Run.compose(overrides)  # what does not compose would end the sweep within Hydra
+        if "scale" in grid.swept:
             return None
         scale, seeds = str(first.choices.scale), _seeds_of(grid)
         extra = [o for o in grid.fixed if o.partition("=")[0] not in ("seed", "scale")]

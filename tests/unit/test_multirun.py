@@ -85,6 +85,7 @@ def test_what_a_sweeper_samples_is_taken_without_a_traceback(
     fake_runs.install(monkeypatch.setattr)
     found = train.check_arguments(["-m", *BASE, sweep])
     assert (found is None) == ("interval" in sweep)
+    assert train.check_arguments(["-m", "hydra/sweeper=optuna", *BASE, sweep]) is None
 
 
 @pytest.mark.parametrize(
