@@ -146,8 +146,9 @@ def command(arguments: Sequence[str]) -> int:
         main()
     except SystemExit as stop:  # how Hydra ends where a run has failed
         code = stop.code if isinstance(stop.code, int) else 1
-    if sweep is not None and code in (0, 1):
-        return sweep.finish()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if sweep is not None and code in (0, 1) and is_main:
+        return max(code, sweep.finish())
     return code
 
 

@@ -1,7 +1,8 @@
 """The content of a sweep's view, from run records and from nothing else.
 
 Two scores stand side by side: the one that cells are chosen on, of the validation split, and the
-one that is shown, of the test split. The test score of a chosen cell has had no part in its choice.
+one that is shown, of the split that the task is scored on, which is the test split wherever its
+labels are public. There the score of a chosen cell has had no part in its choice.
 """
 
 from __future__ import annotations
@@ -87,9 +88,10 @@ def _scores(experiment: Experiment, entries: Sequence[Entry]) -> dict[str, dict[
         )
     loss = {"name": "loss", "label": "loss", "scale": 1.0, "decimals": 3, "better": "lower"}
     chosen = task.selection_metric
+    first = loss if chosen is None else _score(specs[chosen])
     return {
-        CHOSEN_ON: loss if chosen is None else _score(specs[chosen]),
-        SHOWN: _score(specs[name]),
+        CHOSEN_ON: {**first, "split": "validation"},
+        SHOWN: {**_score(specs[name]), "split": task.scored_split},
         "others": {other: metric.scale for other, metric in specs.items()},
     }
 

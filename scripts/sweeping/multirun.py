@@ -161,9 +161,15 @@ class Multirun:
         return cls(replace(spec, name=name), scale, seeds, extra, cells, refused)
 
     def finish(self) -> int:
-        """Write the view to ``outputs/sweeps/<name>/`` and print it; return the exit code."""
+        """Write the view to ``outputs/sweeps/<name>/`` and print it; return the exit code.
+
+        Where no run is done there is nothing to show.
+        """
         entries = collect_runs(self.cells, {}, self.refused)
         content = build(self.spec, self.scale, self.seeds, self.extra, entries, self.refused)
+        if not any(row["runs"] for row in content["rows"]):  # as where a launcher lacks
+            print(last_line(content), file=sys.stderr)
+            return 1
         paths = write(content, self.cells[0].run.outputs / "sweeps" / self.spec.name)
         print(f"\n{terminal(content)}")
         print("\n".join(f"wrote {path}" for path in paths), flush=True)

@@ -24,15 +24,16 @@ HOW_TO_READ = (
     f"{BEST} best mean. {TIED} not distinguishable from the best: paired t test over common seeds, "
     f"corrected for the number of cells (Holm), at 5 %. {CHOSEN} chosen: best on the validation "
     "split. The best of many cells looks better than it is, on the split that it is the best of; "
-    "the test score of a chosen cell has had no part in its choice."
+    "a test score of a chosen cell has had no part in its choice."
 )
+SAME_SPLIT = "**Chosen and scored on the same split** (no labels of a test split are public): "
 
 
 def score_name(content: Content, experiment: str, measure: str) -> str:
     """Return what a score is called: ``BLEU, test split``."""
     score = content["scores"][experiment][measure]
     lower = " (lower is better)" if score["better"] == "lower" else ""
-    return f"{score['label']}, {measure} split{lower}"
+    return f"{score['label']}, {score['split']} split{lower}"
 
 
 def cell_state(row: Mapping[str, Any]) -> str:
@@ -98,6 +99,8 @@ def to_markdown(content: Content) -> str:
     lines += ["", HOW_TO_READ]
     for panel in content["panels"]:
         lines += ["", f"## {panel_title(panel)}", "", *chosen_lines(content, panel)]
+        if content["scores"][panel["experiment"]][SHOWN]["split"] == "validation":
+            lines += ["", f"{SAME_SPLIT}the score of a chosen cell is too good by its choice."]
         for measure in (SHOWN, CHOSEN_ON):
             lines += ["", f"### {score_name(content, panel['experiment'], measure)}", ""]
             lines += md_table(*_pivot(content, panel, measure))

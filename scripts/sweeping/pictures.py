@@ -88,7 +88,7 @@ def _draw_legend(axes: Any, panel: Mapping[str, Any]) -> None:
 
 def _name(content: Mapping[str, Any], panel: Mapping[str, Any], measure: str) -> str:
     score = content["scores"][panel["experiment"]][measure]
-    return f"{score['label'][:1].upper()}{score['label'][1:]}, {measure} split"
+    return f"{score['label'][:1].upper()}{score['label'][1:]}, {score['split']} split"
 
 
 # ---------------------------------------------------------------------- heat map

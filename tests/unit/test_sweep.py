@@ -350,6 +350,17 @@ def test_the_heat_map_says_what_the_content_says(
     assert [p.read_bytes() for p in draw(content, again)] == [p.read_bytes() for p in files]
 
 
+def test_a_page_says_where_the_choice_is_not_independent(
+    grid: Callable[..., dict[str, Any]],
+) -> None:
+    content = grid({}, {})
+    assert "on the same split" not in to_markdown(content)
+    content["scores"]["e2e"][SHOWN]["split"] = "validation"  # as GLUE, whose test labels are hidden
+    page = to_markdown(content)
+    assert "**Chosen and scored on the same split**" in page
+    assert "### BLEU, validation split" in page
+
+
 @pytest.mark.parametrize("name", ["rank", "learning_rate"])
 def test_one_axis_gives_one_heat_map_with_a_line_a_method(
     name: str, fake: Path, tmp_path: Path
