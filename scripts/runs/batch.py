@@ -20,6 +20,7 @@ from scripts.runs import checks, starts
 from scripts.runs.allotment import Allotment, allot, largest_need, parse_workers
 from scripts.runs.cells import Cell
 from scripts.runs.durations import Durations, format_seconds
+from scripts.runs.folder import LockedError
 from scripts.runs.jobs import Job, Outcome
 from scripts.runs.run import Status
 from scripts.runs.scale import missing_device
@@ -30,6 +31,8 @@ from scripts.runs.workers import Pool
 EXECUTE = "scripts.runs.execution:execute"
 #: the same, but a run that another process works on is left to it.
 ATTEMPT = "scripts.runs.execution:attempt"
+#: how the error of a run begins that was left to another process.
+HELD = f"{LockedError.__name__}:"
 #: what a worker does with runs whose models are to be pre-trained.
 PREPARE = "scripts.runs.execution:prepare"
 
@@ -363,6 +366,8 @@ class Progress:
         how = f"done ({outcome.seconds:.1f} s)"
         if outcome.error is not None:
             how = f"FAILED: {outcome.error} ({outcome.seconds:.1f} s)"
+            if outcome.error.startswith(HELD):
+                how = f"left: {outcome.error.removeprefix(HELD).strip()}"
         if not outcome.was_run:
             how = f"not run: {outcome.error}"
         line = f"[{self.count}/{self.total}] {label}: {how}"

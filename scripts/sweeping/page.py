@@ -18,7 +18,7 @@ WIDTH = 100
 #: states of runs in the order in which they are told.
 STATES = ("done", "failed", "refused", "held", "partial", "stale", "missing")
 WORDS = {"held": "held by another process", "missing": "not run", "partial": "not finished"}
-HELD = "another process works on it; the same command takes it up later"
+LEFT = "another process works on it; the same command takes it up later"
 HOW_TO_READ = (
     "Mean over seeds ± half of the 95 % interval (Student t); in brackets the number of seeds. "
     f"{BEST} best mean. {TIED} not distinguishable from the best: paired t test over common seeds, "

@@ -10,10 +10,11 @@ from typing import Any
 
 from scripts.reporting.figures import try_to_draw
 from scripts.reporting.results import Entry, accept, collect, write_text
+from scripts.runs.batch import HELD
 from scripts.runs.cells import Cell
-from scripts.runs.folder import LockedError, is_held
+from scripts.runs.folder import is_held
 from scripts.runs.jobs import Outcome
-from scripts.sweeping.page import HELD, to_csv, to_markdown
+from scripts.sweeping.page import LEFT, to_csv, to_markdown
 from scripts.sweeping.pictures import draw
 from scripts.sweeping.spec import Refused
 
@@ -34,9 +35,9 @@ def collect_runs(
     entries = []
     for entry in collect(cells, failures=failures):
         place = (entry.cell.row, entry.cell.on)
-        was_held = entry.reason.startswith(f"{LockedError.__name__}:")
+        was_held = entry.reason.startswith(HELD)
         if entry.record is None and (was_held or is_held(entry.cell.run.folder)):
-            entry = replace(entry, state="held", reason=HELD)
+            entry = replace(entry, state="held", reason=LEFT)
         elif entry.record is None and place in refused:
             entry = replace(entry, state="refused", reason=refused[place])
         entries.append(entry)

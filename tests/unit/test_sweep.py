@@ -159,7 +159,9 @@ def test_a_refused_a_failed_and_a_held_cell_cost_themselves_only(
     wrong = "fake.fail=delta_lora:2:1:0 fake.lock=delta_lora:1:2:4"
     grid = "lambda=1,2,-1 K=0,4"
     assert sweep.main(arguments_for(fake, "--args", wrong, values=grid)) == 1
-    error = capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "lambda=2 K=4 on e2e, seed 1: left: process 7 is already working in" in said.out
+    error = said.err
     assert "refused: delta_lora lambda=-1 K=0 on e2e: update_ratio=-1 is not allowed" in error
     assert error.splitlines()[-1] == (
         "12 done, 1 failed, 6 refused, 1 held by another process: "
