@@ -36,7 +36,7 @@ export ARGS SCALE SEEDS SWEEP VALUES WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report bench gpu-check check-results check-pins clean check-python
+.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report readme bench gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -87,8 +87,11 @@ audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 sweep: $(READY)  ## a grid of settings: results/SCALE/sweeps/SWEEP (SWEEP=lambda_k, VALUES='lambda=0.5,1,2 K=0,4')
 	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --values "$$VALUES" --args="$$ARGS"
 
-report: $(READY)  ## put the generated rows into README
-	@$(RUN) scripts/report.py
+report: $(READY)  ## all results of a scale as one page that opens from disk: results/SCALE/report/index.html
+	@$(RUN) scripts/report.py --scale "$$SCALE"
+
+readme: $(READY)  ## put the generated rows into README
+	@$(RUN) scripts/readme.py
 
 gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: results/gpu/DEVICE.json (ONLY=2,7)
 	@$(RUN) scripts/gpu_check.py $$ARGS
@@ -96,11 +99,12 @@ gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: resu
 bench: $(READY)  ## seconds and memory of data at full size, of rows made on the spot (many minutes)
 	@$(RUN) benchmarks/data_at_scale.py $$ARGS
 
-check-results: $(READY)  ## do the committed tables and sweeps follow, byte for byte, from the committed records?
+check-results: $(READY)  ## do the committed tables, sweeps and report follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
 	@$(RUN) scripts/audit.py --scale tiny --check
 	@for name in $(notdir $(wildcard results/tiny/sweeps/*)); do \
 	  $(RUN) scripts/sweep.py "$$name" --scale tiny --check || exit 1; done
+	@$(RUN) scripts/report.py --scale tiny --check
 
 check-pins: $(READY)  ## are all pinned weights and data where they are downloaded from? needs the network
 	@$(RUN) scripts/check_pins.py $$ARGS

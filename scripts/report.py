@@ -1,44 +1,81 @@
-"""Put the generated rows into README, between ``<!-- results/... -->`` and ``<!-- end -->``.
+"""Make the report of a scale: one HTML file with verdicts, plots, tables, curves, cost and runs.
 
-Example:
-    python scripts/report.py            (or: make report)
+    python scripts/report.py --scale tiny           results/tiny/report/index.html (or: make report)
+    python scripts/report.py --scale tiny --check   compare with what is committed
+
+It is made of the tables, figures, pictures and sweeps of ``results/<scale>``, of run records, and
+of ``report/samples.json``, to which this command first copies a few points of the curves and a few
+predictions of every run folder at hand. ``--check`` reads no run folder.
 """
 
 from __future__ import annotations
 
-import re
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-_BLOCK = re.compile(r"(<!-- (results/[\w./-]+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.htmlreport import page, samples
+from scripts.htmlreport.sources import PAGE, REPORT, SAMPLES, read_sources
+from scripts.reporting.results import RESULTS, write_text
+from scripts.runs.composition import ROOT
+from scripts.runs.scale import CHOICES, resolve_scale
 
 
-def fill(text: str, root: Path = ROOT) -> str:
-    """Return `text` with every block replaced by the file it names; headings one level lower.
+def make(results: Path, scale: str, outputs: Path) -> Path:
+    """Write the report of a scale; return its file.
+
+    Args:
+        results: the folder ``results``.
+        scale: tiny, small or paper.
+        outputs: folder of the run folders.
 
     Raises:
-        FileNotFoundError: a named table was never made.
+        ValueError: there is no table at this scale, or the page is too large.
     """
+    sources = read_sources(results, scale, outputs)
+    folder = sources.folder / REPORT
+    folder.mkdir(exist_ok=True)
+    found = samples.collect(sources, outputs)
+    if found != sources.samples:
+        write_text(folder / SAMPLES, samples.to_text(found))
+        sources = read_sources(results, scale, outputs)
+    return write_text(folder / PAGE, page.write(sources))
 
-    def block(match: re.Match[str]) -> str:
-        table = (root / match[2]).read_text(encoding="utf-8")
-        lower = re.sub(r"^(#+ )", r"##\1", table, flags=re.MULTILINE)
-        return f"{match[1]}\n{lower.strip()}\n\n{match[3]}"
 
-    return _BLOCK.sub(block, text)
+def check(results: Path, scale: str) -> str | None:
+    """Return what is wrong with the committed report of a scale, or None."""
+    path = results / scale / REPORT / PAGE
+    if not path.exists():
+        return f"{path} is missing; make it: make report SCALE={scale}"
+    if page.write(read_sources(results, scale, None)).encode() != path.read_bytes():
+        return f"{path} differs from what its records give; make it anew: make report SCALE={scale}"
+    return None
 
 
-def main() -> int:
-    """Rewrite README.md."""
-    readme = ROOT / "README.md"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make or check the report; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=CHOICES, default="auto")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--check", action="store_true", help="compare, from committed files only")
+    options = parser.parse_args(arguments)
     try:
-        filled = fill(readme.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        sys.stderr.write(f"error: {error.filename} is missing; make that table first\n")
+        scale, reason = resolve_scale(options.scale)
+        print(f"scale: {scale} ({reason})")
+        if options.check:
+            problem = check(options.results, scale)
+            print(problem or f"{options.results / scale / REPORT / PAGE} follows from its records")
+            return 1 if problem else 0
+        print(f"wrote {make(options.results, scale, options.outputs)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    readme.write_text(filled, encoding="utf-8")
-    print(f"wrote {readme}")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from scripts.reporting import stats
 from scripts.reporting.figures import SERIES_LABELS
+from scripts.reporting.marks import BEST, TIED, mark_best
 from scripts.reporting.spec import SERIES
 
 Results = Mapping[str, Any]
@@ -146,24 +147,9 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 def _marks(column: _Column, values: Sequence[Mapping[int, float]]) -> list[str]:
-    """Return the mark of each row in one column.
-
-    The best mean gets the star. A row gets the tilde where the interval of its paired difference
-    to the best contains zero: over the seeds that both have, at least two.
-    """
-    marks = [""] * len(values)
-    means = {i: stats.summarize(v.values()).mean for i, v in enumerate(values) if v}
-    if not means or column.sign == 0:
-        return marks
-    best = max(means, key=lambda i: column.sign * means[i])
-    for i in means:
-        difference = stats.paired_difference(values[i], values[best])
-        if i == best:
-            marks[i] = _BEST
-        elif difference is not None and difference.ci95 is not None:
-            low, high = difference.ci95
-            marks[i] = _TIED if low <= 0 <= high else ""
-    return marks
+    """Return the sign of each row in one column: the best, what is not distinguishable, or none."""
+    signs = {BEST: _BEST, TIED: _TIED, None: ""}
+    return [signs[mark] for mark in mark_best(values, column.sign)]
 
 
 def _cell(column: _Column, values: Mapping[int, float], state: str) -> str:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from scripts.report import ROOT, fill
+from scripts.readme import ROOT, fill
 from scripts.reporting.page import _command
 
 
 def test_readme_holds_the_generated_tables() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- results/tiny/key_rows.md -->" in text
-    assert fill(text) == text, "run `make report`"
+    assert fill(text) == text, "run `make readme`"
 
 
 def test_a_block_is_replaced_by_its_table(tmp_path: Path) -> None:
