@@ -11,8 +11,8 @@ cell that is refused, fails, or is held by another process costs itself only: th
 it, and the same command tries it again. Several commands may share a grid: each takes the cells
 that no other works on.
 
-Writes results/<scale>/sweeps/<name>/sweep.{json,csv,md,svg,png}. Exit code: 0 all cells are done,
-1 some are not (the view is written all the same), 2 bad input, 130 stopped.
+Writes results/<scale>/sweeps/<name>/: sweep.{json,csv,md,svg,png} and pivot.csv. Exit code: 0 all
+cells are done, 1 some are not (the view is written all the same), 2 bad input, 130 stopped.
 """
 
 from __future__ import annotations

@@ -89,6 +89,25 @@ def to_csv(content: Content) -> str:
     return stream.getvalue()
 
 
+def to_pivot(content: Content) -> str:
+    """Return the heat maps as CSV: one line a line, cells as the page has them."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    first = content["axes"][0]
+    writer.writerow(
+        ["panel", "score", "line", *(f"{first['label']} = {v}" for v in first["values"])]
+    )
+    for panel in content["panels"]:
+        before = f"{panel['row']} = " if panel["row"] else ""
+        for measure in (SHOWN, CHOSEN_ON):
+            score = score_name(content, panel["experiment"], measure)
+            for number, (label, *texts) in enumerate(_pivot(content, panel, measure)[1]):
+                is_grid = number < len(panel["lines"])
+                name = f"{before}{label}" if is_grid else label
+                writer.writerow([panel_title(panel), score, name, *texts])
+    return stream.getvalue()
+
+
 def to_markdown(content: Content) -> str:
     """Return the page: facts, picture, the chosen cells, every number, what is missing."""
     lines = head_lines(content)

@@ -14,7 +14,7 @@ from scripts.runs.batch import HELD
 from scripts.runs.cells import Cell
 from scripts.runs.folder import is_held
 from scripts.runs.jobs import Outcome
-from scripts.sweeping.page import LEFT, to_csv, to_markdown
+from scripts.sweeping.page import LEFT, to_csv, to_markdown, to_pivot
 from scripts.sweeping.pictures import draw
 from scripts.sweeping.spec import Refused
 
@@ -55,7 +55,7 @@ def keep(cells: Sequence[Cell], folder: Path) -> None:
 
 
 def write(content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``folder/sweep.{json,csv,md,svg,png}``; return the files.
+    """Write ``folder/sweep.{json,csv,md,svg,png}`` and ``folder/pivot.csv``; return the files.
 
     Args:
         content: from `scripts.sweeping.content.build`.
@@ -66,6 +66,7 @@ def write(content: Mapping[str, Any], folder: Path) -> list[Path]:
     return [
         write_text(folder / "sweep.json", text),
         write_text(folder / "sweep.csv", to_csv(content)),
+        write_text(folder / "pivot.csv", to_pivot(content)),
         write_text(folder / "sweep.md", to_markdown(content)),
         *try_to_draw(draw, content, folder, "sweep"),
     ]

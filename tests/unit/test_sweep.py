@@ -131,7 +131,12 @@ def test_a_grid_that_was_killed_and_continued_gives_the_same_bytes(
     assert sweep.main(arguments_for(fake)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "14 done"
     undisturbed = {path.name: path.read_bytes() for path in view(fake).iterdir()}
-    assert undisturbed.keys() == {f"sweep.{s}" for s in ("json", "csv", "md", "svg", "png")}
+    kinds = ("json", "csv", "md", "svg", "png")
+    assert undisturbed.keys() == {*(f"sweep.{kind}" for kind in kinds), "pivot.csv"}
+    pivot = undisturbed["pivot.csv"].decode().splitlines()
+    assert pivot[0] == "panel,score,line,λ = 1,λ = 2"
+    assert pivot[1].startswith('e2e: Delta-LoRA,"BLEU, test split",K = 0,')
+    assert len(pivot) == 1 + 2 * 4
 
     other = fake / "other"
     wait = arguments_for(other, "--args", "fake.wait=delta_lora:1:2:4")
@@ -376,5 +381,5 @@ def test_one_axis_gives_one_heat_map_with_a_line_a_method(
     assert panel["lines"] == [method.label for method in spec.methods]
     assert len(panel["chosen"]) == len(spec.methods)  # each method's own best value
     assert "One seed decides nothing" in to_markdown(content)
-    assert len(write(content, tmp_path / "view")) == 5
+    assert len(write(content, tmp_path / "view")) == 6
     assert last_line(content) == f"{len(cells)} done"
