@@ -7,9 +7,9 @@ ARGS ?=
 # Processes of `make test`; one thread each.
 TEST_WORKERS ?= 2
 PYTHON3 ?= python3
-# Grid of `make sweep`; without STARTS one that fits the length of the runs.
-RATIOS ?= 0.5,1,2,4
-STARTS ?=
+# Of `make sweep`: a file of configs/sweep, and values of its axes in place of those there.
+SWEEP ?= lambda_k
+VALUES ?=
 
 ALL_TABLES := $(patsubst configs/table/%.yaml,%,$(sort $(wildcard configs/table/*.yaml)))
 # Not of the paper: made by their own target only.
@@ -32,7 +32,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 # Passed through the environment, so that quotes in them survive.
-export ARGS SCALE SEEDS WORKERS
+export ARGS SCALE SEEDS SWEEP VALUES WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -84,11 +84,8 @@ reproduce-%: $(READY)
 audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
 	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
 
-sweep: $(READY)  ## runs of Delta-LoRA over lambda and K (RATIOS=, STARTS=)
-	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
-	starts=$(STARTS) && if [ "$$scale" = tiny ]; then : "$${starts:=0,4,50}"; else : "$${starts:=0,100,500}"; fi && \
-	$(RUN) scripts/train.py -m experiment=e2e method=delta_lora scale=$$scale \
-	  seed=$$SEEDS method.update_ratio=$(RATIOS) method.start_step=$$starts $$ARGS
+sweep: $(READY)  ## a grid of settings: results/SCALE/sweeps/SWEEP (SWEEP=lambda_k, VALUES='lambda=0.5,1,2 K=0,4')
+	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --values "$$VALUES" --args="$$ARGS"
 
 report: $(READY)  ## all results of a scale as one page that opens from disk: results/SCALE/report/index.html
 	@$(RUN) scripts/report.py --scale "$$SCALE"
@@ -108,9 +105,11 @@ gpu-check: $(GPU_READY)  ## what only a GPU can show, nine minutes at most: resu
 bench: $(READY)  ## seconds and memory of data at full size, of rows made on the spot (many minutes)
 	@$(RUN) benchmarks/data_at_scale.py $$ARGS
 
-check-results: $(READY)  ## do the committed tables and their report follow, byte for byte, from the committed records?
+check-results: $(READY)  ## do the committed tables, sweeps and report follow, byte for byte, from the committed records?
 	@$(RUN) scripts/tables.py --scale tiny --check
 	@$(RUN) scripts/audit.py --scale tiny --check
+	@for name in $(notdir $(wildcard results/tiny/sweeps/*)); do \
+	  $(RUN) scripts/sweep.py "$$name" --scale tiny --check || exit 1; done
 	@$(RUN) scripts/report.py --scale tiny --check
 
 check-pins: $(READY)  ## are all pinned weights and data where they are downloaded from? needs the network

@@ -1,5 +1,10 @@
 """Execute one run, or a sweep of runs with ``-m``.
 
+A sweep is checked before its first run. A run that is refused, fails, or is held by another process
+costs itself only, and the last line names it; what came of all of them is in
+``outputs/sweeps/<axes and a hash of the runs>/sweep.{json,csv,md,svg,png}``. Exit code: 0 done,
+1 a run failed or some of a sweep are not done, 2 bad input, 130 stopped.
+
 Examples:
     python scripts/train.py experiment=e2e method=delta_lora seed=1
     python scripts/train.py -m experiment=e2e method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
@@ -19,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from scripts.runs import composition
@@ -28,13 +32,22 @@ from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
 from scripts.runs.folder import RECORD, LockedError
 from scripts.runs.run import Run
+from scripts.sweeping.content import selection_name, validation_value
+from scripts.sweeping.multirun import Multirun, read_grid
 
 logger = logging.getLogger("train")
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
-def main(_: DictConfig) -> None:
-    """Compose, execute and report one run."""
+def main(_: DictConfig) -> float | None:
+    """Compose, execute and report one run.
+
+    Returns:
+        What a sweeper such as Optuna optimises: the score of the validation split that the task is
+        selected by, else the loss there, as stored (of the loss, less is better). None where there
+        is none, in other processes than the main one, and where another process holds the run.
+    """
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if int(os.environ.get("RANK", "0")) > 0:
         logging.disable(logging.INFO)  # the main process reports
     try:
@@ -42,17 +55,25 @@ def main(_: DictConfig) -> None:
         if run.is_done:
             logger.info("already done: %s (delete the folder to run it again)", run.folder)
         record = execute(run, wait=False)
-    except (ConfigError, LockedError) as error:
+    except LockedError as error:
+        if not is_sweep:
+            _stop(str(error))
+        logger.warning("skipped: %s", error)
+        return None
+    except ConfigError as error:
+        if is_sweep:  # Hydra notes it and goes on
+            raise
         _stop(str(error))
     except KeyboardInterrupt as stop:
         _stop(f"{stop or 'stopped'}; the same command continues", code=130)
     if not record:  # a process of a distributed run other than the main one
-        return
+        return None
     for name, value in record["metrics"].items():
         logger.info("test/%s = %.4f", name, value)
     for name, reason in record["missing_metrics"].items():
         logger.warning("test/%s is missing: %s", name, reason)
     logger.info("record: %s", run.folder / RECORD)
+    return validation_value(record, selection_name(run.config))
 
 
 def overrides_of(hydra_config: Any) -> list[str]:
@@ -69,8 +90,11 @@ def _stop(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Compose the run (of a sweep: its first one) so that mistakes get our messages, not Hydra's.
+def check_arguments(arguments: Sequence[str]) -> Multirun | None:
+    """Compose all that is asked for, so that mistakes get our messages, not Hydra's.
+
+    Returns:
+        The sweep, where it is one and its runs can be listed.
 
     Raises:
         ConfigError: unknown group member or key, or a value that cannot be read.
@@ -78,20 +102,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
     overrides = [
         a for a in arguments
         if ("=" in a or a.startswith("~")) and not a.startswith("-")
-        and (not a.startswith("hydra.") or a.startswith(composition.SEARCH_PATH))
+        and (not a.startswith(("hydra.", "hydra/")) or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
-    composition.check_choices(overrides)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        firsts = [
-            f"{p.get_key_element()}={next(p.sweep_string_iterator())}"
-            if p.is_sweep_override()
-            else str(p.input_line)
-            for p in parsed
-        ]
-    except OverrideParseException as error:
-        raise ConfigError(f"cannot read the override {error.override!r}: {error}") from error
-    composition.compose(firsts)
+    sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
+    grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not _is_asking(arguments):
+        return Multirun.check(grid)
+    composition.compose(grid.firsts)
+    return None
+
+
+def _is_asking(arguments: Sequence[str]) -> bool:
+    """Return whether Hydra is asked to show something instead of running."""
+    asking = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
+    return any(argument.startswith(asking) for argument in arguments)
 
 
 def with_search_path(arguments: Sequence[str]) -> list[str]:
@@ -107,10 +131,26 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-if __name__ == "__main__":
-    sys.argv[1:] = with_search_path(sys.argv[1:])
+def command(arguments: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    sys.argv[1:] = with_search_path(arguments)
     try:
-        check_arguments(sys.argv[1:])
+        sweep = check_arguments(sys.argv[1:])
     except ConfigError as error:
         _stop(str(error))
-    main()
+    if sweep is not None:
+        for (row, on), reason in sweep.refused.items():
+            sys.stderr.write(f"refused: {row} on {on}: {reason}\n")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:  # how Hydra ends where a run has failed
+        code = stop.code if isinstance(stop.code, int) else 1
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if sweep is not None and code in (0, 1) and is_main:
+        return max(code, sweep.finish())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -162,8 +162,11 @@ FORMATS: dict[str, Callable[[Results], str]] = {
 
 
 def _title(results: Results) -> str:
-    kind = "Figure" if "figure" in results else "Table"
-    return f"{kind} {results['number']}: {results['title']} (scale: {results['scale']})"
+    if "sweep" in results:
+        name = f"Sweep {results['sweep']}"
+    else:
+        name = f"{'Figure' if 'figure' in results else 'Table'} {results['number']}"
+    return f"{name}: {results['title']} (scale: {results['scale']})"
 
 
 def _warning(results: Results) -> list[str]:

@@ -176,13 +176,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
     kind = raw.get("kind", "table")
-    _check_names([kind], KINDS, "kind")
+    check_names([kind], KINDS, "kind")
     keys: tuple[str, ...] = ("number", "title", "tuning", "runs", "rows")
     if kind == "table":
         keys += ("paper", "columns")
     optional = ("kind", "claims", "contrasts", "optional", "side_columns")
-    _check_keys(raw, "the table", required=keys, optional=optional)
-    _check_names([raw.get("optional", False)], (True, False), "optional")
+    check_keys(raw, "the table", required=keys, optional=optional)
+    check_names([raw.get("optional", False)], (True, False), "optional")
     runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
     columns = _build_columns(raw["columns"], tuple(runs)) if kind == "table" else ()
     side_columns = _build_columns(raw.get("side_columns", []), tuple(runs))
@@ -234,15 +234,15 @@ def _build_columns(items: Sequence[Mapping[str, Any]], runs: tuple[str, ...]) ->
         is_mean = "mean_of" in item
         source = ("mean_of",) if is_mean else ("metric", "scale")
         keys = ("name", "label", "decimals", "better", *source)
-        _check_keys(item, what, required=keys, optional=() if is_mean else ("run",))
+        check_keys(item, what, required=keys, optional=() if is_mean else ("run",))
         if item["better"] not in ("higher", "lower"):
             raise ValueError(f"{what}: better={item['better']!r}; use higher or lower")
         run = None
         if not is_mean:
             run = str(item.get("run", runs[0] if len(runs) == 1 else ""))
-            _check_names([run], runs, f"{what}: run")
+            check_names([run], runs, f"{what}: run")
         mean_of = tuple(item.get("mean_of", ()))
-        _check_names(mean_of, [c.name for c in columns if not c.mean_of], f"{what}: mean_of")
+        check_names(mean_of, [c.name for c in columns if not c.mean_of], f"{what}: mean_of")
         columns.append(
             Column(
                 name=str(item["name"]),
@@ -260,7 +260,7 @@ def _build_columns(items: Sequence[Mapping[str, Any]], runs: tuple[str, ...]) ->
 
 def _build_row(item: Mapping[str, Any]) -> Row:
     what = f"row {item.get('name')!r}"
-    _check_keys(item, what, required=("name", "label", "overrides"), optional=("control",))
+    check_keys(item, what, required=("name", "label", "overrides"), optional=("control",))
     overrides = tuple(map(str, item["overrides"]))
     return Row(str(item["name"]), str(item["label"]), overrides, bool(item.get("control", False)))
 
@@ -269,7 +269,7 @@ def _load_claims(
     ids: Sequence[str], rows: tuple[Row, ...], series: tuple[str, ...]
 ) -> tuple[Claim, ...]:
     known = read_yaml(PAPER / "claims.yaml")
-    _check_names(ids, list(known), "claims")
+    check_names(ids, list(known), "claims")
     claims = []
     for claim_id in ids:
         raw, what = known[claim_id], f"claims.yaml, {claim_id}"
@@ -277,8 +277,8 @@ def _load_claims(
             ("short", "statement", "status", "parts"),
             ("table", "figure", "source"),
         )
-        _check_keys(raw, what, required=required, optional=optional)
-        _check_names([raw["status"]], STATUSES, f"{what}: status")
+        check_keys(raw, what, required=required, optional=optional)
+        check_names([raw["status"]], STATUSES, f"{what}: status")
         parts = tuple(_build_part(item, what, rows, series) for item in raw["parts"])
         claims.append(Claim(claim_id, raw["statement"], raw["status"], parts))
     return tuple(claims)
@@ -294,52 +294,53 @@ def _build_part(
 ) -> Part:
     expect = None if is_contrast else raw.get("expect")
     if is_contrast:
-        _check_keys(raw, what, required=("row", "against"), optional=("columns",))
+        check_keys(raw, what, required=("row", "against"), optional=("columns",))
     elif expect == "comparable":
-        _check_keys(raw, what, required=("row", "against", "expect", "resources", "limit"))
+        check_keys(raw, what, required=("row", "against", "expect", "resources", "limit"))
     elif expect == "best":
-        _check_keys(raw, what, required=("row", "expect", "columns"))
+        check_keys(raw, what, required=("row", "expect", "columns"))
     else:
         allowed = SIMILARITY_EXPECTATIONS if series == SERIES else EXPECTATIONS
-        _check_names([expect], allowed, f"{what}: expect")
-        _check_keys(
-            raw, what, required=("row", "against", "expect", "columns"), optional=("paper",)
-        )
+        check_names([expect], allowed, f"{what}: expect")
+        check_keys(raw, what, required=("row", "against", "expect", "columns"), optional=("paper",))
     against = tuple(raw.get("against", ()))
     if expect == "best":
         against = tuple(r.name for r in rows if not r.is_control and r.name != raw["row"])
-    _check_names([raw["row"], *against], [row.name for row in rows], f"{what}: rows")
+    check_names([raw["row"], *against], [row.name for row in rows], f"{what}: rows")
     known = series
     wanted = () if expect == "comparable" else raw.get("columns", "all")
     chosen = known if wanted == "all" else tuple(wanted)
     paper = {str(key): float(value) for key, value in raw.get("paper", {}).items()}
-    _check_names([*chosen, *paper], known, f"{what}: columns")
+    check_names([*chosen, *paper], known, f"{what}: columns")
     resources = tuple(raw.get("resources", ()))
-    _check_names(resources, RESOURCES, f"{what}: resources")
+    check_names(resources, RESOURCES, f"{what}: resources")
     limit = float(raw["limit"]) if expect == "comparable" else None
     return Part(raw["row"], against, expect, chosen, resources, limit, paper)
 
 
 def _check_paper(paper: Mapping[str, Any], name: str) -> None:
     """Check that every number of the paper carries its status."""
-    _check_keys(paper, name, required=("title", "rows"))
+    check_keys(paper, name, required=("title", "rows"))
     for row_name, row in paper["rows"].items():
         what = f"{name}, {row_name}"
-        _check_keys(row, what, required=(), optional=("trainable", "updatable", "metrics", "note"))
+        check_keys(row, what, required=(), optional=("trainable", "updatable", "metrics", "note"))
         for key, value in row.get("metrics", {}).items():
-            _check_keys(value, f"{what}, {key}", required=("value", "status"))
-            _check_names([value["status"]], STATUSES, f"{what}, {key}: status")
+            check_keys(value, f"{what}, {key}", required=("value", "status"))
+            check_names([value["status"]], STATUSES, f"{what}, {key}: status")
         for key in row.keys() & {"trainable", "updatable"}:
             value = row[key]
-            _check_keys(
-                value, f"{what}, {key}", required=("printed", "status"), optional=("count",)
-            )
-            _check_names([value["status"]], STATUSES, f"{what}, {key}: status")
+            check_keys(value, f"{what}, {key}", required=("printed", "status"), optional=("count",))
+            check_names([value["status"]], STATUSES, f"{what}, {key}: status")
 
 
-def _check_keys(
+def check_keys(
     raw: Any, what: str, *, required: Sequence[str], optional: Sequence[str] = ()
 ) -> None:
+    """Check the keys of a mapping that a yaml file holds.
+
+    Raises:
+        ValueError: one lacks or is unknown; the message says which are allowed.
+    """
     if not isinstance(raw, Mapping):
         raise ValueError(f"{what} must be a mapping, got {raw!r}")
     missing = [key for key in required if key not in raw]
@@ -351,7 +352,12 @@ def _check_keys(
         raise ValueError(f"{what} has unknown keys {strangers}; allowed: {allowed}")
 
 
-def _check_names(names: Sequence[Any], known: Sequence[Any], what: str) -> None:
+def check_names(names: Sequence[Any], known: Sequence[Any], what: str) -> None:
+    """Check that all `names` are `known`.
+
+    Raises:
+        ValueError: one is not; the message says which are allowed.
+    """
     strangers = [name for name in names if name not in known]
     if strangers:
         raise ValueError(f"{what}: unknown {strangers}; allowed: {', '.join(map(str, known))}")

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
@@ -151,6 +151,45 @@ def paired_ratio(treatment: Mapping[int, float], control: Mapping[int, float]) -
     logs = summarize(math.log(treatment[seed] / control[seed]) for seed in seeds)
     ends = None if logs.ci95 is None else (math.exp(logs.ci95[0]), math.exp(logs.ci95[1]))
     return Summary(math.exp(logs.mean), logs.std, logs.n, ends)
+
+
+def paired_p_value(treatment: Mapping[int, float], control: Mapping[int, float]) -> float | None:
+    """Return the two-sided p value of the paired t test of a difference over common seeds.
+
+    Args:
+        treatment: value by seed.
+        control: value by seed of what it is compared to, in the same unit.
+
+    Returns:
+        The p value; where all differences are the same number, 1 if that is zero, else 0; None with
+        fewer than two common seeds.
+    """
+    difference = paired_difference(treatment, control)
+    if difference is None or difference.std is None:
+        return None
+    error = difference.std / math.sqrt(difference.n)
+    if error == 0:
+        return float(difference.mean == 0)
+    return float(2 * stdtr(difference.n - 1, -abs(difference.mean) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values that are corrected for their number by the step-down method of Holm (1979).
+
+    Where every hypothesis with a corrected value of at most 0.05 is rejected, the chance of even
+    one false rejection is at most 5 %, however the tests depend on each other.
+
+    Args:
+        p_values: one a hypothesis.
+
+    Returns:
+        The corrected values in the same order.
+    """
+    if not p_values:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(value) for value in multipletests(p_values, method="holm")[1]]
 
 
 def judge_difference(difference: Summary | None, *, claims_positive: bool) -> Judgement:

@@ -20,14 +20,20 @@ from scripts.runs import checks, starts
 from scripts.runs.allotment import Allotment, allot, largest_need, parse_workers
 from scripts.runs.cells import Cell
 from scripts.runs.durations import Durations, format_seconds
+from scripts.runs.folder import LockedError
 from scripts.runs.jobs import Job, Outcome
 from scripts.runs.run import Status
 from scripts.runs.scale import missing_device
 from scripts.runs.space import check_disk_space
 from scripts.runs.workers import Pool
 
-#: what a worker does with a run, and with runs whose models are to be pre-trained.
+#: what a worker does with a run.
 EXECUTE = "scripts.runs.execution:execute"
+#: the same, but a run that another process works on is left to it.
+ATTEMPT = "scripts.runs.execution:attempt"
+#: how the error of a run begins that was left to another process.
+HELD = f"{LockedError.__name__}:"
+#: what a worker does with runs whose models are to be pre-trained.
 PREPARE = "scripts.runs.execution:prepare"
 
 
@@ -130,6 +136,18 @@ class Batch:
                 had; the row is named.
             OSError: the results folder cannot be written, or the disk is too small.
         """
+        self.check_place(results)
+        for cell, reason in self.refused():
+            raise ValueError(f"row {cell.row} on {cell.on}: {reason}")
+        check_disk_space(self.todo, self.num_workers)
+
+    def check_place(self, results: Path) -> None:
+        """Check what holds for all runs alike: the device, and where results are written.
+
+        Raises:
+            ValueError: the runs are made for a device that this machine has not.
+            OSError: the results folder cannot be written.
+        """
         if self.refusal is not None:
             raise ValueError(self.refusal)
         try:
@@ -138,6 +156,9 @@ class Batch:
         except OSError as error:
             reason = f"cannot write to the results folder {results}: {error.strerror}"
             raise OSError(reason) from error
+
+    def refused(self) -> Iterator[tuple[Cell, str]]:
+        """Check rows one after the other; yield a cell of each that cannot run, and why."""
         checked, sources = set(), set[str]()
         for cell in self.todo:
             if (cell.row, cell.on) not in checked:
@@ -146,14 +167,15 @@ class Batch:
                     checks.check(cell.run)
                     checks.check_sources(cell.run, sources)
                 except ValueError as error:
-                    raise ValueError(f"row {cell.row} on {cell.on}: {error}") from error
-        check_disk_space(self.todo, self.num_workers)
+                    yield cell, str(error)
 
-    def run(self, name: str) -> dict[str, Outcome]:
+    def run(self, name: str, *, waits: bool = True) -> dict[str, Outcome]:
         """Make what is to do, models first, and show progress.
 
         Args:
             name: start of the names of the workers' logs.
+            waits: wait for a process of another command that works on a run; False: leave it to it,
+                which is an outcome with a `LockedError`.
 
         Returns:
             Name of the run to outcome, of those that failed or were not run.
@@ -165,7 +187,7 @@ class Batch:
             return {}
         with self.pool(name) as pool:
             prepare_models(pool, self.todo)
-            return run_cells(pool, self.todo, self.durations)
+            return run_cells(pool, self.todo, self.durations, EXECUTE if waits else ATTEMPT)
 
     def prepare(self, name: str) -> None:
         """Pre-train the models that any of the cells starts from, and do nothing else.
@@ -220,7 +242,9 @@ def expected_time(todo: Sequence[Cell], num_workers: int, durations: Durations) 
     )
 
 
-def run_cells(pool: Pool, todo: Sequence[Cell], durations: Durations) -> dict[str, Outcome]:
+def run_cells(
+    pool: Pool, todo: Sequence[Cell], durations: Durations, function: str
+) -> dict[str, Outcome]:
     """Run cells and show progress; return how those ended that failed or were not run.
 
     A cell that starts from another one of `todo` runs behind it, and not where that one fails.
@@ -229,6 +253,7 @@ def run_cells(pool: Pool, todo: Sequence[Cell], durations: Durations) -> dict[st
         pool: its workers run them.
         todo: the cells, from `with_starts`.
         durations: of earlier runs; gets those of these.
+        function: what a worker does with a run: `EXECUTE` or `ATTEMPT`.
 
     Returns:
         Name of the run to outcome.
@@ -238,7 +263,7 @@ def run_cells(pool: Pool, todo: Sequence[Cell], durations: Durations) -> dict[st
     for cell in todo:
         before = cell.run.start_run
         after = None if before is None else before.name
-        jobs.append(Job(EXECUTE, (cell.run,), cell.signature, after))
+        jobs.append(Job(function, (cell.run,), cell.signature, after))
     pending = dict(by_key)
 
     def remaining() -> str:
@@ -341,6 +366,8 @@ class Progress:
         how = f"done ({outcome.seconds:.1f} s)"
         if outcome.error is not None:
             how = f"FAILED: {outcome.error} ({outcome.seconds:.1f} s)"
+            if outcome.error.startswith(HELD):
+                how = f"left: {outcome.error.removeprefix(HELD).strip()}"
         if not outcome.was_run:
             how = f"not run: {outcome.error}"
         line = f"[{self.count}/{self.total}] {label}: {how}"

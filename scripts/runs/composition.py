@@ -54,6 +54,14 @@ def _scaled_alpha(alpha: float, update_ratio: float) -> float:
 
 
 OmegaConf.register_new_resolver("scaled_alpha", _scaled_alpha, replace=True)
+
+
+def _outputs_folder(chosen: str | None) -> str:
+    """Return the folder of all run folders; `chosen` is ``paths.outputs``."""
+    return str(ROOT / "outputs" if chosen is None else Path(chosen).resolve())
+
+
+OmegaConf.register_new_resolver("outputs_folder", _outputs_folder, replace=True)
 OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
 
 

@@ -63,6 +63,19 @@ def execute(run: Run, *, wait: bool = True) -> dict[str, Any]:
             raise
 
 
+def attempt(run: Run) -> dict[str, Any]:
+    """Execute a run where no other process does.
+
+    Returns:
+        As `execute`.
+
+    Raises:
+        LockedError: another process works in the run folder.
+        Exception: as `execute`.
+    """
+    return execute(run, wait=False)
+
+
 def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
     """Build, fit, score, write: the whole way of a run; arguments and errors as `execute`."""
     from delta_lora import memory

@@ -74,6 +74,19 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
         held.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a process works in a run folder at this moment."""
+    if not (folder / LOCK).exists():
+        return False
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(blocking=False)
+    except (Timeout, OSError):
+        return True
+    held.release()
+    return False
+
+
 def predict(
     task: Any, model: Any, tokenizer: Any, folder: Path, split: str
 ) -> list[dict[str, Any]]:

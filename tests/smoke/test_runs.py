@@ -245,12 +245,39 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     assert (run.folder / "metrics.jsonl").read_bytes() == with_mirror
 
 
-def test_a_sweep_runs_every_combination(small: Callable[..., list[str]], train: Any) -> None:
-    done = train(["-m", *small("method=delta_lora", "method.update_ratio=0.5,1")])
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_sweep_runs_every_combination_but_the_refused_one(
+    small: Callable[..., list[str]], train: Any, tmp_path: Path
+) -> None:
+    done = train(["-m", *small("method=delta_lora", "method.update_ratio=0.5,-1,1")])
+    assert done.returncode == 1, done.stderr[-2000:]
+    last = "2 done, 1 refused: delta_lora, λ = -1 on e2e, seed 1"
+    assert done.stderr.splitlines()[-1] == last
     for ratio in ("0.5", "1"):
         run = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
         assert run.status().state == "done"
+    assert len(list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))) == 5
+    assert not list(tmp_path.iterdir())  # the working folder of the command
+
+
+def test_a_launcher_gives_the_same_runs_to_the_bit(
+    small: Callable[..., list[str]], train: Any
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    submitit = ["hydra/launcher=submitit_local"]  # what Slurm would be given, on this machine
+    same = ("method=delta_lora", "seed=5")
+    runs = [Run.compose(small(*same, f"method.start_step={start}")) for start in (0, 2)]
+    found = []
+    for launcher in (joblib, submitit, []):
+        done = train(["-m", *launcher, *small(*same, "method.start_step=0,2")])
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.splitlines()[-1] == "2 done"
+        found.append([contents(run.folder) for run in runs])
+        for run in runs:
+            shutil.rmtree(run.folder)
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) > 3
 
 
 def test_a_signature_names_what_can_change_the_result_and_nothing_else(

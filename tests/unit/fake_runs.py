@@ -1,7 +1,8 @@
 """Runs that take no time and can be told to go wrong; all but their work is real.
 
 Overrides of the form ``fake.<behaviour>=<method>:<seed>`` make one run fail, get killed, wait or be
-locked. `install` puts what stands here in the place of the real work.
+locked; of a grid ``<method>:<seed>:<lambda>:<K>``. `install` puts what
+stands here in the place of the real work.
 """
 
 import functools
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from scripts.runs import batch, composition
@@ -24,7 +26,7 @@ from scripts.runs.run import Run
 BASE = {"full": 0.60, "lora": 0.50, "dylora": 0.40, "adalora": 0.45, "delta_lora": 0.70}
 METRICS = {"bleu": 1.0, "nist": 10.0, "meteor": 0.8, "rouge_l": 0.9, "cider": 4.0}
 #: overrides that change no composition but a value, so that one composition serves many tests.
-VALUES = ("fake.", "paths.outputs=", "seed=")
+VALUES = ("fake.", "paths.outputs=", "seed=", "method.update_ratio=", "method.start_step=")
 _compose = composition.compose
 #: folder of all run folders where no override names one; a test sets it.
 OUTPUTS: Path | None = None
@@ -38,6 +40,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """
     put(composition, "compose", compose)
     put(batch, "EXECUTE", f"{__name__}:execute")
+    put(batch, "ATTEMPT", f"{__name__}:execute")
     put(batch, "PREPARE", f"{__name__}:prepare")
 
 
@@ -61,7 +64,8 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose as the suite does; the same overrides once."""
-    cfg = _composed(tuple(o for o in overrides if not o.startswith(VALUES))).copy()
+    composed = tuple(o for o in overrides if not o.startswith(VALUES))
+    cfg = _composed(composed).copy()
     with open_dict(cfg):
         cfg.overrides, cfg.fake = list(overrides), {}
         cfg.paths.outputs = None if OUTPUTS is None else str(OUTPUTS)
@@ -69,6 +73,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             key, _, value = override.partition("=")
             if key == "seed":
                 cfg.seed = int(value)
+            elif key.startswith("method.") and override not in composed:
+                cfg.method[key.removeprefix("method.")] = yaml.safe_load(value)
             elif key == "paths.outputs":
                 cfg.paths.outputs = value
             elif key.startswith("fake."):
@@ -92,6 +98,7 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
     seed, method = run.seed, run.choices.method
     base = BASE.get(method, 0.55)
     score = base + 0.01 * (seed - 2) + 0.001 * ((seed * 7) % 5) * (len(method) % 3)
+    score += _setting(run, seed)
     return {
         "schema": 2,
         "signature": run.name,
@@ -111,7 +118,13 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
         "reference_metrics": {},
         "cosine_similarity": similarity(method, seed),
         "adapter_sha256": None,
-        "training": {"steps": 10, "epochs": 1, "checkpoint_rule": "last"},
+        "training": {
+            "steps": 10,
+            "epochs": 1,
+            "checkpoint_rule": "last",
+            "chosen_step": 10,
+            "validation": [{"step": 5, "loss": 9.0}, {"step": 10, "loss": 2.0 - score}],
+        },
         "config": config_of(run),
         "provenance": {
             "git": {"commit": "0123456789abcdef", "dirty": False},
@@ -119,6 +132,16 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
         },
         **changes,
     }
+
+
+def _setting(run: Run, seed: int) -> float:
+    """Return what lambda and K that differ from the recipe's add: best at lambda 1, small K."""
+    method, recipe = run.config.method, run.config.recipe
+    ratio, start = method.get("update_ratio"), method.get("start_step")
+    if ratio is None or (ratio == recipe.update_ratio and start == recipe.start_step):
+        return 0.0
+    noise = ((seed * 13 + int(10 * ratio) * 7 + start * 3) % 11 - 5) / 5
+    return 0.03 - 0.02 * abs(ratio - 1) - 0.0004 * start + 0.004 * noise
 
 
 def _start(run: Run) -> dict[str, Any] | None:
@@ -165,12 +188,17 @@ def calls_file(outputs: Path) -> Path:
 
 def execute(run: Run) -> dict[str, Any]:
     """Behave as told, or write the record of a run."""
-    method = run.choices.method
+    method, settings = run.choices.method, run.config.method
     sys.stdout.write(f"running {method}\n")
     sys.stdout.flush()
     with calls_file(run.outputs).open("a") as stream:
         stream.write(f"{os.getpid()} {method} {run.seed} {os.environ.get('OMP_NUM_THREADS')}\n")
-    behaviour, here = run.config.fake, f"{method}:{run.seed}"
+    own = f"{settings.get('update_ratio')}:{settings.get('start_step')}"
+    here = f"{method}:{run.seed}"
+    # A run is meant by its method and seed, or by those and lambda and K.
+    behaviour = {
+        how: here if which == f"{here}:{own}" else which for how, which in run.config.fake.items()
+    }
     if behaviour.get("kill") == here:
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour.get("exit") == here:

@@ -79,6 +79,7 @@ MAY_IMPORT = {
     "scripts/reporting": ("delta_lora", "scripts.runs"),
     "scripts/htmlreport": ("scripts.runs", "scripts.reporting"),
     "scripts/auditing": ("delta_lora", "scripts.runs", "scripts.reporting"),
+    "scripts/sweeping": ("delta_lora", "scripts.runs", "scripts.reporting"),
     "scripts/checking": ("delta_lora", "tasks", "scripts.runs.provenance", "scripts.runs.workers"),
     "examples": ("delta_lora",),
 }  # fmt: skip

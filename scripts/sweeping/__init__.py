@@ -1,0 +1,1 @@
+"""Sweeps: a grid of settings, its runs, and the view of what came of them."""
