@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts.reporting.spec import load_table
-from scripts.runs import execution, starts
+from scripts.runs import execution
 from scripts.runs.batch import with_starts
 from scripts.runs.cells import Cell, list_cells
 from scripts.runs.run import Run, Status
@@ -70,12 +70,12 @@ def test_a_start_that_failed_in_this_command_is_not_trained_again(
     monkeypatch.setattr(execution, "execute", runs.append)
     monkeypatch.setenv(COMMAND_BEGAN, repr(time.time() - 60))
     with pytest.raises(RuntimeError, match="the run that this one starts from failed: no memory"):
-        starts._ensure(failed, "")
+        execution._ensure(failed, "")
     assert not runs
     monkeypatch.setenv(COMMAND_BEGAN, repr(time.time() + 60))  # the failure is an earlier one's
-    starts._ensure(failed, "")
+    execution._ensure(failed, "")
     monkeypatch.delenv(COMMAND_BEGAN)
-    starts._ensure(failed, "")
+    execution._ensure(failed, "")
     assert runs == [failed, failed]
 
 
