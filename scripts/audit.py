@@ -35,10 +35,11 @@ from scripts.reporting.results import (
     write_text,
 )
 from scripts.runs.allotment import allot, parse_workers
-from scripts.runs.batch import Batch, PreparationError, run_jobs, stop_in_order
+from scripts.runs.batch import Batch, run_jobs
 from scripts.runs.cells import parse_overrides, parse_seeds
+from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.jobs import Job
-from scripts.runs.scale import CHOICES, missing_device, resolve_scale
+from scripts.runs.scale import missing_device, resolve_scale
 from scripts.runs.workers import Pool
 from scripts.tables import differences
 
@@ -169,34 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line; None takes the process's.
     """
     options = _parser().parse_args(arguments)
-    try:
-        with stop_in_order():
-            return _audit(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PreparationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _audit(options))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", choices=CHOICES, default="auto")
-    parser.add_argument("--seeds", default="1,2,3", help="default: 1,2,3")
-    parser.add_argument("--workers", default="auto", help="processes; default: by the machine")
-    parser.add_argument(
-        "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
-    )
-    parser.add_argument("--plan", action="store_true", help="show what is missing and stop")
+    add_arguments(parser, RESULTS)
     parser.add_argument("--accept", action="store_true", help="keep the records in results/runs")
     parser.add_argument("--check", action="store_true", help="compare, from accepted records only")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return parser
 
 

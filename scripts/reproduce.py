@@ -34,10 +34,11 @@ from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.reporting.summary import summary
 from scripts.runs.allotment import parse_workers
-from scripts.runs.batch import Batch, PreparationError, stop_in_order
+from scripts.runs.batch import Batch
 from scripts.runs.cells import Cell, parse_overrides, parse_seeds
+from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.jobs import Outcome
-from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.scale import resolve_scale
 from scripts.tables import make
 
 
@@ -51,18 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    try:
-        with stop_in_order():
-            return _reproduce(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PreparationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _reproduce(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,19 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="+", metavar="TABLE", help="table1, or 1")
-    parser.add_argument("--scale", choices=CHOICES, default="auto")
-    parser.add_argument("--seeds", default="1,2,3", help="default: 1,2,3")
-    parser.add_argument(
-        "--workers", default="auto", help="runs at a time, over all GPUs; default: by the machine"
-    )
-    parser.add_argument(
-        "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
-    )
-    parser.add_argument("--plan", action="store_true", help="show what is missing and stop")
+    add_arguments(parser, RESULTS)
     parser.add_argument(
         "--prepare", action="store_true", help="only pre-train the tiny models that the runs need"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return parser
 
 

@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.reporting.plan import describe, describe_costs
 from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
 from scripts.runs.allotment import parse_workers
-from scripts.runs.batch import Batch, PreparationError, stop_in_order
+from scripts.runs.batch import Batch
 from scripts.runs.cells import parse_overrides, parse_seeds
-from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.runs.command import add_arguments, exit_code
+from scripts.runs.scale import resolve_scale
 from scripts.runs.space import check_disk_space
 from scripts.sweeping.content import build
 from scripts.sweeping.page import last_line, terminal
@@ -52,18 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    try:
-        with stop_in_order():
-            return _sweep(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PreparationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _sweep(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,19 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", metavar="SWEEP", help="lambda_k, rank, dropout, learning_rate")
-    parser.add_argument("--scale", choices=CHOICES, default="auto")
-    parser.add_argument("--seeds", default="1,2,3", help="default: 1,2,3")
-    parser.add_argument(
-        "--workers", default="auto", help="runs at a time, over all GPUs; default: by the machine"
-    )
+    add_arguments(parser, RESULTS)
     parser.add_argument("--values", default="", help="of axes, in place of those of the file")
-    parser.add_argument(
-        "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
-    )
-    parser.add_argument("--plan", action="store_true", help="show what is missing and stop")
     parser.add_argument("--accept", action="store_true", help="keep the records in results/runs")
     parser.add_argument("--check", action="store_true", help="compare, from accepted records only")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     return parser
 
 

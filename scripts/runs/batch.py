@@ -5,11 +5,9 @@ The commands `reproduce` and `audit` plan a `Batch` of the cells that they need,
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +33,6 @@ ATTEMPT = "scripts.runs.execution:attempt"
 HELD = f"{LockedError.__name__}:"
 #: what a worker does with runs whose models are to be pre-trained.
 PREPARE = "scripts.runs.execution:prepare"
-
-
-@contextmanager
-def stop_in_order() -> Iterator[None]:
-    """Let SIGTERM stop the block as Ctrl-C does, so that workers write their checkpoints."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
