@@ -84,6 +84,8 @@ def _reproduce(options: argparse.Namespace) -> int:
         batch.prepare("-".join(plans))
         print("the models that the runs start from are ready")
         return 0
+    if batch.todo and batch.refusal is not None:
+        raise ValueError(batch.refusal)
     _print_plan(specs, plans, batch)
     if batch.todo:
         batch.check(options.results / scale)
