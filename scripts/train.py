@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -153,4 +154,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # The processes that a launcher starts import this repository too.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     sys.exit(command(sys.argv[1:]))

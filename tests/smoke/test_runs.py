@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -126,22 +126,23 @@ def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., lis
 
 
 class Broken:
-    """A mirror whose connection is gone."""
+    """A mirror that loses its connection at the end."""
 
-    num_closed = 0
+    ends: ClassVar[list[str]] = []
 
     def __init__(self, **_: Any) -> None: ...
 
+    def begin(self, facts: Any) -> Broken:
+        return self
+
     def log(self, step: int, values: Any) -> None: ...
 
-    def log_record(self, record: Any, predictions: Path) -> None:
+    def close(self, status: str, error: str = "") -> None:
+        self.ends.append(status)
         raise RuntimeError("no connection")
 
-    def close(self) -> None:
-        type(self).num_closed += 1
 
-
-def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
+def test_a_dashboard_that_fails_costs_no_record_and_is_told_how_a_run_ended(
     small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     from tasks.e2e import E2E
@@ -149,16 +150,17 @@ def test_a_dashboard_that_fails_costs_no_record_and_is_always_closed(
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(Broken, "num_closed", 0)
+    monkeypatch.setattr(Broken, "ends", [])
+    caplog.set_level("DEBUG", "delta_lora.runlog")
     run = Run.compose(small("method=lora", "seed=81", f"logger._target_={__name__}.Broken"))
     with monkeypatch.context() as patch:
         patch.setattr(E2E, "score", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             execute(run)
-    assert Broken.num_closed == 1
+    assert Broken.ends == ["failed"]
     assert execute(run)["status"] == "completed"
-    assert Broken.num_closed == 2
-    assert "mirroring the record failed: RuntimeError: no connection" in caplog.text
+    assert Broken.ends == ["failed", "completed"]
+    assert "RuntimeError: no connection" in caplog.text
 
 
 def test_a_failing_run_leaves_its_reason_and_can_be_run_again(
