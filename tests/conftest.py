@@ -19,7 +19,7 @@ os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What `make test ARGS=...` was given is not for the make that a test runs.
-for _name in ("ARGS", "SCALE", "SEEDS", "WORKERS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
+for _name in ("ARGS", "SCALE", "SEEDS", "WORKERS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
     os.environ.pop(_name, None)
 
 _connect = socket.socket.connect
