@@ -101,7 +101,10 @@ class Run:
     @cached_property
     def group(self) -> str:
         """The same without the seed: what the runs of one cell of a table share."""
-        return f"{self._label}--{hash_of({**self.meaning, 'seed': None})}"
+        shared = {**self.meaning, "seed": None}
+        if self.start_run is not None:  # each seed starts from the run of that seed
+            shared["init_from"] = self.start_run.group
+        return f"{self._label}--{hash_of(shared)}"
 
     @property
     def _label(self) -> str:

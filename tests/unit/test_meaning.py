@@ -302,3 +302,13 @@ def test_a_folder_that_is_not_there_is_named_before_work(
     with pytest.raises(ConfigError, match=rf"{key}=.*gone: no such folder"):
         _ = run.folder
     assert not outputs.exists()
+
+
+def test_seeds_that_start_from_their_own_runs_share_a_group() -> None:
+    starts = [run_of("method=lora", "init_from=glue/mnli", f"seed={seed}", experiment="glue/rte")
+              for seed in (1, 2)]  # fmt: skip
+    assert starts[0].group == starts[1].group
+    assert starts[0].name.rpartition("--")[2] != starts[1].name.rpartition("--")[2]
+    plain_run = run_of("method=lora", experiment="glue/rte")
+    other = run_of("method=lora", "init_from=glue/mnli", "recipe.rank=4", experiment="glue/rte")
+    assert len({starts[0].group, plain_run.group, other.group}) == 3
