@@ -62,6 +62,11 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
             logger.info("waiting for process %s, which works in %s", who, folder)
             held.acquire()
         owner.write_text(str(os.getpid()), encoding="utf-8")
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"the file system of {folder} has no locks, so two processes could spoil one run; "
+            "choose another place with paths.outputs=FOLDER"
+        ) from error
     except OSError as error:
         held.release()
         raise ConfigError(
@@ -81,6 +86,8 @@ def is_held(folder: Path) -> bool:
     held = FileLock(folder / LOCK)
     try:
         held.acquire(blocking=False)
+    except NotImplementedError:  # a file system without locks: `lock` refuses to work there
+        return False
     except (Timeout, OSError):
         return True
     held.release()
