@@ -143,9 +143,9 @@ def test_a_file_system_without_locks_is_refused_with_what_to_do(
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    with pytest.raises(ConfigError, match=r"has no locks.*paths\.outputs=FOLDER"):
-        with lock(tmp_path / "run", wait=True):
-            pass
+    refused = pytest.raises(ConfigError, match=r"has no locks.*paths\.outputs=FOLDER")
+    with refused, lock(tmp_path / "run", wait=True):
+        pass
     (tmp_path / ".lock").touch()
     assert not is_held(tmp_path)
 
