@@ -17,7 +17,9 @@ import pytest
 
 from delta_lora import wandb_file
 from scripts.reporting import views
+from scripts.reporting.results import collect
 from scripts.reporting.spec import load_table
+from scripts.runs.cells import Cell
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
@@ -114,6 +116,32 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
     assert killed.status().state == "partial"
     execute(killed)
     assert contents(folder) == contents(straight.folder)
+
+
+def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_without_pruning(
+    small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = ("method=delta_lora", "recipe.batch_size=22")  # two steps an epoch
+    straight = Run.compose(small(*arguments))
+    execute(straight)
+    run = Run.compose(small(*arguments, folder=tmp_path))
+    base = straight.pretraining.folder
+    (tmp_path / base.name).symlink_to(base)
+
+    record = execute(run, prune=lambda validation: "of a test" if len(validation) == 2 else None)
+    assert record == run.record()
+    assert record["status"] == "pruned"
+    assert record["pruned"] == {"step": 4, "of": 6, "reason": "of a test"}
+    assert [entry["step"] for entry in record["training"]["validation"]] == [2, 4]
+    assert run.status() == Status("partial", "pruned at step 4 of 6, because of a test")
+    assert run.completed() is None
+    assert not (run.folder / "predictions.jsonl").exists()
+    assert list((run.folder / "checkpoints").iterdir())
+    (entry,) = collect([Cell("delta_lora", "e2e", run)])
+    assert entry.record is None  # so it is in no table
+
+    execute(run)
+    assert contents(run.folder) == contents(straight.folder)
 
 
 def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., list[str]]) -> None:
