@@ -289,6 +289,42 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
     assert not list(tmp_path.iterdir())  # the working folder of the command
 
 
+def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
+    small: Callable[..., list[str]], train: Any
+) -> None:
+    pytest.importorskip("optuna")
+    asked = [
+        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.pruner_startup=2",
+        *small("method=delta_lora", "recipe.batch_size=22", "seed=8"),
+        "method.learning_rate=1e-2,1e-5", "method.update_ratio=interval(0.5,2)",
+    ]  # fmt: skip
+    done = train(asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = Run.compose(small("method=delta_lora")).outputs
+    (path,) = (outputs / "sweeps").glob("learning_rate-update_ratio-study-*/study.json")
+    content = json.loads(path.read_text())
+    pruned = [trial for trial in content["trials"] if trial["state"] == "pruned"]
+    assert pruned, content["trials"]
+    for trial in pruned:
+        run_folder = outputs / trial["signature"]
+        record = json.loads((run_folder / "record.json").read_text())
+        assert record["pruned"] == {"step": trial["step"], "of": 6, "reason": trial["reason"]}
+        assert not (run_folder / "predictions.jsonl").exists()
+    best = content["trials"][content["best"]]
+    assert best["test"] is not None
+    before = path.read_bytes()
+    again = train(asked)
+    assert again.returncode == 0
+    assert "workers" not in again.stdout  # none was started
+    assert path.read_bytes() == before
+
+    # What was given up can be finished, and then is a run like any other.
+    values = [f"{key}={value}" for key, value in pruned[0]["values"].items()]
+    run = Run.compose(small("method=delta_lora", "recipe.batch_size=22", "seed=8", *values))
+    assert run.name == pruned[0]["signature"]
+    assert execute(run)["training"]["steps"] == 6
+
+
 def test_a_launcher_gives_the_same_runs_to_the_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:
