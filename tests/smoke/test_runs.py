@@ -119,12 +119,14 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
 
 
 def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_without_pruning(
-    small: Callable[..., list[str]], tmp_path: Path
+    small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("method=delta_lora", "recipe.batch_size=22")  # two steps an epoch
     straight = Run.compose(small(*arguments))
     execute(straight)
-    run = Run.compose(small(*arguments, folder=tmp_path))
+    monkeypatch.setattr(Broken, "ends", [])
+    mirror = f"logger._target_={__name__}.Broken"
+    run = Run.compose(small(*arguments, mirror, folder=tmp_path))
     base = straight.pretraining.folder
     (tmp_path / base.name).symlink_to(base)
 
@@ -141,6 +143,7 @@ def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_witho
     assert entry.record is None  # so it is in no table
 
     execute(run)
+    assert Broken.ends == ["pruned", "completed"]
     assert contents(run.folder) == contents(straight.folder)
 
 

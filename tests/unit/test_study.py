@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,6 +361,25 @@ def test_failed_refused_and_held_trials_cost_themselves_only(
     assert len(lines) == 12
     assert all(bool(line["bleu"]) == (line["state"] == "done") for line in lines)
     assert content_of(fake)["best"] is not None
+
+
+def test_what_lost_its_record_is_made_again_to_the_same_view(fake: Path) -> None:
+    few = ["hydra.sweeper.n_trials=8", "hydra.sweeper.pruner_startup=3"]
+    assert study(*SPACE, *few) == 0
+    before = {kind: (view(fake) / f"study.{kind}").read_bytes() for kind in KINDS}
+    trials = content_of(fake)["trials"]
+    done = [trial["signature"] for trial in trials if trial["state"] == "done"]
+    shutil.rmtree(fake / done[-1])
+    made = num_calls(fake)
+    assert study(*SPACE, *few) == 0
+    assert num_calls(fake) == made + 1
+    assert {kind: (view(fake) / f"study.{kind}").read_bytes() for kind in KINDS} == before
+
+
+def test_without_optuna_a_study_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install optuna"):
+        read_study([*BASE, *SPACE])
 
 
 def test_a_worker_that_is_killed_costs_its_trial_only(fake: Path) -> None:
