@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,12 +31,12 @@ import yaml
 
 from delta_lora.checks import near
 from scripts.runs import batch as batches
-from scripts.runs import composition
+from scripts.runs import checks, composition
 from scripts.runs.allotment import allot, largest_need
 from scripts.runs.batch import HELD, Batch, prepare_models, run_cells
 from scripts.runs.cells import Cell
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import RECORD, LockedError, lock, read_record
+from scripts.runs.folder import LOCK, OWNER, RECORD, LockedError, lock, read_record
 from scripts.runs.jobs import Outcome
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
@@ -214,6 +215,11 @@ class Study:
         try:
             with lock(self.folder, wait=False), contextlib.ExitStack() as stack:
                 return self._run(stack)
+        except ConfigError:
+            left = {path.name for path in self.folder.glob("*")}
+            if self.folder.is_dir() and left <= {LOCK, OWNER}:  # nothing came of it
+                shutil.rmtree(self.folder)
+            raise
         except LockedError as error:
             raise ConfigError(
                 f"{error}: one process chooses the trials of a study (hydra.sweeper.n_jobs is how "
@@ -360,6 +366,8 @@ class _Work:
         study = self.study
         scale = str(study.first.choices.scale)
         batch = Batch.plan(list(cells.values()), scale=scale, extra=study.fixed, workers="auto")
+        if batch.refusal is not None:
+            checks.check(batch.todo[0].run)  # it says what to do in the words of this command
         batch.check_place(study.folder)
         refused = {cell.signature: reason for cell, reason in batch.refused()}
         for cell in batch.todo:

@@ -397,6 +397,22 @@ def test_a_mistake_in_every_trial_is_said_once(
     assert study(*SPACE, "recipe.rank=0") == 2
     assert "error: rank=0" in capsys.readouterr().err
     assert num_calls(fake) == 0
+    assert not list((fake / "sweeps").iterdir())
+
+
+def test_a_study_at_full_scale_is_refused_without_a_gpu_but_shown(
+    fake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_full = [argument if argument != "scale=tiny" else "scale=paper" for argument in BASE]
+    asked = [*at_full, "method.update_ratio=1,2", "hydra.sweeper.n_trials=2"]
+    if exit_code(lambda: read_study(asked).run()) == 0:
+        pytest.skip("this machine has a GPU")
+    assert "Use scale=tiny, or trainer.device=cpu" in capsys.readouterr().err
+    for ratio in (1, 2):
+        run = Run.compose([*at_full[2:], f"method.update_ratio={ratio}"])
+        fake_runs.write(run, fake_runs.record(run), {})
+    assert exit_code(lambda: read_study(asked).run()) == 0
+    assert num_calls(fake) == 0
 
 
 def test_one_process_works_on_a_study(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
