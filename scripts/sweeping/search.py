@@ -56,7 +56,8 @@ class Settings:
     """Finished trials that the median needs at least."""
 
     pruner_warmup: Annotated[int, Range(at_least=0)] = 0
-    """First evaluations of a run at which it is never given up."""
+    """First evaluations of a run at which it is never given up; a setting that learns slowly at
+    first, and is better in the end, needs them."""
 
     direction: Annotated[str | None, OneOf(DIRECTIONS)] = None
     """None, or what the validation score asks for anyway; the other one is refused."""

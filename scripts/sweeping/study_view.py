@@ -35,7 +35,8 @@ HOW_TO_READ = (
     "A trial is one run with one seed; the sampler chose its setting from the validation scores of "
     "earlier trials. Pruned: given up at an evaluation where it was worse than most; it has no "
     "score of the test split, and the validation score shown is that of its last evaluation, which "
-    "cannot be compared with those of finished runs."
+    "cannot be compared with those of finished runs. A setting that learns slowly at first may be "
+    "pruned unjustly."
 )
 
 
