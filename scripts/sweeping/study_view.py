@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shlex
 import textwrap
 from collections import Counter
@@ -97,6 +98,8 @@ def _row(study: Study, trial: Trial, entry: Entry, scores: Mapping[str, Any]) ->
     scale = scores[CHOSEN_ON]["scale"]
     values = {d.key: d.text(trial.params[d.key]) for d in space}
     run = study.run_of(trial)
+    known = [value for value in trial.curve if math.isfinite(value)]
+    last = known[-1] if known and trial.state == "pruned" else None
     return {
         "trial": trial.number,
         "label": ", ".join(f"{d.label} = {_short(values[d.key])}" for d in space),
@@ -107,7 +110,7 @@ def _row(study: Study, trial: Trial, entry: Entry, scores: Mapping[str, Any]) ->
         "reason": " ".join(trial.reason.split())[:300],
         "step": trial.step,
         "evaluations": len(trial.curve),
-        "last": trial.curve[-1] * scale if trial.curve and trial.state == "pruned" else None,
+        "last": None if last is None else last * scale,
         **values_of(entry.record, scores),
         "scores": all_scores(entry.record, scores),
     }

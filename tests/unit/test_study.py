@@ -440,6 +440,13 @@ def test_what_a_table_or_another_study_has_made_costs_nothing(fake: Path) -> Non
     assert given_up.status().state == "done"
 
 
+def test_a_score_that_more_is_better_of_is_maximised() -> None:
+    asked = [argument if argument != "experiment=e2e" else "experiment=glue/rte"
+             for argument in BASE]  # fmt: skip
+    found = read_study([*asked, *SPACE, "hydra.sweeper.direction=maximize"])
+    assert (found.search.metric, found.search.direction) == ("accuracy", "maximize")
+
+
 def test_the_test_score_of_the_best_stands_beside_the_validation_score(fake: Path) -> None:
     assert study(*SPACE, "hydra.sweeper.n_trials=5", "seed=2") == 0
     content = content_of(fake)
