@@ -29,7 +29,7 @@ from scripts.checking.finding import Context, Deadline, Finding
 SLOTS = (1, 4, 16, 64)
 RANK, SCALING, RATE = 4, 8.0, 2e-4
 TOKENS, TARGETS = 480, 200
-COMPILE_TIMEOUT_S = 150.0
+COMPILE_TIMEOUT_S = 80.0
 MPS = "nvidia-cuda-mps-control"
 
 

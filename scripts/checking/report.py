@@ -95,6 +95,52 @@ def merge_costs(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def add(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return a report of a device with the checks and costs of a later, partial one in their place.
+
+    A check that was repeated keeps nothing of its first time; ``again`` says what was added, by
+    which commit and with which versions.
+
+    Raises:
+        ValueError: they are of different devices or sizes.
+    """
+    for key in ("device", "is_small", "schema"):
+        theirs, ours = (r["device"]["name"] if key == "device" else r[key] for r in (old, new))
+        if theirs != ours:
+            raise ValueError(f"the report to add to has {key}={theirs!r}, this run {ours!r}")
+    numbers = [check["number"] for check in new["checks"]]
+    if new["explore"]:
+        numbers.append(new["explore"]["number"])
+    costs: dict[str, Any] = {
+        kind: _replaced(old["costs"][kind], new["costs"][kind], keys)
+        for kind, keys in (
+            ("steps", ("model", "method", "precision", "matmul_precision")),
+            ("decoding", ("model",)),
+        )
+    }
+    costs["checkpoint"] = new["costs"]["checkpoint"] or old["costs"]["checkpoint"]
+    if not old["is_small"]:
+        costs["hours"] = hours(costs)
+    again = {"checks": numbers, **{key: new[key] for key in ("versions", "git", "seconds")}}
+    return {
+        **old,
+        "seconds": round(old["seconds"] + new["seconds"], 1),
+        "not_run": [number for number in old["not_run"] if number not in numbers],
+        "checks": _replaced(old["checks"], new["checks"], ("number",)),
+        "costs": costs,
+        "explore": new["explore"] or old["explore"],
+        "again": [*old.get("again", []), again],
+    }
+
+
+def _replaced(
+    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the entries of both; where `keys` agree the new one, in the place of the old one."""
+    merged = {tuple(entry[key] for key in keys): entry for entry in (*old, *new)}
+    return list(merged.values())
+
+
 def hours(costs: dict[str, Any]) -> dict[str, Any]:
     """Return the hours of Tables 1 to 4 at every precision that their steps were timed in."""
     found: dict[str, Any] = {}
