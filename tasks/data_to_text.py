@@ -129,9 +129,9 @@ class DataToText(Task):
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
         """Score one text for each of `items` against all its references."""
 
-    @abstractmethod
     def _item_scores(self, texts: list[str], items: Sequence[Input]) -> ItemScores:
-        """Return how the scores of `_score` depend on `items`."""
+        """Return how the scores of `_score` depend on `items`; default: not known."""
+        return super().item_scores([{"prediction": text} for text in texts], "")
 
     def _facts(self) -> dict[str, Any]:
         """Return what else a record says of the data; called when they are read."""

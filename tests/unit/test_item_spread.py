@@ -21,6 +21,7 @@ from scripts.runs.item_spread import deviations_of, resampled
 from scripts.runs.run import Run
 from tasks.metrics import glue, items
 from tasks.metrics.java import MetricUnavailableError
+from tasks.metrics.meteor import shared_process
 
 rng = np.random.default_rng(3)
 RIGHT = (rng.random(400) < 0.8).astype(float)
@@ -130,6 +131,51 @@ def test_what_is_damaged_or_of_another_schema_is_refused() -> None:
         deviations_of({**found, "schema": 7}, "accuracy")
     with pytest.raises(ValueError, match="damaged"):
         deviations_of({**found, "resamples": 10}, "accuracy")
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+def _imperfect(task: Any, split: str) -> list[dict[str, Any]]:
+    """Return predictions of which some are right, in another order than the inputs."""
+    predictions = []
+    for number, row in enumerate(task.inputs(split)):
+        first = task.references(split)[row.id][0]
+        if hasattr(row, "label"):
+            given: Any = (
+                float(first) if number % 3 else 1 - float(first) + number / 7 * task.is_real
+            )
+            said = {"input": "\t".join(row.texts)}
+        else:
+            given, said = (first if number % 5 else " ".join(first.split()[2:])), {}
+        predictions.append({"id": row.id, "prediction": given, **said})
+    return predictions[::-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["e2e", "webnlg", "xsum", "glue/mnli", "glue/mrpc", "glue/cola", "glue/stsb"]
+)
+def test_the_whole_test_set_has_the_score_of_the_task(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # without Java
+    shared_process().close()
+    task = load_task(Run.compose([f"experiment={name}", "scale=tiny"]).config)
+    task.is_real = getattr(task, "labels", ()) is None
+    split = task.scored_split
+    predictions = _imperfect(task, split)
+    score, found = task.score(predictions, split), task.item_scores(predictions, split)
+    assert found.num_items == len(task.inputs(split))
+    assert set(found.of_sets) == set(score.values)
+    assert set(found.of_sets) | set(found.missing) == {spec.name for spec in task.metrics}
+    whole = np.ones((1, found.num_items))
+    for metric, value in score.values.items():
+        assert found.of_sets[metric](whole)[0] == pytest.approx(value, rel=1e-9), metric
+    for metric, values in found.values.items():
+        assert len(values) == found.num_items
+        assert np.mean(values) == pytest.approx(score.values[metric], rel=1e-9)
+    measured = resampled(found, task.name)["scores"]
+    assert {name for name, each in measured.items() if not each["se"] > 0} == set()
 
 
 # ---------------------------------------------------------------------- runs that are done
