@@ -17,16 +17,17 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
 
-from delta_lora.protocols import ItemScores
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ITEM_SPREAD, PREDICTIONS, lock, read_predictions, read_record
 from tasks.metrics.java import MetricUnavailableError
+
+if TYPE_CHECKING:
+    from delta_lora.protocols import ItemScores
 
 SCHEMA = 1
 RESAMPLES = 1000
@@ -162,6 +163,8 @@ def _bootstrap(
 
     A score whose scorer fails is left out, and `missing` says why.
     """
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
     names = list(of_sets)
 
     def scores_of(counts: NDArray[np.float64]) -> NDArray[np.float64]:
