@@ -48,8 +48,6 @@ def main() -> int:
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-            if options.commit is not None and facts["git"]["commit"] is None:
-                facts["git"]["commit"] = options.commit
             print(_head(facts), flush=True)
             entries, not_run = _run(worker, options, began)
     finally:
@@ -114,7 +112,6 @@ def _parse() -> argparse.Namespace:
         "--add-to", type=Path, metavar="FILE",
         help="put the checks of this run into an earlier report of the same device",
     )  # fmt: skip
-    parser.add_argument("--commit", help="of a copy without git, for the report")
     options = parser.parse_args()
     if options.add_to is not None and not options.add_to.is_file():
         parser.error(f"--add-to {options.add_to}: no such file; name a report of results/gpu")
