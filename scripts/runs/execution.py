@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from delta_lora import processes
 from delta_lora.result import PrunedError
 from delta_lora.runlog import Guarded
+from scripts.runs import item_spread
 from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
@@ -108,7 +109,8 @@ def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
         }
         if run.config.save_model:
             record["model"]["saved_weights_sha256"] = _save_model(run, built)
-        finish(run.folder, record, {**fitted.resources, **scored.resources})
+        resources = {**fitted.resources, **scored.resources}
+        finish(run.folder, record, resources, scored.item_spread)
         return run.record()
 
 
@@ -209,15 +211,19 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
     scores = task.score(predictions, split) if predictions else Scores({}, {})
     is_asked = is_main and run.config.score_references
     references = task.reference_scores(split) if is_asked else {}
+    ended = time.monotonic()
+    spread = item_spread.measure(task, predictions, run.folder) if predictions else None
     return Scored(
         scores=scores,
         references=references,
+        item_spread=spread,
         similarity=analysis,
         num_predictions=len(predictions),
         resources={
             "predict_time_s": predicted - began,
             "cells_on_device": cells_on_device(),  # neighbours spoil the times
-            "score_time_s": time.monotonic() - predicted,
+            "score_time_s": ended - predicted,
+            "item_spread_time_s": time.monotonic() - ended,
         },
     )
 

@@ -27,6 +27,7 @@ class Scored:
     Attributes:
         scores: of the scored split.
         references: what needs no model, by name.
+        item_spread: from `scripts.runs.item_spread.measure`; None without predictions.
         similarity: of every adapted projection to what it was before training.
         num_predictions: number of predictions that were scored.
         resources: seconds.
@@ -34,6 +35,7 @@ class Scored:
 
     scores: Any
     references: dict[str, Any]
+    item_spread: dict[str, Any] | None
     similarity: dict[str, float]
     num_predictions: int
     resources: dict[str, float]

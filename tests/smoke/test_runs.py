@@ -28,7 +28,9 @@ from tests.smoke.conftest import command, environment
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
 METHODS = [name for name in options("method") if "/" not in name]
-DETERMINISTIC = ("metrics.jsonl", "predictions.jsonl", "record.json", "adapter")
+DETERMINISTIC = (
+    "metrics.jsonl", "predictions.jsonl", "record.json", "item_spread.json", "adapter",
+)  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -51,6 +53,11 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     }  # fmt: skip
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
+    spread = record["item_spread"]
+    assert spread["num_items"] == 3
+    assert set(spread["scores"]) | set(spread["missing"]) == {
+        *record["metrics"], *record["missing_metrics"],
+    }  # fmt: skip
     folder = run.folder
     assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
