@@ -209,20 +209,30 @@ class Writer:
         facts = record.get("training", {}).get("method", {})
         summary |= {f"method/{k}": v for k, v in facts.items() if isinstance(v, (int, float, str))}
         self._run.summary.update(summary)
+        if record:  # the truth behind it, in the run's files
+            self._run.save(
+                str(self._folder / "record.json"), base_path=str(self._folder), policy="now"
+            )
 
     def _copy_predictions(self) -> None:
-        """Show the first predictions beside their references, where the task has some."""
+        """Show the first predictions beside references and scores, where the task has some."""
         rows = _Lines(self._folder / "predictions.jsonl").read()[:MAX_PREDICTIONS]
         if not rows:
             return
-        references = {
-            row["id"]: "\n".join(row["references"])
-            for row in _Lines(self._folder / "references.jsonl").read()
-        }
-        if references:
-            rows = [{**row, "references": references.get(row["id"], "")} for row in rows]
         columns = list(rows[0])
-        data = [[str(row.get(column)) for column in columns] for row in rows]
+        known = {row["id"]: row for row in _Lines(self._folder / "references.jsonl").read()}
+        scores = list(
+            dict.fromkeys(name for row in known.values() for name in row.get("scores", {}))
+        )
+        data = []
+        for row in rows:
+            own = known.get(row["id"], {})
+            texts = [str(row.get(column)) for column in columns]
+            if known:
+                texts.append("\n".join(own.get("references", [])))
+            data.append([*texts, *(own.get("scores", {}).get(name) for name in scores)])
+        if known:
+            columns = [*columns, "references", *scores]
         self._run.log({"predictions": self._wandb.Table(columns=[*columns], data=data)})
 
     def _copy_media(self) -> None:
