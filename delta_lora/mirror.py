@@ -374,4 +374,4 @@ def _key(environment: Mapping[str, str]) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     named = found.get(host) or next((v for k, v in found.items() if "wandb" in k), None)
-    return None if named is None else named[2]
+    return None if named is None else named[2] or None

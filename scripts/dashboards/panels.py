@@ -104,7 +104,8 @@ def pictures(*keys: str) -> list[Any]:
     """Return logged pictures."""
     import wandb_workspaces.reports.v2 as wr
 
-    return [wr.MediaBrowser(title="Pictures", media_keys=list(keys), num_columns=1)]
+    whole = wr.Layout(w=24, h=14)
+    return [wr.MediaBrowser(title="Pictures", media_keys=list(keys), num_columns=1, layout=whole)]
 
 
 # ---------------------------------------------------------------------- what is in them

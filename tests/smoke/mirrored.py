@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
@@ -99,3 +100,13 @@ def limit_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return popen(*arguments, **settings, preexec_fn=limit)
 
     monkeypatch.setattr(mirror.subprocess, "Popen", limited)
+
+
+def services_of(parent: int) -> list[int]:
+    """Return wandb's services below a process that are ready to be spoken to."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if f"PPid:\t{parent}\n" in (folder / "status").read_text():
+                found.append(int(folder.name))
+    return found

@@ -15,7 +15,7 @@ import pytest
 from delta_lora import mirror, wandb_file
 from delta_lora.mirror import WandbMirror
 from delta_lora.runlog import Guarded
-from tests.smoke.mirrored import NAME, files, limit_files, warnings_of, work
+from tests.smoke.mirrored import NAME, files, limit_files, services_of, warnings_of, work
 from tests.smoke.wandb_server import KEY, Server
 
 pytestmark = pytest.mark.usefixtures("fresh_mirror")
@@ -226,7 +226,7 @@ def test_a_service_that_dies_costs_nothing_and_one_that_hangs_the_mirror_alone(
         made: Any = guarded._mirror
         until = time.monotonic() + 30
         while not services and time.monotonic() < until:
-            services.extend(_services(made._child._process.pid))
+            services.extend(services_of(made._child._process.pid))
             time.sleep(0.1)
         os.kill(services[0], number)
 
@@ -243,16 +243,6 @@ def test_a_service_that_dies_costs_nothing_and_one_that_hangs_the_mirror_alone(
     else:
         (warning,) = warnings_of(caplog)
         assert "gets nothing more" in warning
-
-
-def _services(parent: int) -> list[int]:
-    """Return wandb's services below a process that are ready to be spoken to."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            if f"PPid:\t{parent}\n" in (folder / "status").read_text():
-                found.append(int(folder.name))
-    return found
 
 
 def test_without_wandb_there_is_one_warning(

@@ -19,21 +19,23 @@ class Server:
 
     Args:
         fails: what the answer to a request is instead of the right one, by the beginning of its
-            path: a status code, or None for no answer at all.
+            path: a status code, a text, or None for no answer at all.
 
     Attributes:
         address: its address.
         streams: what was sent of a run's files, by their names.
         uploads: whole files, by their names.
         exit_code: of the run that ended.
+        runs: names of runs that began.
         views: views and reports that were saved, by their ids.
     """
 
-    def __init__(self, fails: Mapping[str, int | None]) -> None:
+    def __init__(self, fails: Mapping[str, int | str | None]) -> None:
         self.fails, self.done = fails, threading.Event()
         self.streams: dict[str, list[str]] = {}
         self.uploads: dict[str, str] = {}
         self.exit_code: int | None = None
+        self.runs: list[str] = []
         self.views: dict[str, dict[str, Any]] = {}
         self.address = ""
 
@@ -81,6 +83,8 @@ class Server:
             for name, part in sent.get("files", {}).items():
                 self.streams.setdefault(name, []).extend(part["content"])
             self.exit_code = sent.get("exitcode", self.exit_code)
+        if isinstance(status, str):
+            status, content = 200, status.encode()
         request.send_response(status)
         request.send_header("Content-Length", str(len(content)))
         request.end_headers()
@@ -90,6 +94,7 @@ class Server:
         """Return what the service would say, as far as its client reads it."""
         query, values = asked["query"], asked.get("variables", {})
         if "upsertBucket(" in query:
+            self.runs.append(values["name"])
             project = {"id": "P", "name": values["project"], "entity": {"id": "E", "name": "team"}}
             bucket = {"id": "R", "name": values["name"], "config": "{}", "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
