@@ -285,7 +285,7 @@ class Task(ABC):
         """Return what a prediction is compared with, by the id of the input, for people to read."""
         return {}
 
-    def item_scores(
+    def scores_of_items(
         self, predictions: Sequence[dict[str, Any]], split: str
     ) -> dict[str, dict[str, float]]:
         """Return what each of some predictions scores by itself, for people to read.

@@ -381,7 +381,7 @@ class DataToText(Task):
         """Return the texts of each input of `split`."""
         return {item.id: list(item.references) for item in self.inputs(split)}
 
-    def item_scores(
+    def scores_of_items(
         self, predictions: Sequence[dict[str, Any]], split: str = "test"
     ) -> dict[str, dict[str, float]]:
         """Return the scores of each text that are means over texts; see `_item_score`."""

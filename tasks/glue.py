@@ -344,7 +344,7 @@ class Glue(Task):
         rows = self.inputs(split)
         return {row.id: [f"{row.label:g}"] for row in rows if row.label is not None}
 
-    def item_scores(
+    def scores_of_items(
         self, predictions: Sequence[dict[str, Any]], split: str = "validation"
     ) -> dict[str, dict[str, float]]:
         """Return whether each class is the right one: 1 or 0; of real numbers nothing."""

@@ -443,7 +443,7 @@ class XSum(Task):
         """Return the summary of each document of `split` that has one."""
         return {row.id: [row.summary] for row in self.inputs(split) if row.summary is not None}
 
-    def item_scores(
+    def scores_of_items(
         self, predictions: Sequence[dict[str, Any]], split: str = "test"
     ) -> dict[str, dict[str, float]]:
         """Return the ROUGE scores of each summary, per cent."""

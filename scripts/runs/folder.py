@@ -110,11 +110,11 @@ def predict(
 
     final, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
     is_main = processes.is_main()
-    state = processes.gather([(final.exists(), read_lines(partial))] if is_main else [])
+    state = processes.gather([(final.exists(), _read_lines(partial))] if is_main else [])
     is_done, predictions = state[0]
     inputs = task.inputs(split)
     if is_done or not len(inputs):
-        return read_lines(final) if is_main else []
+        return _read_lines(final) if is_main else []
     chunks = task.predict(model, tokenizer, split, tuple(predictions), share=processes.share())
     progress = Progress(
         len(inputs),
@@ -161,7 +161,7 @@ def _line(prediction: dict[str, Any]) -> str:
     return json.dumps(prediction, ensure_ascii=False) + "\n"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
     if not path.exists():
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from delta_lora.mirror import RunFacts
 from delta_lora.runlog import MetricLogger
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import RECORD, read_lines, read_record
+from scripts.runs.folder import RECORD, read_record
 from scripts.runs.meaning import default_settings
 from scripts.runs.recording import config_of
 from scripts.runs.run import Run
@@ -131,9 +132,13 @@ def write_references(task: Any, folder: Path) -> None:
     """
     from delta_lora.wandb_writer import MAX_PREDICTIONS
 
-    first = read_lines(folder / "predictions.jsonl")[:MAX_PREDICTIONS]
+    path = folder / "predictions.jsonl"
+    if not path.is_file():  # nothing is predicted in pre-training
+        return
+    with path.open(encoding="utf-8") as stream:
+        first = [json.loads(line) for line in itertools.islice(stream, MAX_PREDICTIONS)]
     references = task.references(task.scored_split)
-    scores = task.item_scores(first, task.scored_split)
+    scores = task.scores_of_items(first, task.scored_split)
     rows = [
         {
             "id": p["id"],

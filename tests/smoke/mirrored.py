@@ -107,6 +107,7 @@ def services_of(parent: int) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
-            if f"PPid:\t{parent}\n" in (folder / "status").read_text():
+            is_child = f"PPid:\t{parent}\n" in (folder / "status").read_text()
+            if is_child and b"wandb-core" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found

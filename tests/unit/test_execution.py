@@ -40,7 +40,7 @@ class OfATask:
     def references(self, split: str) -> dict[str, list[str]]:
         return {"b": ["second"], "a": ["first", "one"]}
 
-    def item_scores(self, predictions: Any, split: str) -> dict[str, dict[str, float]]:
+    def scores_of_items(self, predictions: Any, split: str) -> dict[str, dict[str, float]]:
         return {p["id"]: {"ROUGE-1": 50.0} for p in predictions if p["id"] == "a"}
 
 

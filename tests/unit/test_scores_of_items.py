@@ -43,7 +43,7 @@ def test_a_score_that_is_a_mean_is_the_mean_of_those_of_the_items(
 ) -> None:
     task = task_of(experiment, f"task.embedded_sizes={SIZES}")
     predictions = text_predictions(task)
-    found = task.item_scores(predictions, "test")
+    found = task.scores_of_items(predictions, "test")
     assert list(found) == [p["id"] for p in predictions]
     values = task.score(predictions, "test").values
     scales = {spec.name: spec.scale for spec in task.metrics}
@@ -51,7 +51,7 @@ def test_a_score_that_is_a_mean_is_the_mean_of_those_of_the_items(
         mean = fmean(scores[label] for scores in found.values())
         assert mean == pytest.approx(scales[name] * values[name])
     few = predictions[2:4]
-    assert task.item_scores(few, "test") == {p["id"]: found[p["id"]] for p in few}
+    assert task.scores_of_items(few, "test") == {p["id"]: found[p["id"]] for p in few}
 
 
 @pytest.mark.parametrize("name", ["rte", "cola"])
@@ -60,13 +60,13 @@ def test_a_class_is_right_or_wrong(name: str) -> None:
     labels = task.references("validation")
     predictions = [{"id": n, "prediction": float(label[0])} for n, label in labels.items()][:4]
     predictions[0]["prediction"] = 1 - predictions[0]["prediction"]
-    found = task.item_scores(predictions, "validation")
+    found = task.scores_of_items(predictions, "validation")
     assert [scores["correct"] for scores in found.values()] == [0, 1, 1, 1]
 
 
 def test_a_score_of_a_whole_set_is_none_of_an_item() -> None:
     task = task_of("glue/stsb")
-    assert task.item_scores([{"id": "any", "prediction": 2.5}], "validation") == {}
+    assert task.scores_of_items([{"id": "any", "prediction": 2.5}], "validation") == {}
     found = task_of("e2e", f"task.embedded_sizes={SIZES}")
-    (scores,) = found.item_scores(text_predictions(found)[:1], "test").values()
+    (scores,) = found.scores_of_items(text_predictions(found)[:1], "test").values()
     assert list(scores) == ["ROUGE-L"]
