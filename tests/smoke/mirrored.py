@@ -7,7 +7,7 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from delta_lora import mirror
 from delta_lora.mirror import RunFacts, WandbMirror
 from delta_lora.protocols import MetricSpec
 from delta_lora.runlog import Guarded, RunLog
+from delta_lora.wandb_file import WandbFile
 
 NAME = "e2e--delta_lora--seed1--0123456789ab"
 
@@ -110,4 +111,19 @@ def services_of(parent: int) -> list[int]:
             is_child = f"PPid:\t{parent}\n" in (folder / "status").read_text()
             if is_child and b"wandb-core" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
+    return found
+
+
+def logged(found: WandbFile) -> set[str]:
+    """Return the keys that a file has: of rows, of the summary and, as paths, of what is in it."""
+    config = {f"config.{key}" for key in _paths(found.config)}
+    keys = {*_paths(found.summary), *(key for _, row in found.history for key in row)}
+    return {*keys, *config, *(key.partition("/_type")[0] for key in keys)}  # media are nested
+
+
+def _paths(content: Mapping[str, Any]) -> set[str]:
+    found = set(content)
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}" for inner in _paths(value)}
     return found

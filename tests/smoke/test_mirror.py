@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from delta_lora import mirror, wandb_file
+from delta_lora import wandb_file
 from delta_lora.mirror import WandbMirror
 from delta_lora.runlog import Guarded
-from tests.smoke.mirrored import NAME, files, limit_files, services_of, warnings_of, work
+from tests.smoke.mirrored import NAME, files, warnings_of, work
 from tests.smoke.wandb_server import KEY, Server
 
 pytestmark = pytest.mark.usefixtures("fresh_mirror")
@@ -152,33 +149,6 @@ def test_a_server_that_serves_gets_all(
     assert not files(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "fails",
-    [{"/": 401}, {"/": 500}, {"/": None}, {"/files": None}, "refused"],
-    ids=["401", "500", "hanging", "hanging later", "refused"],
-)
-def test_a_server_that_does_not_serve_leaves_offline_files(
-    fails: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with Server({} if fails == "refused" else fails).running() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        if fails != "refused":
-            assert work(tmp_path) < 20
-    if fails == "refused":  # nobody listens there any more
-        assert work(tmp_path) < 20
-    found = wandb_file.read(files(tmp_path)[-1])
-    assert found.summary["test/bleu"] == pytest.approx(37)
-    assert found.exit_code == 0
-    (warning,) = warnings_of(caplog)
-    assert "cannot be reached" in warning
-    assert KEY not in caplog.text
-    assert mirror._process.best == "offline"  # the next run does not try again
-
-
 def test_a_key_that_cannot_be_one_is_not_tried_nor_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,57 +170,3 @@ def test_a_folder_that_cannot_be_written_costs_the_mirror_alone(
     caplog.clear()
     assert work(tmp_path) < 0.5  # not tried again
     assert not warnings_of(caplog)
-
-
-def test_a_full_disk_costs_the_mirror_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit_files(monkeypatch)
-    assert work(tmp_path) < 21
-    (warning,) = warnings_of(caplog)
-    assert "gets nothing more" in warning
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_service_that_dies_costs_nothing_and_one_that_hangs_the_mirror_alone(
-    number: int,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if number == signal.SIGSTOP:
-        monkeypatch.setattr(mirror, "_process", mirror._Process(patience_s=4.0))
-    services: list[int] = []
-
-    def stop(guarded: Guarded) -> None:
-        made: Any = guarded._mirror
-        until = time.monotonic() + 30
-        while not services and time.monotonic() < until:
-            services.extend(services_of(made._child._process.pid))
-            time.sleep(0.1)
-        os.kill(services[0], number)
-
-    try:
-        work(tmp_path, meanwhile=stop)
-    finally:
-        for pid in services:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    if number == signal.SIGKILL:
-        found = wandb_file.read(files(tmp_path)[-1])
-        assert ([step for step, _ in found.history], found.exit_code) == ([1, 2, 3], 0)
-        assert not warnings_of(caplog)
-    else:
-        (warning,) = warnings_of(caplog)
-        assert "gets nothing more" in warning
-
-
-def test_without_wandb_there_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "stub/wandb").mkdir(parents=True)
-    (tmp_path / "stub/wandb/__init__.py").write_text("raise ImportError('No module named wandb')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
-    work(tmp_path)
-    (warning,) = warnings_of(caplog)
-    assert "No module named wandb" in warning

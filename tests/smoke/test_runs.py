@@ -17,14 +17,17 @@ import pytest
 from omegaconf import OmegaConf
 
 from delta_lora import wandb_file
-from scripts.dashboards import views
+from scripts.dashboards import panels, reports, views
+from scripts.dashboards.subjects import of_sweep, of_table
 from scripts.reporting.spec import load_table
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
 from scripts.runs.mirroring import group_of
 from scripts.runs.run import Run, Status
+from scripts.sweeping.spec import load_sweep
 from tests.smoke.conftest import command, environment
+from tests.smoke.mirrored import logged
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
 METHODS = [name for name in options("method") if "/" not in name]
@@ -237,14 +240,15 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     ]
     assert all(row[3] for row in content["data"])
 
-    # What the panels of a table's view read, this run has, or says why not (it has no Java).
-    spec = load_table("table1")
-    spec = dataclasses.replace(spec, rows=(spec.row("delta_lora"),))
-    (view,) = views.views_of(spec, scale="tiny", entity="me", project="mine")
-    has = {*found.summary, *(key for values in curves.values() for key in values)}
-    has |= {key.partition("/_type")[0] for key in has}
-    lacking = views.metrics_of(views.content_of(view)) - has
-    assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
+    # What the panels of a table and a sweep read, this run has, or says why not (it has no Java).
+    table1, lambda_k = load_table("table1"), load_sweep("lambda_k", "tiny", {"K": ["1"]})
+    table1 = dataclasses.replace(table1, rows=(table1.row("delta_lora"),))
+    for subject in (of_table(table1, "tiny"), of_sweep(lambda_k, "tiny")):
+        (view,) = views.views_of(subject, entity="me", project="mine")
+        report = reports.report_of(subject, entity="me", project="mine", results=run.outputs)
+        for shown in (views.content_of(view), reports.content_of(report)):
+            lacking = panels.keys_of(shown) - logged(found)
+            assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
 
     with_mirror = (run.folder / "metrics.jsonl").read_bytes()
     shutil.rmtree(run.folder)

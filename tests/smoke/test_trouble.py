@@ -133,6 +133,9 @@ def _(trouble: Trouble) -> None:
 
 def _stop_service(number: int) -> Callable[[Trouble], None]:
     def make(trouble: Trouble) -> None:
+        if number == signal.SIGSTOP:
+            trouble.patch.setattr(mirror, "_process", mirror._Process(patience_s=6.0))
+
         def stop(made: Any) -> None:
             services = _wait_for(lambda: services_of(made._child._process.pid))
             trouble.pids += services
@@ -245,5 +248,7 @@ def test_every_run_ends_completed(
     assert waited[0] < 21
     assert bool(found) == (written == OFFLINE)
     assert len(said) == bool(warning)
+    if "cannot be reached" in warning:  # the next run of this process does not try again
+        assert mirror._process.best == "offline"
     assert warning in "".join(said)
     assert KEY not in caplog.text
