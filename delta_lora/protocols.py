@@ -298,6 +298,22 @@ class Task(ABC):
         """Return what a prediction is compared with, by the id of the input, for people to read."""
         return {}
 
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> dict[str, dict[str, float]]:
+        """Return what each of some predictions scores by itself, for people to read.
+
+        Args:
+            predictions: any of the split, in any order.
+            split: ``test`` or ``validation``.
+
+        Returns:
+            By the id of the input: name of the score, as tables call it, to value in their units.
+            Only of scores that a single prediction has; nothing where the task has no such score,
+            or no references. A score of a whole set, such as BLEU, is none.
+        """
+        return {}
+
     def reference_scores(self, split: str) -> dict[str, Scores]:
         """Return what needs no model, by name: a reference against the others, word counts, ..."""
         return {}

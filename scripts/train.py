@@ -151,6 +151,8 @@ def command(arguments: Sequence[str]) -> int:
     if sweep is not None:
         for (row, on), reason in sweep.refused.items():
             sys.stderr.write(f"refused: {row} on {on}: {reason}\n")
+        if not any(argument.startswith("part_of=") for argument in sys.argv[1:]):
+            sys.argv.append(f"part_of=['{sweep.spec.name}']")
     code = 0
     try:
         main()

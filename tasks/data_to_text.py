@@ -405,6 +405,22 @@ class DataToText(Task):
         """Return the texts of each input of `split`."""
         return {item.id: list(item.references) for item in self.inputs(split)}
 
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores of each text that are means over texts; see `_item_score`."""
+        known = self.references(split)
+        found = {
+            p["id"]: self._item_score(p["prediction"], known[p["id"]])
+            for p in predictions
+            if known[p["id"]]
+        }
+        return {name: scores for name, scores in found.items() if scores}
+
+    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+        """Return the scores of one text, by the names and in the units of tables."""
+        return {}
+
     def reference_scores(self, split: str = "test") -> dict[str, Scores]:
         """Score the first reference of each input against its other references.
 

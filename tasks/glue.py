@@ -369,6 +369,19 @@ class Glue(Task):
         rows = self.inputs(split)
         return {row.id: [f"{row.label:g}"] for row in rows if row.label is not None}
 
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "validation"
+    ) -> dict[str, dict[str, float]]:
+        """Return whether each class is the right one: 1 or 0; of real numbers nothing."""
+        if self.labels is None:
+            return {}
+        labels = {row.id: row.label for row in self.inputs(split)}
+        return {
+            p["id"]: {"correct": float(float(p["prediction"]) == labels[p["id"]])}
+            for p in predictions
+            if labels[p["id"]] is not None
+        }
+
     def _score(self, rows: Sequence[Row], values: Sequence[float]) -> Scores:
         labels = [row.label for row in rows if row.label is not None]
         if len(labels) < len(rows):

@@ -218,6 +218,12 @@ class WebNLG(DataToText):
     def _seen_categories(self) -> set[str]:
         return {row.category for row in of_split(self._rows, "train")}
 
+    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+        if "ter" not in metrics.METRICS[self.protocol]:
+            return {}
+        found = metrics.score([text], [references], protocol=self.protocol, metrics=["ter"])
+        return {"TER": found.values["ter"]}
+
     def _parts(self, items: Sequence[Input]) -> dict[str, list[int]]:
         """Return the numbers of the entries of each part."""
         seen = self._seen_categories()

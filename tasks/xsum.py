@@ -459,6 +459,17 @@ class XSum(Task):
         """Return the summary of each document of `split` that has one."""
         return {row.id: [row.summary] for row in self.inputs(split) if row.summary is not None}
 
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """Return the ROUGE scores of each summary, per cent."""
+        known, found = self.references(split), {}
+        for p in predictions:
+            if p["id"] in known:
+                values = rouge.score([p["prediction"]], known[p["id"]]).values
+                found[p["id"]] = {s.label: s.scale * values[s.name] for s in self.metrics}
+        return found
+
 
 def _find(folder: Path) -> dict[str, Path]:
     """Return the file of each split in `folder`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -73,7 +73,14 @@ class Batch:
         parse_workers(workers)
         distinct = list({cell.signature: cell for cell in cells}.values())
         states = {cell.signature: cell.run.status() for cell in distinct}
-        missing = [cell for cell in distinct if states[cell.signature].state != "done"]
+        needed_by: dict[str, list[str]] = {}
+        for cell in cells:
+            needed_by.setdefault(cell.signature, []).append(cell.table)
+        missing = [
+            replace(cell, run=cell.run.as_part_of(filter(None, needed_by[cell.signature])))
+            for cell in distinct
+            if states[cell.signature].state != "done"
+        ]
         todo = with_starts(missing)
         durations = Durations()
         if todo:

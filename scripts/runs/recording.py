@@ -17,7 +17,7 @@ from scripts.runs.run import Run, completed
 
 RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
-NOT_RECORDED = ("logger", "paths", "overrides")
+NOT_RECORDED = ("logger", "paths", "overrides", "part_of")
 
 
 @dataclass(frozen=True)

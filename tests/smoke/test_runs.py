@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from omegaconf import OmegaConf
 
 from delta_lora import wandb_file
-from scripts.reporting import views
+from scripts.dashboards import panels, reports, views
+from scripts.dashboards.subjects import of_sweep, of_table
 from scripts.reporting.results import collect
 from scripts.reporting.spec import load_table
 from scripts.runs.cells import Cell
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
+from scripts.runs.mirroring import group_of
 from scripts.runs.run import Run, Status
+from scripts.sweeping.spec import load_sweep
 from tests.smoke.conftest import command, environment
+from tests.smoke.mirrored import logged
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
 METHODS = [name for name in options("method") if "/" not in name]
@@ -257,7 +262,7 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     (path,) = run.outputs.glob(f"wandb/offline-run-*/run-{run.name}.wandb")
     found = wandb_file.read(path)
     assert found.run.display_name.startswith("delta_lora e2e tiny seed 79 λ=2 K=1 ")
-    assert found.run.run_group == run.group
+    assert found.run.run_group == group_of(run)
     assert (found.exit_code, found.summary["status"]) == (0, "completed")
     curves = dict(found.history)
     assert [curves[step]["delta/num_updates"] for step in (2, 4, 6)] == [0, 2, 4]
@@ -267,17 +272,21 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     assert found.summary["test/bleu"] == pytest.approx(100 * record["metrics"]["bleu"])
     (table,) = (path.parent / "files/media/table").glob("*.json")
     content = json.loads(table.read_text())
-    assert content["columns"] == ["id", "input", "prediction", "references"]
+    assert content["columns"] == [
+        *("id", "input", "prediction", "references"),
+        *([] if "rouge_l" in record["missing_metrics"] else ["ROUGE-L"]),
+    ]
     assert all(row[3] for row in content["data"])
 
-    # What the panels of a table's view read, this run has, or says why not (it has no Java).
-    spec = load_table("table1")
-    spec = dataclasses.replace(spec, rows=(spec.row("delta_lora"),))
-    (view,) = views.views_of(spec, scale="tiny", entity="me", project="mine")
-    has = {*found.summary, *(key for values in curves.values() for key in values)}
-    has |= {key.partition("/_type")[0] for key in has}
-    lacking = views.metrics_of(views.content_of(view)) - has
-    assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
+    # What the panels of a table and a sweep read, this run has, or says why not (it has no Java).
+    table1, lambda_k = load_table("table1"), load_sweep("lambda_k", "tiny", {"K": ["1"]})
+    table1 = dataclasses.replace(table1, rows=(table1.row("delta_lora"),))
+    for subject in (of_table(table1, "tiny"), of_sweep(lambda_k, "tiny")):
+        (view,) = views.views_of(subject, entity="me", project="mine")
+        report = reports.report_of(subject, entity="me", project="mine", results=run.outputs)
+        for shown in (views.content_of(view), reports.content_of(report)):
+            lacking = panels.keys_of(shown) - logged(found)
+            assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
 
     with_mirror = (run.folder / "metrics.jsonl").read_bytes()
     shutil.rmtree(run.folder)
@@ -295,7 +304,9 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
     for ratio in ("0.5", "1"):
         run = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
         assert run.status().state == "done"
-    assert len(list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))) == 5
+    files = list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))
+    assert len(files) == 5
+    assert OmegaConf.load(run.folder / "config.yaml").part_of == [files[0].parent.name]
     assert not list(tmp_path.iterdir())  # the working folder of the command
 
 
