@@ -94,7 +94,7 @@ readme: $(READY)  ## put the generated rows into README
 	@$(RUN) scripts/readme.py
 
 .PHONY: dashboard
-dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, and make a view of every table there
+dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, with a view and a report of every table and sweep
 	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
 	$(RUN) scripts/dashboard.py sync $$ARGS && $(RUN) scripts/dashboard.py summary --scale $$scale $$ARGS && \
 	$(RUN) scripts/dashboard.py all --scale $$scale $$ARGS

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -72,7 +73,14 @@ class Batch:
         parse_workers(workers)
         distinct = list({cell.signature: cell for cell in cells}.values())
         states = {cell.signature: cell.run.status() for cell in distinct}
-        missing = [cell for cell in distinct if states[cell.signature].state != "done"]
+        needed_by: dict[str, list[str]] = {}
+        for cell in cells:
+            needed_by.setdefault(cell.signature, []).append(cell.table)
+        missing = [
+            replace(cell, run=cell.run.as_part_of(filter(None, needed_by[cell.signature])))
+            for cell in distinct
+            if states[cell.signature].state != "done"
+        ]
         todo = with_starts(missing)
         durations = Durations()
         if todo:
@@ -227,7 +235,11 @@ def expected_time(todo: Sequence[Cell], num_workers: int, durations: Durations) 
 
 
 def run_cells(
-    pool: Pool, todo: Sequence[Cell], durations: Durations, function: str
+    pool: Pool,
+    todo: Sequence[Cell],
+    durations: Durations,
+    function: str,
+    more: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """Run cells and show progress; return how those ended that failed or were not run.
 
@@ -238,6 +250,7 @@ def run_cells(
         todo: the cells, from `with_starts`.
         durations: of earlier runs; gets those of these.
         function: what a worker does with a run: `EXECUTE` or `ATTEMPT`.
+        more: further arguments of the function, by name of the run.
 
     Returns:
         Name of the run to outcome.
@@ -247,7 +260,7 @@ def run_cells(
     for cell in todo:
         before = cell.run.start_run
         after = None if before is None else before.name
-        jobs.append(Job(function, (cell.run,), cell.signature, after))
+        jobs.append(Job(function, (cell.run, *more.get(cell.signature, ())), cell.signature, after))
     pending = dict(by_key)
 
     def remaining() -> str:
@@ -256,7 +269,7 @@ def run_cells(
 
     def ended(outcome: Outcome) -> None:
         cell = pending.pop(outcome.job.key)
-        if outcome.error is None:
+        if outcome.error is None and cell.run.completed() is not None:  # not pruned
             durations.add(cell.run.group, cell.run.config, outcome.seconds)
 
     labels = {name: cell.label for name, cell in by_key.items()}
