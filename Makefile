@@ -4,6 +4,9 @@ SCALE ?= auto
 SEEDS ?= 1,2,3
 WORKERS ?= auto
 ARGS ?=
+# Where runs work: local, ray or slurm, and options of configs/launcher in place of those there.
+LAUNCHER ?= local
+LAUNCHER_ARGS ?=
 # Processes of `make test`; one thread each.
 TEST_WORKERS ?= 2
 PYTHON3 ?= python3
@@ -32,7 +35,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 # Passed through the environment, so that quotes in them survive.
-export ARGS SCALE SEEDS SWEEP VALUES WORKERS
+export ARGS LAUNCHER LAUNCHER_ARGS SCALE SEEDS SWEEP VALUES WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -61,10 +64,11 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(RUN) -m mypy --no-error-summary
 	@echo "lint: nothing found"
 
-REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+WHERE = --workers "$$WORKERS" --launcher "$$LAUNCHER" --launcher-args="$$LAUNCHER_ARGS"
+REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 plan: $(READY)  ## what the tables still need: runs, hours, device memory, disk
-	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 dry-run: $(READY)  ## is the plan right? every row of Tables 1 to 4 at full size, 3 steps on a CPU (hours)
 	@$(RUN) scripts/dry_run.py $$ARGS
@@ -73,7 +77,7 @@ tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1
 
 reproduce-all: $(READY)  ## all tables and figures of the paper, and one page with all of them: results/SCALE/README.md
-	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 # The second rule takes names that are no table; the script says which there are.
 $(REPRODUCE): reproduce-%: $(READY)
@@ -82,10 +86,10 @@ reproduce-%: $(READY)
 	$(REPRODUCE_ONE)
 
 audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
-	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 sweep: $(READY)  ## a grid of settings: results/SCALE/sweeps/SWEEP (SWEEP=lambda_k, VALUES='lambda=0.5,1,2 K=0,4')
-	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --values "$$VALUES" --args="$$ARGS"
+	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --values "$$VALUES" --args="$$ARGS"
 
 report: $(READY)  ## all results of a scale as one page that opens from disk: results/SCALE/report/index.html
 	@$(RUN) scripts/report.py --scale "$$SCALE"

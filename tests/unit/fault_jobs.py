@@ -6,6 +6,7 @@ environment variable FAULT_JOBS_LOG names.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -46,4 +47,8 @@ def run(job):
         raise ValueError("rank=0 must be 1 or more")
     if behaviour == "exit":
         os._exit(3)
+    if behaviour == "once":  # killed in its first try, done in its second
+        if log.read_text().count(f" {name}\n") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return
     time.sleep(float(behaviour) if behaviour[0].isdigit() else 0.0)
