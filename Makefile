@@ -26,6 +26,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 GPU_READY := $(READY)
+# Who has no cluster is spared ray.
+ifeq ($(LAUNCHER),ray)
+READY := $(VENV)/.ray-ready
+endif
 else
 RUN := $(PYTHON)
 READY := check-python
@@ -44,12 +48,13 @@ export ARGS LAUNCHER LAUNCHER_ARGS SCALE SEEDS SWEEP VALUES WORKERS
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
+	@echo "LAUNCHER=ray|slurm [LAUNCHER_ARGS='partition=gpu time=12:00:00'] runs on a cluster: results/README.md, A cluster"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
 	  printf '  %-24s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
 
-setup: $(READY)  ## make the environment .venv from requirements.lock
+setup: $(READY)  ## make the environment .venv from requirements.lock (LAUNCHER=ray: with ray)
 	@echo "environment: ready ($(RUN))"
 
 test: $(READY)  ## run all tests (ARGS go to pytest)
@@ -146,6 +151,11 @@ SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= 
 	@$(INSTALL) -r requirements.lock $(INTO_LOG)
 	@echo "environment: adding delta_lora itself"
 	@$(INSTALL) --no-deps -e . $(INTO_LOG)
+	@touch $@
+
+.venv/.ray-ready: requirements-ray.lock .venv/.ready
+	@echo "environment: adding ray (log: $(LOG))"
+	@$(INSTALL) --no-deps -r requirements-ray.lock $(INTO_LOG)
 	@touch $@
 
 # What an environment given by PYTHON= must have.
