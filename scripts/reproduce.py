@@ -14,6 +14,10 @@ Several GPUs:
     python scripts/reproduce.py table1 --workers 8          eight runs at a time, over all of them
     accelerate launch --multi_gpu --num_processes 8 scripts/train.py experiment=xsum \
       method=delta_lora                    one run over eight of them
+A cluster, one device a run (options: configs/launcher):
+    python scripts/reproduce.py table1 --scale paper --launcher slurm \
+      --launcher-args "partition=gpu time=12:00:00"
+    python scripts/reproduce.py table1 --scale paper --launcher ray
 Without --workers a GPU takes as many runs at a time as its memory and the CPU cores allow, at most
 four. Their times are not comparable with those of runs alone: for claim C8 (time of Delta-LoRA
 against LoRA) give --workers the number of GPUs.

@@ -53,8 +53,13 @@ def members(group: int) -> list[int]:
 
 
 @contextmanager
-def started(*, num_cpus: int) -> Iterator[RayCluster]:
-    """Start a cluster; behind the block it has ended, with all of its processes."""
+def started(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
+    """Start a cluster; behind the block it has ended, with all of its processes.
+
+    Args:
+        num_cpus: tasks of one core that it does at once.
+        environment: further environment variables of its processes.
+    """
     os.environ.update(TOKEN)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +70,8 @@ def started(*, num_cpus: int) -> Iterator[RayCluster]:
          f"--port={port}", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}",
          "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000",
          f"--temp-dir={folder}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     try:
         _wait_for_answer(process, port)

@@ -33,8 +33,10 @@ from scripts.runs.workers import COMMAND_BEGAN, DEATH, STOP_TIMEOUT_S, do, when_
 #: seconds until a cluster that took no more jobs is asked again.
 ASK_AGAIN_S = 30.0
 #: variables of the command that its jobs get, by their beginnings: a cluster's processes may have
-#: the environment of whoever started the cluster.
+#: the environment of whoever started the cluster. Not secrets, by their ends: what jobs get may be
+#: written to a file. Keys are where `wandb login` and `hf auth login` put them.
 PASSED_ON = ("DELTA_LORA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_")
+SECRETS = ("KEY", "TOKEN")
 _HERE = "cluster"
 
 logger = logging.getLogger(__name__)
@@ -166,8 +168,15 @@ class Elsewhere:
     ) -> None:
         self._cluster, self._limit = cluster, limit
         self._logs, self._name = logs.resolve(), name
-        passed_on = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
-        self._environment = {**passed_on, **environment, COMMAND_BEGAN: repr(when_began())}
+        self._environment = {
+            **{
+                key: value
+                for key, value in os.environ.items()
+                if key.startswith(PASSED_ON) and not key.endswith(SECRETS)
+            },
+            **environment,
+            COMMAND_BEGAN: repr(when_began()),
+        }
         self._command = command_folder(logs, name).resolve()
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(lock(self._command, wait=False))

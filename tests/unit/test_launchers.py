@@ -6,6 +6,7 @@ Slurm is tried twice: as submitit's local executor, and with stand-ins for Slurm
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -200,6 +201,7 @@ class Recorded:
     def give(self, job: Job, place: Place) -> Any:
         if len(self.tasks) >= self.room:
             raise SubmissionError("no room")
+        self.place = place
         self.tasks.append(Ended(job))
         self.given += 1
         self.most = max(self.most, len(self.tasks))
@@ -249,6 +251,19 @@ def test_a_lost_job_waits_for_nobody_and_is_given_twice(tmp_path: Path) -> None:
     assert failed(outcomes) == {"a", "b"}
     assert not outcomes["b"].was_run
     assert cluster.given == 3
+
+
+def test_a_job_gets_the_settings_of_its_command_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    cluster = Recorded()
+    with recorded(tmp_path, cluster) as place:
+        collect(place, [job("a:good")])
+    assert cluster.place.environment["WANDB_MODE"] == "offline"
+    assert "secret" not in cluster.place.environment.values()
 
 
 def test_a_cluster_that_takes_nothing_ends_the_command(tmp_path: Path) -> None:
@@ -317,6 +332,22 @@ def test_a_lost_job_is_given_once_more_and_then_named(
     assert sorted(begun(tmp_path)) == sorted(["start", "good", *["killed", "dead", "poisoned"] * 2])
     assert "killed: process" in (tmp_path / "logs" / "x-killed.log").read_text()
     assert not [path for path in (tmp_path / "logs").iterdir() if path.is_dir()]
+
+
+def test_a_job_that_is_preempted_goes_on_under_its_own_number(
+    slurm: Callable[..., Elsewhere], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_asked = False
+    with slurm(cluster="local") as place:
+        for outcome in place.run([job("long:again")], tick_s=0.2):
+            if place.running and (tmp_path / "begun").exists() and not is_asked:
+                process = int((tmp_path / "begun").read_text().split()[0])
+                os.kill(process, signal.SIGUSR2)  # as Slurm does before it preempts
+                is_asked = True
+            if outcome is not None:
+                assert outcome.error is None
+    assert begun(tmp_path) == ["long", "long"]
+    assert "once more" not in caplog.text
 
 
 def test_stopping_ends_what_runs(slurm: Callable[..., Elsewhere], tmp_path: Path) -> None:

@@ -42,7 +42,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str, pip_fails: int = 0) -> subprocess.CompletedProcess[str]:
-    own = {"PIP": str(folder / "pip"), "PIP_FAILS": str(pip_fails), "MAKEFLAGS": "", "LAUNCHER": "local"}
+    own = {
+        "PIP": str(folder / "pip"),
+        "PIP_FAILS": str(pip_fails),
+        "MAKEFLAGS": "",
+        "LAUNCHER": "local",
+    }
     return subprocess.run(
         ["make", "setup", f"PYTHON3={folder / 'python3'}", *arguments],
         cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=60,
