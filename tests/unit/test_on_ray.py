@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from scripts.runs.composition import ROOT
 from scripts.runs.elsewhere import Elsewhere
 from scripts.runs.on_ray import Ray
-from tests.ray_cluster import IS_INSTALLED, WHY_NOT, RayCluster, started
-from tests.unit.test_launchers import begun, collect, failed, job
+from tests.ray_cluster import IS_INSTALLED, TOKEN, WHY_NOT, RayCluster, members, started
+from tests.unit.test_launchers import RUN, begun, collect, failed, job
 
 pytestmark = pytest.mark.skipif(not IS_INSTALLED, reason=WHY_NOT)
 
@@ -73,6 +77,27 @@ def test_stopping_ends_what_runs_and_leaves_the_cluster(
     assert cluster.process.poll() is None
     with elsewhere() as place:
         assert not failed(collect(place, [job("again:good")]))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states from /proc")
+def test_a_cluster_that_a_command_has_started_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from scripts.runs.jobs import Job; "
+        "from scripts.runs.on_ray import Ray; folder = Path(sys.argv[1]); "
+        "place = Ray(address='local').open(gpus=0, limit=1, logs=folder / 'logs', name='x', "
+        "environment={'FAULT_JOBS_LOG': str(folder / 'begun')})\n"
+        f"with place: print([o.error for o in place.run([Job('{RUN}', ('a:good',), 'a')]) if o])"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, start_new_session=True,
+        env={**os.environ, **TOKEN}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert command.communicate(timeout=120)[0].endswith("[None]\n")
+    assert command.returncode == 0
+    until = time.monotonic() + 60
+    while left := members(command.pid):
+        assert time.monotonic() < until, f"processes are left: {left}"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
