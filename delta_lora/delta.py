@@ -18,6 +18,7 @@ Factors are pairs (A, B). Shape suffixes: I inputs, O outputs, R rank, S twice t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,3 +161,99 @@ class Difference:
         if is_transposed:
             left, right = right.T, left.T
         W.addmm_(left, right, alpha=factor)
+
+
+class Differences:
+    """The `Difference` of many layers, copied together where their shapes agree.
+
+    A step of a small batch is bound by how many kernels the host starts. Layers of one shape share
+    their buffers, (layers, out, 2 rank) and (layers, 2 rank, in), and one of their factors, so that
+    the copies of all of them are a handful, and one product a layer is left. The numbers are those
+    of `Difference`.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[_Group] = []
+        self._made_for: list[tuple[Any, ...]] = []
+
+    @torch.no_grad()
+    def keep(self, old: Sequence[Factors], *, like: Sequence[Tensor]) -> None:
+        """Keep A (rank, in) and B (out, rank) of every layer as they are now.
+
+        Args:
+            old: the factors of each layer.
+            like: W of each layer, for device and type.
+        """
+        kinds = [
+            (A.shape, B.shape, A.dtype, W.device, W.dtype)
+            for (A, B), W in zip(old, like, strict=True)
+        ]
+        if kinds != self._made_for:
+            members: dict[tuple[Any, ...], list[int]] = {}
+            for index, kind in enumerate(kinds):
+                members.setdefault(kind, []).append(index)
+            self._groups = [_Group(each, old[each[0]], like[each[0]]) for each in members.values()]
+            self._made_for = kinds
+        for group in self._groups:
+            group.write_old(old)
+
+    @torch.no_grad()
+    def add_to(
+        self,
+        weights: Sequence[Tensor],
+        new: Sequence[Factors],
+        *,
+        factors: Sequence[float],
+        are_transposed: Sequence[bool],
+    ) -> None:
+        """Add ``factor * (B' @ A' - B @ A)`` to the W of every layer.
+
+        Args:
+            weights: W of each layer, (out, in), or (in, out) where it is transposed; changed in
+                place.
+            new: A' and B' of each layer.
+            factors: lambda times the scaling of the branch.
+            are_transposed: whether a W is stored (in, out).
+        """
+        for group in self._groups:
+            group.write_new(new)
+            for index, left, right in zip(group.members, group.left, group.right, strict=True):
+                if are_transposed[index]:
+                    left, right = right.T, left.T
+                weights[index].addmm_(left, right, alpha=factors[index])
+
+
+class _Group:
+    """Layers with factors of one shape and a W of one device and type.
+
+    Attributes:
+        members: their numbers.
+        left: ``[B' B]`` of each, (layers, out, 2 rank).
+        right: ``[A'; -A]`` of each, (layers, 2 rank, in).
+    """
+
+    def __init__(self, members: Sequence[int], factors: Factors, like: Tensor) -> None:
+        A_RI, B_OR = factors
+        self.members = list(members)
+        self._rank = rank = A_RI.shape[0]
+        self.left = like.new_empty(len(members), B_OR.shape[0], 2 * rank)
+        self.right = like.new_empty(len(members), 2 * rank, A_RI.shape[1])
+        # One kernel reads many factors only into memory without gaps.
+        self._A = A_RI.new_empty(len(members), *A_RI.shape)
+        self._B = B_OR.new_empty(len(members), *B_OR.shape)
+
+    def write_old(self, factors: Sequence[Factors]) -> None:
+        A, B = self._stacked(factors)
+        self.left[:, :, self._rank :].copy_(B)
+        self.right[:, self._rank :].copy_(A).neg_()
+
+    def write_new(self, factors: Sequence[Factors]) -> None:
+        A, B = self._stacked(factors)
+        self.left[:, :, : self._rank].copy_(B)
+        self.right[:, : self._rank].copy_(A)
+
+    def _stacked(self, factors: Sequence[Factors]) -> Factors:
+        own = [factors[index] for index in self.members]
+        torch.stack([A.detach() for A, _ in own], out=self._A)
+        torch.stack([B.detach() for _, B in own], out=self._B)
+        return self._A, self._B

@@ -2,6 +2,7 @@
 
     make gpu-check                                      # all, at most nine minutes on one H100
     python scripts/gpu_check.py --only 2,7 --budget-s 120
+    python scripts/gpu_check.py --only 5,14 --add-to results/gpu/DEVICE.json     # the rest, later
     python scripts/gpu_check.py --device cpu --small    # what a CPU can show, in a minute
 
 Needs torch, transformers, accelerate, safetensors, numpy and tqdm, no network and no weights. One
@@ -12,6 +13,7 @@ line a check on the output, progress on the error stream, everything in a JSON f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -35,6 +37,7 @@ GRACE_S = 30.0
 def main() -> int:
     """Run what the command line asks for; return the exit status."""
     options = _parse()
+    old = json.loads(options.add_to.read_text(encoding="utf-8")) if options.add_to else {}
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     context = Context(options.device, options.small, folder)
@@ -52,7 +55,9 @@ def main() -> int:
     content = report.build(
         facts, entries, is_small=options.small, not_run=not_run, seconds=time.monotonic() - began
     )
-    out = options.out or _default_out(facts, options)
+    out = options.out or options.add_to or _default_out(facts, options)
+    if options.add_to is not None:
+        content = report.add(old, content)
     if out is not None:
         report.write(out, content)
         print(f"report: {out}")
@@ -103,7 +108,13 @@ def _parse() -> argparse.Namespace:
         help="no check is started after so many seconds (default: 540)",
     )
     parser.add_argument("--out", type=Path, help="the report (default: results/gpu/<device>.json)")
+    parser.add_argument(
+        "--add-to", type=Path, metavar="FILE",
+        help="put the checks of this run into an earlier report of the same device",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.add_to is not None and not options.add_to.is_file():
+        parser.error(f"--add-to {options.add_to}: no such file; name a report of results/gpu")
     if options.device == "cpu" and not options.small:
         parser.error("--device cpu takes hours with the paper's models; add --small")
     if options.budget_s <= 0:

@@ -49,7 +49,9 @@ CHECKS = (
     Check(11, "other_models", "scripts.checking.speed:other_models", 150),
     Check(12, "two_processes", "scripts.checking.processes:two_processes", 180),
     Check(13, "host_syncs", "scripts.checking.speed:host_syncs", 90, needs_cuda=True),
-    Check(14, "explore", "scripts.checking.explore:explore", 330, needs_cuda=True,
+    Check(14, "explore", "scripts.checking.explore:explore", 150, needs_cuda=True,
+          is_judged=False),
+    Check(15, "compiled", "scripts.checking.explore:compiled_in_child", 180, needs_cuda=True,
           is_judged=False),
 )
 # fmt: on

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.checking import recipes
+from scripts.checking.catalogue import by_number
 
 SCHEMA = 1
 FORMAT = {
@@ -23,7 +24,7 @@ FORMAT = {
     "costs.checkpoint": "bytes per second, checksums and flush to disk included; entries by method",
     "costs.hours": "optimiser steps and decoding of every run of a table, one after the other on "
     "this device; evaluation, scoring, data and checkpoints are not counted",
-    "explore": "figures without a verdict",
+    "explore": "checks without a verdict",
 }
 #: table -> model and task; ``glue`` are all eight.
 TABLES = {
@@ -60,7 +61,8 @@ def build(
     costs = merge_costs(entries)
     if not is_small:
         costs["hours"] = hours(costs)
-    explored = [e for e in entries if e["name"] == "explore"]
+    judged = [by_number(entry["number"]).is_judged for entry in entries]
+    plain = [{k: v for k, v in entry.items() if k != "costs"} for entry in entries]
     return {
         "schema": SCHEMA,
         "format": FORMAT,
@@ -68,13 +70,9 @@ def build(
         "is_small": is_small,
         "seconds": round(seconds, 1),
         "not_run": list(not_run),
-        "checks": [
-            {key: value for key, value in entry.items() if key != "costs"}
-            for entry in entries
-            if entry["name"] != "explore"
-        ],
+        "checks": [entry for entry, is_judged in zip(plain, judged, strict=True) if is_judged],
         "costs": costs,
-        "explore": explored[0] if explored else None,
+        "explore": [entry for entry, is_judged in zip(plain, judged, strict=True) if not is_judged],
     }
 
 
@@ -93,6 +91,50 @@ def merge_costs(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "entries": written,
             }
     return merged
+
+
+def add(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return a report of a device with the checks and costs of a later, partial one in their place.
+
+    A check that was repeated keeps nothing of its first time; ``again`` says what was added, by
+    which commit and with which versions.
+
+    Raises:
+        ValueError: they are of different devices or sizes.
+    """
+    for key in ("device", "is_small", "schema"):
+        theirs, ours = (r["device"]["name"] if key == "device" else r[key] for r in (old, new))
+        if theirs != ours:
+            raise ValueError(f"the report to add to has {key}={theirs!r}, this run {ours!r}")
+    numbers = [check["number"] for check in (*new["checks"], *new["explore"])]
+    costs: dict[str, Any] = {
+        kind: _replaced(old["costs"][kind], new["costs"][kind], keys)
+        for kind, keys in (
+            ("steps", ("model", "method", "precision", "matmul_precision")),
+            ("decoding", ("model",)),
+        )
+    }
+    costs["checkpoint"] = new["costs"]["checkpoint"] or old["costs"]["checkpoint"]
+    if not old["is_small"]:
+        costs["hours"] = hours(costs)
+    again = {"checks": numbers, **{key: new[key] for key in ("versions", "git", "seconds")}}
+    return {
+        **old,
+        "seconds": round(old["seconds"] + new["seconds"], 1),
+        "not_run": [number for number in old["not_run"] if number not in numbers],
+        "checks": _replaced(old["checks"], new["checks"], ("number",)),
+        "costs": costs,
+        "explore": _replaced(old["explore"], new["explore"], ("number",)),
+        "again": [*old.get("again", []), again],
+    }
+
+
+def _replaced(
+    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the entries of both; where `keys` agree the new one, in the place of the old one."""
+    merged = {tuple(entry[key] for key in keys): entry for entry in (*old, *new)}
+    return list(merged.values())
 
 
 def hours(costs: dict[str, Any]) -> dict[str, Any]:

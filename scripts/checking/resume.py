@@ -23,6 +23,8 @@ from scripts.checking.steps import Workload
 
 #: check 6: steps of the run, where it is stopped, where and how often it overflows.
 FP16_STEPS, FP16_STOP, FP16_OVERFLOW, FP16_REPEATS = 60, 30, 10, 3
+#: steps in which the calls of the device are counted.
+COUNTED_STEPS = 4
 #: check 7: steps of the run, where it is killed, steps between two checkpoints.
 KILLED_STEPS, KILLED_AT, CHECKPOINT_EVERY = 50, 25, 10
 CHILD_TIMEOUT_S = 120.0
@@ -47,13 +49,14 @@ class Overflowing(synthetic.Synthetic):
 
 
 def fp16(context: Context) -> Finding:
-    """Let float16 overflow, stop, resume, and compare step times before and after."""
+    """Let float16 overflow, stop, resume, and compare what a step asks of the device."""
     finding = Finding()
     workload = steps.gpt2(context, steps=10)
-    straight, straight_ms = _fp16_run(context, workload, context.folder / "fp16-straight", None)
+    folder = context.folder / "fp16-straight"
+    straight, straight_ms, straight_calls = _fp16_run(context, workload, folder, None)
     folder = context.folder / "fp16-stopped"
-    stopped, _ = _fp16_run(context, workload, folder, FP16_STOP)
-    resumed, resumed_ms = _fp16_run(context, workload, folder, None)
+    stopped, _, _ = _fp16_run(context, workload, folder, FP16_STOP)
+    resumed, resumed_ms, resumed_calls = _fp16_run(context, workload, folder, None)
     assert straight is not None
     assert resumed is not None
     finding.values = {
@@ -68,21 +71,28 @@ def fp16(context: Context) -> Finding:
     finding.equal("steps_resumed", resumed.num_steps, straight.num_steps)
     losses = (straight.final_train_loss, resumed.final_train_loss)
     finding.equal("finite_losses", all(map(math.isfinite, losses)), True)
-    finding.values["ms_after_resume"] = ratio = round(resumed_ms / straight_ms, 3)
-    if not context.is_small:  # else a step is too short to be timed
-        finding.at_most("ms_after_resume", ratio, 1.1)
+    finding.values["ms_after_resume"] = round(resumed_ms / straight_ms, 3)
+    # A clock on a shared host says little; what the host asks of the device can be counted.
+    finding.values["calls_per_step"] = {"straight": straight_calls, "resumed": resumed_calls}
+    finding.equal("calls_after_resume", resumed_calls, straight_calls)
     return finding
 
 
 def _fp16_run(
     context: Context, workload: Workload, folder: Path, stop_at: int | None
-) -> tuple[FitResult | None, float]:
-    """Run LoRA in float16; return its result (None if it stopped) and its fastest window's ms."""
+) -> tuple[FitResult | None, float, dict[str, float]]:
+    """Run LoRA in float16.
+
+    Returns:
+        Its result (None if it stopped), the milliseconds a step of its fastest window, and how
+        often a step of the last window calls the device, by the kind of the call.
+    """
     task = Overflowing()
     method = models.make_method("lora", workload.model)
     model = workload.build(context.device)
     method.inject(model, projections=None, head=(), total_steps=FP16_STEPS, seed=1)
     window, marks = workload.steps_per_epoch, []
+    profiler = steps.make_profiler(context)
 
     def before(step: int) -> None:
         task.step = step
@@ -92,6 +102,11 @@ def _fp16_run(
         if step + 1 > FP16_STOP and (step + 1) % window == 0:
             steps.synchronize(context.device)
             marks.append(time.perf_counter())
+        if step + 1 == FP16_STEPS - COUNTED_STEPS - 1:
+            profiler.start()
+        if step + 1 == FP16_STEPS - 1:
+            steps.synchronize(context.device)
+            profiler.stop()
         if step + 1 == stop_at:  # as a scheduler does: a checkpoint is written, then the run ends
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -108,10 +123,12 @@ def _fp16_run(
         )  # fmt: skip
     except KeyboardInterrupt:
         result = None
-    windows = [(b - a) * 1000 / window for a, b in pairwise(marks)]
+    # The last window was profiled in part.
+    windows = [(b - a) * 1000 / window for a, b in pairwise(marks[:-1])]
+    calls = steps.device_calls(profiler, COUNTED_STEPS) if result is not None else {}
     del model, trainer
     steps.clean_up(context.device)
-    return result, min(windows, default=math.nan)
+    return result, min(windows, default=math.nan), calls
 
 
 def killed(context: Context) -> Finding:

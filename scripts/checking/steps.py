@@ -26,6 +26,8 @@ from scripts.checking.finding import Context
 
 #: host calls that start a kernel, or a graph of them.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel", "cudaGraphLaunch")
+#: what the host asks of the device in a step, and how the profiler calls it.
+CALLS = {"launch": LAUNCHES, "copy": ("cudaMemcpy",), "wait": ("cudaStreamSynchronize",)}
 
 
 class EnoughError(Exception):
@@ -189,7 +191,7 @@ def measure(
     )
     task, cost = synthetic.task(workload.model), StepCost()
     marks: list[float] = []
-    profiler = _profiler(context) if profiled_steps else None
+    profiler = make_profiler(context) if profiled_steps else None
 
     def after(step: int) -> None:
         number = step + 1
@@ -279,7 +281,8 @@ def clean_up(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _profiler(context: Context) -> profile:
+def make_profiler(context: Context) -> profile:
+    """Return a profiler of host and device, not started."""
     activities = [ProfilerActivity.CPU]
     if context.is_cuda:
         activities.append(ProfilerActivity.CUDA)
@@ -293,6 +296,19 @@ def _read(profiler: profile, steps: int, ms_per_step: float) -> tuple[float | No
     if not launches:  # a CPU, or a machine that does not let the profiler see the device
         return None, None
     return launches / steps, device_us(averages) / steps / (ms_per_step * 1000)
+
+
+def device_calls(profiler: profile, steps: int) -> dict[str, float]:
+    """Return how often a step called the device, by the kind of the call: launch, copy, wait.
+
+    Empty where the profiler sees no device.
+    """
+    counts = dict.fromkeys(CALLS, 0)
+    for event in profiler.key_averages():
+        for kind, names in CALLS.items():
+            if event.key.startswith(names):
+                counts[kind] += event.count
+    return {kind: count / steps for kind, count in counts.items()} if any(counts.values()) else {}
 
 
 def device_us(averages: Sequence[Any]) -> float:

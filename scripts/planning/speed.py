@@ -33,9 +33,10 @@ NEAR = 0.25
 SEARCH_LAUNCHES = 60
 #: kernels of one block in a decoding step: products, normalisations, attention, cache.
 BLOCK_LAUNCHES = {"gpt2": 18, "bart": 30}
-#: further kernels of a step for each branch: Delta-LoRA's copies and product; AdaLoRA's
-#: orthogonality of two factors with its gradient, and its scores.
-BRANCH_LAUNCHES = {"delta_lora": 5, "adalora": 28}
+#: further kernels of a step for each branch: Delta-LoRA's product, and its share of the copies,
+#: which all branches make together; AdaLoRA's orthogonality of two factors with its gradient, and
+#: its scores.
+BRANCH_LAUNCHES = {"delta_lora": 1.2, "adalora": 28}
 #: rows that run the same operations as a measured one.
 SAME_WORK = {"lora_high_lr": "lora", "lora_scaled": "lora_no_dropout"}
 
@@ -167,8 +168,7 @@ def measured_step(cfg: Any, batch: Batch, device: Device) -> tuple[float, str] |
     tokens = batch.length * (1 if batch.is_packed else batch.sequences)
     for entry in measured_steps(cfg, batch.sequences, device):
         if abs(entry["batch_tokens"] - tokens) <= NEAR * tokens:
-            what = f"a step of {entry['method']} at {entry['batch_tokens']} tokens"
-            return entry["ms_per_step"] / 1000, f"{what} measured on {device.name}"
+            return entry["ms_per_step"] / 1000, f"steps measured on {device.name}"
     return None
 
 
@@ -210,7 +210,7 @@ def forward_seconds(ledger: Ledger, device: Device, kind: str) -> float:
     return _seconds(ledger.forward_flops, ledger.forward_launches, device, kind)
 
 
-def _seconds(flops: float, launches: int, device: Device, kind: str) -> float:
+def _seconds(flops: float, launches: float, device: Device, kind: str) -> float:
     return max(flops / (device.flops[kind] * device.utilisation[kind]), launches * device.launch_s)
 
 

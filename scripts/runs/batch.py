@@ -284,13 +284,7 @@ def run_cells(
 
     def remaining() -> str:
         running = {job.key: seconds for job, seconds in pool.running}
-        rest = 0.0
-        for name, cell in pending.items():
-            expected = durations.expect(cell.run)
-            if expected is None:
-                return "unknown"
-            rest += max(expected - running.get(name, 0.0), 0.0)
-        return format_seconds(rest / max(1, len(running)))
+        return time_left(list(pending.values()), running, durations)
 
     def ended(outcome: Outcome) -> None:
         cell = pending.pop(outcome.job.key)
@@ -299,6 +293,24 @@ def run_cells(
 
     labels = {name: cell.label for name, cell in by_key.items()}
     return run_jobs(pool, jobs, labels, ended=ended, remaining=remaining)
+
+
+def time_left(pending: Sequence[Cell], running: Mapping[str, float], durations: Durations) -> str:
+    """Return in words how long the open cells take, as far as other runs tell.
+
+    Args:
+        pending: those that have not ended.
+        running: name to seconds so far, of those that a worker has.
+        durations: of runs that have ended.
+    """
+    expected = {cell.signature: durations.expect(cell.run) for cell in pending}
+    known = {name: seconds for name, seconds in expected.items() if seconds is not None}
+    if expected and not known:
+        return "unknown"
+    rest = sum(max(seconds - running.get(name, 0.0), 0.0) for name, seconds in known.items())
+    text = format_seconds(rest / max(1, len(running)))
+    unknown = len(expected) - len(known)
+    return f"{text} and {unknown} of unknown length" if unknown else text
 
 
 def run_jobs(

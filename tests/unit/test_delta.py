@@ -65,3 +65,38 @@ def test_the_first_update_is_at_the_step_after_k(K: int, first: int) -> None:
     assert delta.never_updates(first, 2.0, K)
     assert not delta.never_updates(first + 1, 2.0, K)
     assert not delta.never_updates(first, 0.0, K), "nothing was meant to be updated"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_many_layers_together_are_each_alone_to_the_bit(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(7)
+    shapes = [(7, 5, 2), (7, 5, 2), (4, 6, 3), (7, 5, 2), (6, 6, 2)]
+    transposed = [False, True, False, False, True]
+
+    def layers() -> list[delta.Factors]:
+        return [(torch.randn(r, i, generator=draw), torch.randn(o, r, generator=draw))
+                for o, i, r in shapes]  # fmt: skip
+
+    alone = [torch.randn(*((i, o) if t else (o, i)), dtype=dtype, generator=draw)
+             for (o, i, _), t in zip(shapes, transposed, strict=True)]  # fmt: skip
+    together = [W.clone() for W in alone]
+    singles, many = [delta.Difference() for _ in shapes], delta.Differences()
+    for _ in range(3):
+        old, new = layers(), layers()
+        many.keep(old, like=together)
+        factors = [0.5 + index for index in range(len(shapes))]
+        many.add_to(together, new, factors=factors, are_transposed=transposed)
+        for index, single in enumerate(singles):
+            single.keep(old[index], like=alone[index])
+            single.add_to(
+                alone[index], new[index], factor=factors[index], is_transposed=transposed[index]
+            )
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_factors_that_move_to_another_type_are_kept_anew() -> None:
+    W, (A, B), many = torch.zeros(OUT, IN, dtype=F64), factors(3), delta.Differences()
+    many.keep([(A.float(), B.float())], like=[W.float()])
+    many.keep([(A, B)], like=[W])
+    many.add_to([W], [(2 * A, B)], factors=[1.0], are_transposed=[False])
+    torch.testing.assert_close(W, product((A, B)), atol=1e-14, rtol=0)

@@ -9,11 +9,12 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from delta_lora.methods.delta_lora import _Target
+from delta_lora.delta import Differences
 from scripts.checking import (
     catalogue,
     children,
@@ -219,7 +220,7 @@ def test_costs_have_the_form_that_the_planner_reads() -> None:
     finding.cost("steps", **_step("lora", 40.0))
     for size, rate in ((10, 1.0), (400, 7.0)):
         finding.cost("checkpoint", bytes=size, write_bytes_per_s=rate, read_bytes_per_s=9.0)
-    entry = catalogue.outcome(fake("fine"), "PASS", finding=finding)
+    entry = catalogue.outcome(catalogue.by_number(4), "PASS", finding=finding)
     content = report.build(
         {"device": {"name": "NVIDIA H100 80GB HBM3"}}, [entry], is_small=False, not_run=[13],
         seconds=1.0,
@@ -231,6 +232,33 @@ def test_costs_have_the_form_that_the_planner_reads() -> None:
     assert report.slug(content["device"]["name"]) == "nvidia-h100-80gb-hbm3"
 
 
+def _report(
+    checks: dict[int, str], step: dict[str, Any], not_run: list[int], *, name: str = "NVIDIA A"
+) -> dict[str, Any]:
+    entries = [
+        {"number": number, "name": f"check {number}", "status": status, "values": {},
+         "costs": {"steps": [step]} if number == 4 else {}}
+        for number, status in checks.items()
+    ]  # fmt: skip
+    facts = {"device": {"name": name, "type": "cuda"}, "versions": {}, "git": {"commit": "a"}}
+    return report.build(facts, entries, is_small=True, not_run=not_run, seconds=10.0)
+
+
+def test_a_later_part_takes_the_place_of_its_checks_and_costs() -> None:
+    old = _report({1: "PASS", 4: "FAIL"}, _step("lora", 80.0), [13, 14])
+    old["costs"]["steps"].append(_step("full", 90.0))
+    new = _report({4: "PASS", 14: "DONE"}, _step("lora", 60.0), [])
+    both = report.add(old, new)
+    assert {c["number"]: c["status"] for c in both["checks"]} == {1: "PASS", 4: "PASS"}
+    assert [(e["number"], e["status"]) for e in both["explore"]] == [(14, "DONE")]
+    assert [s["ms_per_step"] for s in both["costs"]["steps"]] == [60.0, 90.0]
+    assert both["not_run"] == [13]
+    assert both["seconds"] == 20.0
+    assert [part["checks"] for part in both["again"]] == [[4, 14]]
+    with pytest.raises(ValueError, match="device='NVIDIA A', this run 'NVIDIA B'"):
+        report.add(old, _report({4: "PASS"}, _step("lora", 1.0), [], name="NVIDIA B"))
+
+
 # ---------------------------------------------------------------- the checks can fail
 
 
@@ -238,8 +266,12 @@ def test_golden_sees_a_wrong_update_of_w(context: Context, monkeypatch: pytest.M
     monkeypatch.setattr(golden, "MODELS", ("gpt2_medium",))
     monkeypatch.setattr(golden.models, "METHODS", ("delta_lora",))
     assert golden.golden(context).holds
-    add_delta = _Target.add_delta
-    monkeypatch.setattr(_Target, "add_delta", lambda self, ratio: add_delta(self, ratio * 1.001))
+    add_to = Differences.add_to
+
+    def more(self: Differences, *args: Any, factors: list[float], **kwargs: Any) -> None:
+        add_to(self, *args, factors=[factor * 1.001 for factor in factors], **kwargs)
+
+    monkeypatch.setattr(Differences, "add_to", more)
     assert [r.name for r in golden.golden(context).requirements if not r.holds] == ["telescoping"]
 
 
@@ -311,7 +343,7 @@ def test_the_half_precision_run_stops_and_resumes(
     assert finding.values["ms_after_resume"] > 0
     assert held == {
         "was_stopped": True, "skipped_steps": False, "skipped_steps_resumed": False,
-        "steps_resumed": True, "finite_losses": True,
+        "steps_resumed": True, "finite_losses": True, "calls_after_resume": True,
     }  # fmt: skip
 
 
@@ -410,4 +442,4 @@ def test_an_idea_that_fails_says_why_and_stops_no_other(
     finding = explore.explore(context)
     assert finding.values["slots_over_one_base"] == {"failed": "RuntimeError: no such thing"}
     skipped = {"skipped": "needs a CUDA device"}
-    assert finding.values["cuda_graph"] == finding.values["compiled"] == skipped
+    assert finding.values["cuda_graph"] == finding.values["processes_under_mps"] == skipped
