@@ -48,7 +48,7 @@ export ARGS LAUNCHER LAUNCHER_ARGS SCALE SEEDS SWEEP VALUES WORKERS
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
-	@echo "LAUNCHER=ray|slurm [LAUNCHER_ARGS='partition=gpu time=12:00:00'] runs on a cluster: results/README.md, A cluster"
+	@echo "LAUNCHER=ray|slurm [LAUNCHER_ARGS='partition=gpu time=12:00:00'] runs on a cluster: configs/launcher/README.md"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
