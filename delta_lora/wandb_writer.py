@@ -33,7 +33,7 @@ WHOLE_S = 3.0
 #: rows of the table of predictions.
 MAX_PREDICTIONS = 200
 #: exit codes that wandb shows as finished, failed and killed.
-EXIT_CODES = {"completed": 0, "failed": 1, "stopped": 255, "killed": 255}
+EXIT_CODES = {"completed": 0, "pruned": 0, "failed": 1, "stopped": 255, "killed": 255}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -110,7 +110,8 @@ def _end_of(folder: Path) -> tuple[str, str]:
     if not (folder / RECORD).is_file():
         return "stopped", ""
     record = read_record(folder)
-    return record["status"], record.get("error", {}).get("message", "")
+    why = record.get("error", {}).get("message") or record.get("pruned", {}).get("reason", "")
+    return record["status"], why
 
 
 # ---------------------------------------------------------------------- results

@@ -6,6 +6,8 @@ r"""Sweep settings over a grid: plan, run what is missing, write the view of wha
     python scripts/sweep.py lambda_k --scale tiny --accept      keep the records in results/runs
     python scripts/sweep.py lambda_k --scale tiny --check       compare with what is committed
 
+A search over intervals is a study: `python scripts/train.py -m hydra/sweeper=optuna ...`.
+
 Sweeps are files of configs/sweep. Every cell is composed and checked before the first one runs. A
 cell that is refused, fails, or is held by another process costs itself only: the last line names
 it, and the same command tries it again. Several commands may share a grid: each takes the cells

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -259,7 +260,11 @@ def expected_time(todo: Sequence[Cell], num_workers: int, durations: Durations) 
 
 
 def run_cells(
-    pool: Workers, todo: Sequence[Cell], durations: Durations, function: str
+    pool: Workers,
+    todo: Sequence[Cell],
+    durations: Durations,
+    function: str,
+    more: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """Run cells and show progress; return how those ended that failed or were not run.
 
@@ -270,6 +275,7 @@ def run_cells(
         todo: the cells, from `with_starts`.
         durations: of earlier runs; gets those of these.
         function: what a worker does with a run: `EXECUTE` or `ATTEMPT`.
+        more: further arguments of the function, by name of the run.
 
     Returns:
         Name of the run to outcome.
@@ -279,7 +285,7 @@ def run_cells(
     for cell in todo:
         before = cell.run.start_run
         after = None if before is None else before.name
-        jobs.append(Job(function, (cell.run,), cell.signature, after))
+        jobs.append(Job(function, (cell.run, *more.get(cell.signature, ())), cell.signature, after))
     pending = dict(by_key)
 
     def remaining() -> str:
@@ -288,7 +294,7 @@ def run_cells(
 
     def ended(outcome: Outcome) -> None:
         cell = pending.pop(outcome.job.key)
-        if outcome.error is None:
+        if outcome.error is None and cell.run.completed() is not None:  # not pruned
             durations.add(cell.run.group, cell.run.config, outcome.seconds)
 
     labels = {name: cell.label for name, cell in by_key.items()}

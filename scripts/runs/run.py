@@ -141,6 +141,10 @@ class Run:
         base = completed(before.folder if isinstance(before, Run) else before)
         if base is not None and base["adapter_sha256"] != record["init_from"]["adapter_sha256"]:
             return Status("stale", "the run that it starts from was made anew since")
+        if record["status"] == "pruned":
+            given_up = record["pruned"]
+            where = f"pruned at step {given_up['step']} of {given_up['of']}"
+            return Status("partial", f"{where}, because {given_up['reason']}")
         return Status("done")
 
     @property

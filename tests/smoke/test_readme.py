@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from scripts.runs.composition import compose
+from scripts.sweeping.study import asks_for_study, read_study
 from tests.smoke.conftest import ROOT, SMALL, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -233,6 +234,9 @@ def training_commands() -> list[str]:
 @pytest.mark.parametrize("command", training_commands())
 def test_a_run_of_a_door_plate_composes(command: str) -> None:
     _, *arguments = shlex.split(command[command.index("scripts/train.py") :])
+    if asks_for_study(arguments):
+        assert read_study(arguments).search.space
+        return
     compose(
         [argument.split(",")[0] for argument in arguments if not argument.startswith("-")
          and argument != "job"]

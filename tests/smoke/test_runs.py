@@ -17,7 +17,9 @@ import pytest
 
 from delta_lora import wandb_file
 from scripts.reporting import views
+from scripts.reporting.results import collect
 from scripts.reporting.spec import load_table
+from scripts.runs.cells import Cell
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
@@ -26,7 +28,9 @@ from tests.smoke.conftest import command, environment
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
 METHODS = [name for name in options("method") if "/" not in name]
-DETERMINISTIC = ("metrics.jsonl", "predictions.jsonl", "record.json", "adapter")
+DETERMINISTIC = (
+    "metrics.jsonl", "predictions.jsonl", "record.json", "item_spread.json", "adapter",
+)  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -49,6 +53,11 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     }  # fmt: skip
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
+    spread = record["item_spread"]
+    assert spread["num_items"] == 3
+    assert set(spread["scores"]) | set(spread["missing"]) == {
+        *record["metrics"], *record["missing_metrics"],
+    }  # fmt: skip
     folder = run.folder
     assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
@@ -114,6 +123,35 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
     assert killed.status().state == "partial"
     execute(killed)
     assert contents(folder) == contents(straight.folder)
+
+
+def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_without_pruning(
+    small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("method=delta_lora", "recipe.batch_size=22")  # two steps an epoch
+    straight = Run.compose(small(*arguments))
+    execute(straight)
+    monkeypatch.setattr(Broken, "ends", [])
+    mirror = f"logger._target_={__name__}.Broken"
+    run = Run.compose(small(*arguments, mirror, folder=tmp_path))
+    base = straight.pretraining.folder
+    (tmp_path / base.name).symlink_to(base)
+
+    record = execute(run, prune=lambda validation: "of a test" if len(validation) == 2 else None)
+    assert record == run.record()
+    assert record["status"] == "pruned"
+    assert record["pruned"] == {"step": 4, "of": 6, "reason": "of a test"}
+    assert [entry["step"] for entry in record["training"]["validation"]] == [2, 4]
+    assert run.status() == Status("partial", "pruned at step 4 of 6, because of a test")
+    assert run.completed() is None
+    assert not (run.folder / "predictions.jsonl").exists()
+    assert list((run.folder / "checkpoints").iterdir())
+    (entry,) = collect([Cell("delta_lora", "e2e", run)])
+    assert entry.record is None  # so it is in no table
+
+    execute(run)
+    assert Broken.ends == ["pruned", "completed"]
+    assert contents(run.folder) == contents(straight.folder)
 
 
 def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., list[str]]) -> None:
@@ -259,6 +297,42 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
         assert run.status().state == "done"
     assert len(list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))) == 5
     assert not list(tmp_path.iterdir())  # the working folder of the command
+
+
+def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
+    small: Callable[..., list[str]], train: Any
+) -> None:
+    pytest.importorskip("optuna")
+    asked = [
+        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.pruner_startup=2",
+        *small("method=delta_lora", "recipe.batch_size=22", "seed=8"),
+        "method.learning_rate=1e-2,1e-5", "method.update_ratio=interval(0.5,2)",
+    ]  # fmt: skip
+    done = train(asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = Run.compose(small("method=delta_lora")).outputs
+    (path,) = (outputs / "sweeps").glob("learning_rate-update_ratio-study-*/study.json")
+    content = json.loads(path.read_text())
+    pruned = [trial for trial in content["trials"] if trial["state"] == "pruned"]
+    assert pruned, content["trials"]
+    for trial in pruned:
+        run_folder = outputs / trial["signature"]
+        record = json.loads((run_folder / "record.json").read_text())
+        assert record["pruned"] == {"step": trial["step"], "of": 6, "reason": trial["reason"]}
+        assert not (run_folder / "predictions.jsonl").exists()
+    best = content["trials"][content["best"]]
+    assert best["test"] is not None
+    before = path.read_bytes()
+    again = train(asked)
+    assert again.returncode == 0
+    assert "workers" not in again.stdout  # none was started
+    assert path.read_bytes() == before
+
+    # What was given up can be finished, and then is a run like any other.
+    values = [f"{key}={value}" for key, value in pruned[0]["values"].items()]
+    run = Run.compose(small("method=delta_lora", "recipe.batch_size=22", "seed=8", *values))
+    assert run.name == pruned[0]["signature"]
+    assert execute(run)["training"]["steps"] == 6
 
 
 def test_a_launcher_gives_the_same_runs_to_the_bit(
