@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from scripts.runs.composition import ConfigError
 
 RECORD, RESOURCES = "record.json", "resources.json"
 PREDICTIONS, ITEM_SPREAD = "predictions.jsonl", "item_spread.json"
-#: held by the process that works in a run folder, and beside it that process's number.
+#: held by the process that works in a run folder, and beside it which process that is.
 LOCK, OWNER = ".lock", ".owner"
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -41,6 +42,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold the run folder for this process; the system frees it where the process ends.
 
+    It holds between machines too, on a file system whose locks do: NFS 4, Lustre with ``flock``.
+
     Args:
         folder: made where it does not exist.
         wait: wait for another process that holds it.
@@ -62,7 +65,7 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
                 )
             logger.info("waiting for process %s, which works in %s", who, folder)
             held.acquire()
-        owner.write_text(str(os.getpid()), encoding="utf-8")
+        owner.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except NotImplementedError as error:
         raise ConfigError(
             f"the file system of {folder} has no locks, so two processes could spoil one run; "

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -38,15 +38,18 @@ from scripts.runs.cells import Cell
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import LOCK, OWNER, RECORD, LockedError, lock, read_record
 from scripts.runs.jobs import Outcome
+from scripts.runs.launchers import Here
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.runs.space import check_disk_space
-from scripts.runs.workers import Pool
 from scripts.sweeping.content import CHOSEN_ON, scores_of, validation_value
 from scripts.sweeping.page import LEFT
 from scripts.sweeping.search import Rule, Search, Settings, Trial, curve_of
 from scripts.sweeping.space import Dimension, read_space
 from scripts.sweeping.study_view import build_study, last_line, terminal, trial_line, write_study
+
+if TYPE_CHECKING:
+    from scripts.runs.batch import Workers
 
 SWEEPER = "hydra/sweeper"
 OPTUNA = f"{SWEEPER}=optuna"
@@ -310,7 +313,7 @@ class _Work:
 
     def __init__(self, study: Study, stack: contextlib.ExitStack) -> None:
         self.study, self.stack = study, stack
-        self.pool: Pool | None = None
+        self.pool: Workers | None = None
 
     def do(self, trials: Sequence[Trial]) -> list[Trial]:
         """Make the runs of trials that are still to be made; return the trials with their state."""
@@ -365,7 +368,9 @@ class _Work:
             return {}, {}
         study = self.study
         scale = str(study.first.choices.scale)
-        batch = Batch.plan(list(cells.values()), scale=scale, extra=study.fixed, workers="auto")
+        batch = Batch.plan(
+            list(cells.values()), scale=scale, extra=study.fixed, workers="auto", launcher=Here()
+        )
         if batch.refusal is not None:
             checks.check(batch.todo[0].run)  # it says what to do in the words of this command
         batch.check_place(study.folder)
@@ -385,11 +390,12 @@ class _Work:
         failures = run_cells(self.pool, todo, batch.durations, batches.ATTEMPT, more)
         return failures, refused
 
-    def _start(self, batch: Batch, todo: Sequence[Cell]) -> Pool:
+    def _start(self, batch: Batch, todo: Sequence[Cell]) -> Workers:
         """Start workers for as many runs as are chosen together, whatever is to do just now."""
         study = self.study
         number, scale = study.search.settings.n_jobs, str(study.first.choices.scale)
         allotment = allot("auto", scale, study.fixed, number, lambda: largest_need(todo))
         print(allotment.text)
         pool = replace(batch, allotment=allotment).pool(f"study-{study.name}")
-        return self.stack.enter_context(pool)
+        self.stack.enter_context(pool)
+        return pool

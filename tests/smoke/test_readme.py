@@ -21,7 +21,10 @@ from scripts.sweeping.study import asks_for_study, read_study
 from tests.smoke.conftest import ROOT, SMALL, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLATES = ("configs/README.md", "tasks/README.md", "delta_lora/README.md", "results/README.md")
+PLATES = (
+    "configs/README.md", "configs/launcher/README.md", "tasks/README.md", "delta_lora/README.md",
+    "results/README.md",
+)  # fmt: skip
 #: conftest empties the path, so it is looked up here.
 MAKE = shutil.which("make")
 #: README chooses task and model itself; two steps are enough.
@@ -64,7 +67,7 @@ def run_table(command: str, outputs: Path, tmp_path: Path, _: Train) -> None:
     (line,) = [line for line in told.splitlines() if "scripts/reproduce.py" in line]
     said = run(
         ["/bin/sh", "-c", f"{line} --results {tmp_path}"], ROOT,
-        SCALE="tiny", SEEDS="1", WORKERS="1",
+        SCALE="tiny", SEEDS="1", WORKERS="1", LAUNCHER="local", LAUNCHER_ARGS="",
         ARGS=shlex.join([*TINY, f"paths.outputs={outputs}"]),
     )  # fmt: skip
     assert "12 of 12 runs finished" in said

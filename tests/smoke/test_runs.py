@@ -163,7 +163,7 @@ def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., lis
     run = Run.compose(small("method=lora", "seed=77"))
     with (
         lock(run.folder, wait=False),
-        pytest.raises(LockedError, match=r"process \d+ is already working in"),
+        pytest.raises(LockedError, match=r"process \d+ on \S+ is already working in"),
     ):
         execute(run, wait=False)
 
