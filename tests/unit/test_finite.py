@@ -115,9 +115,7 @@ def test_a_run_that_changed_nothing_says_so(
     _, result = fit(tmp_path / "a")
     assert not result.is_unchanged
     assert "nothing was learnt" not in caplog.text
-    _, still = fit(
-        tmp_path / "b", method=Frozen(), max_steps=3, warmup_steps=0, weight_decay=0.0
-    )
+    _, still = fit(tmp_path / "b", method=Frozen(), max_steps=3, warmup_steps=0, weight_decay=0.0)
     assert still.is_unchanged
     assert "nothing was learnt: 3 steps" in caplog.text
 
