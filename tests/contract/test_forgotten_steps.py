@@ -18,7 +18,7 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "fused": lambda groups: torch.optim.AdamW(groups, fused=True),
     "foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "sgd": lambda groups: torch.optim.SGD(groups),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
