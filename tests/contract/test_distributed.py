@@ -97,7 +97,10 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     )
     launch(2, str(tmp_path), script=str(script))
     assert (
-        "the loss of step 0 is not finite; the batch was another process's"
+        "the loss of step 0 is not finite, before any update; the batch was another process's"
         in (tmp_path / "0").read_text()
     )
-    assert "the loss of step 0 is nan; its batch was toy-" in (tmp_path / "1").read_text()
+    assert (
+        "the loss of step 0 is nan, before any update; its batch was toy-"
+        in (tmp_path / "1").read_text()
+    )
