@@ -100,7 +100,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--device", "cpu"], "--device cpu takes hours with the paper's models; add --small"),
-        (["--only", "2,99"], "'2,99': use numbers from 1 to 14 with commas, such as 2,7"),
+        (["--only", "2,99"], "'2,99': use numbers from 1 to 15 with commas, such as 2,7"),
         (["--budget-s", "0"], "--budget-s 0: use a number of seconds above 0"),
     ],
 )
