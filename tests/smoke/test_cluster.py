@@ -21,6 +21,7 @@ from tests.ray_cluster import IS_INSTALLED, WHY_NOT, RayCluster, started
 from tests.smoke.conftest import ROOT, command, environment
 from tests.smoke.test_runs import contents
 
+pytestmark = pytest.mark.long
 needs_ray = pytest.mark.skipif(not IS_INSTALLED, reason=WHY_NOT)
 STARTS = (0, 2)
 
@@ -88,7 +89,6 @@ def test_a_table_on_a_cluster_has_the_same_records_to_the_bit(
 
 
 @needs_ray
-@pytest.mark.long
 def test_a_ray_worker_that_is_killed_costs_a_sweep_nothing(
     small: Callable[..., list[str]], outputs: Path, tmp_path: Path, cluster: RayCluster
 ) -> None:
@@ -129,7 +129,6 @@ def _kill_when(begun: Path, owner: Path, process: subprocess.Popen[str]) -> int:
     return number
 
 
-@pytest.mark.long
 def test_a_stopped_table_continues_on_the_cluster(
     small: Callable[..., list[str]], outputs: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from scripts.runs.on_ray import Ray
 from tests.ray_cluster import IS_INSTALLED, TOKEN, WHY_NOT, RayCluster, members, started
 from tests.unit.test_launchers import RUN, begun, collect, failed, job
 
-pytestmark = pytest.mark.skipif(not IS_INSTALLED, reason=WHY_NOT)
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not IS_INSTALLED, reason=WHY_NOT)]
 
 
 @pytest.fixture(scope="module")

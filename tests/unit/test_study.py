@@ -285,6 +285,7 @@ def test_too_few_trials_and_first_evaluations_decide_nothing() -> None:
 # ---------------------------------------------------------------------- whole studies
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_study_that_was_killed_goes_on_to_the_same_trials_and_bytes(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
