@@ -25,6 +25,10 @@ from torch import Tensor
 
 Factors = tuple[Tensor, Tensor]
 
+#: devices on which the factors of many layers are first copied into memory without gaps, which one
+#: kernel does; from there they go to their places. Elsewhere a copy more costs more than it saves.
+STAGED = ("cuda",)
+
 #: lambda and K of the paper's E2E runs.
 UPDATE_RATIO = 2.0
 START_STEP = 500
@@ -238,22 +242,31 @@ class _Group:
         self._rank = rank = A_RI.shape[0]
         self.left = like.new_empty(len(members), B_OR.shape[0], 2 * rank)
         self.right = like.new_empty(len(members), 2 * rank, A_RI.shape[1])
-        # One kernel reads many factors only into memory without gaps.
-        self._A = A_RI.new_empty(len(members), *A_RI.shape)
-        self._B = B_OR.new_empty(len(members), *B_OR.shape)
+        self._staged: Factors | None = None
+        if like.device.type in STAGED:
+            number = len(members)
+            self._staged = (
+                A_RI.new_empty(number, *A_RI.shape), B_OR.new_empty(number, *B_OR.shape)
+            )  # fmt: skip
 
     def write_old(self, factors: Sequence[Factors]) -> None:
-        A, B = self._stacked(factors)
-        self.left[:, :, self._rank :].copy_(B)
-        self.right[:, self._rank :].copy_(A).neg_()
+        old = slice(self._rank, None)
+        self._write(self.left[:, :, old], self.right[:, old], factors)
+        self.right[:, old].neg_()
 
     def write_new(self, factors: Sequence[Factors]) -> None:
-        A, B = self._stacked(factors)
-        self.left[:, :, : self._rank].copy_(B)
-        self.right[:, : self._rank].copy_(A)
+        new = slice(self._rank)
+        self._write(self.left[:, :, new], self.right[:, new], factors)
 
-    def _stacked(self, factors: Sequence[Factors]) -> Factors:
+    def _write(self, left: Tensor, right: Tensor, factors: Sequence[Factors]) -> None:
         own = [factors[index] for index in self.members]
-        torch.stack([A.detach() for A, _ in own], out=self._A)
-        torch.stack([B.detach() for _, B in own], out=self._B)
-        return self._A, self._B
+        if self._staged is None:
+            for to_left, to_right, (A_RI, B_OR) in zip(left, right, own, strict=True):
+                to_left.copy_(B_OR)
+                to_right.copy_(A_RI)
+            return
+        A, B = self._staged
+        torch.stack([A_RI.detach() for A_RI, _ in own], out=A)
+        torch.stack([B_OR.detach() for _, B_OR in own], out=B)
+        left.copy_(B)
+        right.copy_(A)

@@ -23,9 +23,9 @@ Two forms of the same method:
   ``in_place``; only a forward pass of the base layer is needed, so its weight may be narrow,
   quantised or sharded.
 
-State kept, ``in_place``: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of W
-and a copy of the factors, together three times the factors (5 MiB for GPT2-Medium at rank 4). They
-are rewritten in every step, so a checkpoint needs none of them. ``closed_form``: `kept_A` and
+State kept, ``in_place``: per projection an (out, 2 rank) and a (2 rank, in) buffer in the type of
+W, together twice the factors (3 MiB for GPT2-Medium at rank 4), on CUDA a copy of the factors too.
+They are rewritten in every step, so a checkpoint needs none of them. ``closed_form``: `kept_A` and
 `kept_B`, once the factors, which belong to what a run has learned. Both: two counters of 8 bytes.
 Once `log_values` was called, ``in_place`` keeps the factors before the first update too; no result
 depends on them.

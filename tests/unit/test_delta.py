@@ -68,7 +68,11 @@ def test_the_first_update_is_at_the_step_after_k(K: int, first: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_many_layers_together_are_each_alone_to_the_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("staged", [(), ("cpu",)])
+def test_many_layers_together_are_each_alone_to_the_bit(
+    dtype: torch.dtype, staged: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delta, "STAGED", staged)  # as on a GPU
     draw = torch.Generator().manual_seed(7)
     shapes = [(7, 5, 2), (7, 5, 2), (4, 6, 3), (7, 5, 2), (6, 6, 2)]
     transposed = [False, True, False, False, True]
