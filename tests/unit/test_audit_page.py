@@ -19,7 +19,7 @@ from scripts.auditing.page import build, to_markdown
 from scripts.auditing.plan import load_settings, make_plan
 from scripts.reporting.results import RESULTS
 from scripts.reporting.spec import load_table
-from scripts.runs import devices
+from scripts.runs import devices, launchers
 from scripts.runs.devices import Cuda
 from scripts.runs.run import Run
 from tests.unit import fake_runs
@@ -163,7 +163,7 @@ def test_measurements_of_scale_paper_need_a_gpu_too(
     monkeypatch.setattr(devices, "cuda", lambda: Cuda((), "the driver is too old"))
     plan = audit_plan.AuditPlan("paper", [1], [], {}, [], [some(run, rank=4)])
     with pytest.raises(ValueError, match=r"scale=paper needs a CUDA device.*driver is too old"):
-        audit.run_missing(plan, "auto", tmp_path)
+        audit.run_missing(plan, "auto", tmp_path, launchers.Here())
 
 
 @pytest.mark.slow

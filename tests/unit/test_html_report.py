@@ -346,7 +346,8 @@ def test_a_repetition_that_ended_elsewhere_says_so(small: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
     sources = read_sources(small, "tiny", None)
     sources.samples = samples.collect(sources, small / "outputs")
-    repeated = {"device": "AMD EPYC", "scores": {"bleu": 0.1235}}
+    device = record["provenance"]["device"]["name"]
+    repeated = {"device": device, "scores": {"bleu": 0.1235}}
     assert sources.samples[name]["repeated"] == repeated
     assert "Training loss, e2e (of repetitions on another device)" in page.write(sources)
     kept = {name: {"repeated": None, "loss": [[1, 2.0]]}}
