@@ -433,6 +433,8 @@ def test_a_run_knows_all_tables_of_the_command_that_need_it(tmp_path: Path) -> N
     run, other = (Run.compose([*base, f"method={name}"]) for name in ("lora", "delta_lora"))
     cells = [Cell("lora", "e2e", run, "table1"), Cell("delta_lora", "e2e", other, "table1")]
     cells.append(Cell("plain", "e2e", run, "rank"))
-    planned = batch.Batch.plan(cells, scale="tiny", extra=(), workers="1")
+    planned = batch.Batch.plan(
+        cells, scale="tiny", extra=(), workers="1", launcher=launchers.Here()
+    )
     assert [cell.run.part_of for cell in planned.todo] == [["table1", "rank"], ["table1"]]
     assert [cell.signature for cell in planned.todo] == [run.name, other.name]
