@@ -16,7 +16,7 @@ import pytest
 
 from scripts import reproduce
 from scripts.reporting.spec import ROOT, load_table
-from scripts.runs import batch, checks, devices
+from scripts.runs import batch, checks, devices, launchers
 from scripts.runs.cells import Cell
 from scripts.runs.devices import Cuda
 from scripts.runs.durations import Durations, format_seconds
