@@ -10,11 +10,10 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: key of a seal.
 SEAL = "sha256"
@@ -155,6 +154,9 @@ def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
     Raises:
         UnreadableError: it is missing, or no such file.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         problem = "a folder instead of a file" if path.is_dir() else "missing"
         raise damaged(path, problem, advice)

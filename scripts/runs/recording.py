@@ -10,11 +10,10 @@ from omegaconf import OmegaConf
 
 from scripts.runs import provenance
 from scripts.runs.building import Built
+from scripts.runs.checksums import RECORD, SCHEMA
 from scripts.runs.composition import ROOT
-from scripts.runs.folder import RECORD
 from scripts.runs.run import Run
 
-RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
 NOT_RECORDED = ("logger", "paths", "overrides")
 
@@ -76,7 +75,7 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
 
 def write_failure(run: Run, error: Exception) -> None:
     """Write the record of a run that was stopped by `error`."""
-    from delta_lora import checkpoint
+    from delta_lora import checkpoint, stored
 
     record = {
         **_identity(run),
@@ -89,7 +88,7 @@ def write_failure(run: Run, error: Exception) -> None:
         },
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, record)
+    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def _identity(run: Run) -> dict[str, Any]:
     """Return which run it is, and how it was chosen."""
     choices = run.choices
     return {
-        "schema": RECORD_SCHEMA,
+        "schema": SCHEMA,
         "signature": run.name,
         "group": run.group,
         "meaning": run.meaning,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.runs import checksums
 from scripts.runs.composition import ConfigError
 from scripts.runs.run import Run, completed
 
@@ -37,6 +38,7 @@ def read_start(run: Run) -> Start | None:
 
     Raises:
         ConfigError: it is not finished, or a run of another method or model, rank or alpha.
+        UnreadableError: its record or its adapter is damaged.
     """
     if run.start is None:
         return None
@@ -59,6 +61,7 @@ def read_start(run: Run) -> Start | None:
                 f"learned would be another function here; use method.{key}={there}, or init_from="
                 "TASK, which makes a start with the settings of this run"
             )
+    checksums.check_files(before, [checksums.ADAPTER])
     facts = {
         "task": record["task"]["name"],
         "signature": record["signature"],
