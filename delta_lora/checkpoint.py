@@ -1,10 +1,11 @@
 """Checkpoints that are atomic, verified and complete.
 
 A checkpoint is a folder ``step-00000100`` with one safetensors file per part (weights, optimiser,
-method), one ``state.json`` and a ``manifest.json`` that holds the step and the sha256 of every other
-file. It is written under a temporary name, flushed to disk and renamed, so a folder with the final
-name is always whole. No random state is stored because none is needed: `delta_lora.trainer` derives every
-draw from (seed, step, micro-batch, process), and the data position is the step itself.
+method), one ``state.json`` and a ``manifest.json`` that holds the step and the sha256 of every
+other file. It is written under a temporary name, flushed to disk and renamed, so a folder with the
+final name is always whole. No random state is stored because none is needed:
+`delta_lora.trainer` derives every draw from (seed, step, micro-batch, process), and the data
+position is the step itself.
 """
 
 from __future__ import annotations

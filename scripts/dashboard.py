@@ -32,8 +32,9 @@ from omegaconf import OmegaConf
 
 from delta_lora import mirror
 from delta_lora.mirror import RunFacts, WandbMirror
+from delta_lora.stored import UnreadableError, damaged
 from scripts.reporting.spec import load_table, table_names
-from scripts.runs.folder import RECORD, read_record
+from scripts.runs.checksums import RECORD, check_files, check_places, read_record
 from scripts.runs.mirroring import facts_of
 from scripts.runs.run import Run
 
@@ -85,24 +86,52 @@ def sync_runs(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     mirror.be_patient()
-    failed = [folder for folder in folders if not _sync(folder, settings)]
+    failed = [folder for folder in folders if not _synced(folder, settings)]
     print(f"{len(folders) - len(failed)} of {len(folders)} runs written")
     return 1 if failed else 0
 
 
+def _synced(folder: Path, settings: dict[str, Any]) -> bool:
+    """Write one run whose files are those that it wrote; return whether it was written."""
+    try:
+        check_places(folder)
+        if (folder / RECORD).exists() and read_record(folder)["status"] == "completed":
+            check_files(folder)
+        return _sync(folder, settings)
+    except UnreadableError as error:
+        print(f"  FAILED  {folder.name}: {error}", file=sys.stderr)
+        return False
+
+
 def _sync(folder: Path, settings: dict[str, Any]) -> bool:
     """Write one run; return whether it was."""
-    from hydra.utils import instantiate
-
-    config: Any = OmegaConf.load(folder / CONFIG)
     status, error = _end_of(folder)
     made = WandbMirror(**settings)
-    facts = facts_of(Run(config), instantiate(config.task), folder.resolve())
+    facts = _facts_of(folder)
     made.begin(facts)
     made.log(0, {})
     made.close(status, error)
     print(f"{made.written or 'FAILED':>8}  {folder.name}  ({facts.name}; {status})")
     return made.written is not None
+
+
+def _facts_of(folder: Path) -> RunFacts:
+    """Return what is shown of the run in a folder.
+
+    Raises:
+        UnreadableError: its configuration is damaged.
+    """
+    from hydra.utils import instantiate
+
+    try:
+        config: Any = OmegaConf.load(folder / CONFIG)
+        return facts_of(Run(config), instantiate(config.task), folder.resolve())
+    except UnreadableError:
+        raise
+    except Exception as error:  # of a file in which anything may stand
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        advice = "remove it, and the command of the run writes it again"
+        raise damaged(folder / CONFIG, what, advice) from error
 
 
 def _end_of(folder: Path) -> tuple[str, str]:

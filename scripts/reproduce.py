@@ -78,7 +78,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     batch = Batch.plan(everything, scale=scale, extra=extra, workers=options.workers)
     if options.plan:
         _print_plan(specs, plans, batch)
-        return 0
+        return 1 if batch.damaged() else 0
     if options.prepare:
         batch.check(options.results / scale)
         batch.prepare("-".join(plans))

@@ -1,8 +1,8 @@
 """What ties a run folder to its record: the record is sealed and names the sha256 of its files.
 
 ``record.json`` names the files that a repetition gives again to the bit, ``resources.json`` the
-others. Whoever reads one of them for a result compares it first (`check_files`). Records of schema 2
-name none: they are read as before, and nothing of them is verified.
+others. Whoever reads one of them for a result compares it first (`check_files`). Records of schema
+2 name none but the adapter: they are read as before, and nothing else of them is verified.
 """
 
 from __future__ import annotations

@@ -218,9 +218,7 @@ def _score(run: Run, built: Built, adapter: str | None, *, is_main: bool) -> Sco
             analysis = similarity.cosine_similarities(built.originals, merged)
         if run.config.predict:
             origin = {"run": run.name, "adapter_sha256": adapter}
-            predictions = predict(
-                task, merged, built.tokenizer, run.folder, split, origin=origin
-            )
+            predictions = predict(task, merged, built.tokenizer, run.folder, split, origin=origin)
     predicted = time.monotonic()
     scores = task.score(predictions, split) if predictions else Scores({}, {})
     is_asked = is_main and run.config.score_references

@@ -51,7 +51,9 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
         with contextlib.suppress(Timeout):
             held.acquire(blocking=False)
         if not held.is_locked:
-            who = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "unknown"
+            who = (
+                owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "unknown"
+            )
             if not wait:
                 raise LockedError(
                     f"process {who} is already working in {folder}; wait for it, or stop it"

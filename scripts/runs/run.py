@@ -220,8 +220,7 @@ class Run:
 
 
 def _known(folder: Path | None) -> dict[str, Any] | None:
-    """Return what `completed` does; None where the record is damaged, which a run that starts from
-    there finds when it is made."""
+    """Return what `completed` does; None, with a warning, where the record is damaged."""
     try:
         return completed(folder)
     except UnreadableError as error:
