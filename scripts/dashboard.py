@@ -18,7 +18,6 @@ needs a key (`wandb login`) and the package wandb-workspaces; saving it again ma
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from omegaconf import OmegaConf
 
 from delta_lora import mirror
 from delta_lora.mirror import RunFacts, WandbMirror
-from delta_lora.stored import UnreadableError, damaged
+from delta_lora.stored import UnreadableError, damaged, read_json
 from scripts.reporting.spec import load_table, table_names
 from scripts.runs.checksums import RECORD, check_files, check_places, read_record
 from scripts.runs.mirroring import facts_of
@@ -152,11 +151,14 @@ def write_summary(parser: argparse.ArgumentParser, asked: argparse.Namespace) ->
     tables = {name: path for name, path in tables.items() if path.is_file()}
     if not tables:
         parser.error(f"{folder} holds no table; make one with make reproduce-all SCALE={scale}")
-    verdicts = {
-        f"verdict/{claim['id']} ({name})": claim["verdict"]
-        for name, path in tables.items()
-        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", ())
-    }
+    try:
+        verdicts = {
+            f"verdict/{claim['id']} ({name})": claim["verdict"]
+            for name, path in tables.items()
+            for claim in read_json(path, "make the table anew").get("claims", ())
+        }
+    except UnreadableError as error:
+        parser.error(str(error))
     media = {name: folder / f"{name}.csv" for name in tables}
     media |= {f"pictures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
     facts = RunFacts(

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from delta_lora import stored
 from scripts.reporting.results import RESULTS
 from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files
 
@@ -252,7 +253,7 @@ def _verdicts(scale: str) -> list[str]:
     """Return the suite's verdicts at the scale of the run, from the generated tables."""
     lines = []
     for path in sorted((RESULTS / scale).glob("*.json")):
-        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", []):
+        for claim in stored.read_json(path, "make the table anew").get("claims", []):
             lines.append(f"- {claim['id']}: {claim['statement']} **{claim['verdict']}**")
     if not lines:
         return [f"No table was made at scale `{scale}` yet, so no claim is judged."]

@@ -46,8 +46,12 @@ def advice_for(folder: Path) -> str:
 # ---------------------------------------------------------------------- records
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
     """Return the record of a run folder, with its resources under ``resources``.
+
+    Args:
+        folder: of the run.
+        name: of the run that it must be; None takes any.
 
     Raises:
         FileNotFoundError: there is none.
@@ -56,9 +60,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     path, advice = folder / RECORD, advice_for(folder)
     record = stored.read_json(path, advice)
     check_record(path, record, advice)
-    for key, name in BESIDE.items():
-        if (folder / name).exists():
-            content = _read_beside(folder / name, record)
+    if name is not None and (found := record.get("signature", name)) != name:
+        raise stored.damaged(path, f"it is the record of another run, {found}", advice)
+    for key, file in BESIDE.items():
+        if (folder / file).exists():
+            content = _read_beside(folder / file, record)
             record[key] = {k: v for k, v in content.items() if k not in (FILES, RUN, stored.SEAL)}
     return record
 
@@ -97,6 +103,8 @@ def _read_beside(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a file that stands beside a record and belongs to it."""
     advice = "remove it, and what it says is unknown"
     content = stored.read_json(path, advice)
+    if record.get("schema") == SCHEMA and path.name == RESOURCES and stored.SEAL not in content:
+        raise stored.damaged(path, "it has no seal", advice)
     stored.check_seal(path, content, advice)
     if content.get(RUN, record.get("signature")) != record.get("signature"):
         raise stored.damaged(path, f"it is of another run, {content[RUN]}", advice)

@@ -21,9 +21,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from delta_lora.stored import UnreadableError, damaged
+from delta_lora.stored import UnreadableError
 from scripts.runs import composition
-from scripts.runs.checksums import RECORD, advice_for, read_record
+from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.composition import ROOT, ConfigError
 from scripts.runs.meaning import hash_of, meaning_of
 
@@ -134,10 +134,7 @@ class Run:
             started = (folder / "checkpoints").is_dir() or (folder / "config.yaml").exists()
             return Status("partial", "started, not finished") if started else Status("missing")
         try:
-            record = read_record(folder)
-            if (found := record.get("signature", self.name)) != self.name:
-                what = f"it is the record of another run, {found}"
-                raise damaged(folder / RECORD, what, advice_for(folder))
+            record = read_record(folder, self.name)
         except UnreadableError as error:
             return Status("damaged", str(error))
         if record["status"] == "failed":

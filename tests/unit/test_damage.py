@@ -41,9 +41,10 @@ def answer(work: Callable[[], Any], path: Path) -> Any:
     try:
         return work()
     except (ValueError, FileNotFoundError) as error:
-        assert str(path) in str(error) or path.name in str(error), error
-        assert "\n" not in str(error)
-        return None
+        message = str(error)
+    assert path.name in message
+    assert "\n" not in message
+    return None
 
 
 # ---------------------------------------------------------------------- a real run
@@ -119,12 +120,12 @@ def test_every_damage_to_a_pre_trained_model_is_refused_by_name(
             return base_model(mine, task, ())
 
         found = answer(work, path)
-        assert found is None or damage.kind in ("flip", "early-bit-flip"), damage
+        assert found is None, damage
         count += 1
     assert count > 60
     folder = copy(source, at(run, tmp_path).pretraining.folder)
     (folder / "model" / "added_tokens.json").write_text('{"more": 3}')
-    with pytest.raises(UnreadableError, match=r"added_tokens\.json is damaged \(the run has not"):
+    with pytest.raises(ConfigError, match=r"added_tokens\.json is damaged \(the run has not"):
         build_tokenizer(at(run, tmp_path), task)
 
 
