@@ -16,13 +16,14 @@ from delta_lora import stored
 RECORD, RESOURCES = "record.json", "resources.json"
 ADAPTER = "adapter/adapter_model.safetensors"
 METRICS, PREDICTIONS, MODEL = "metrics.jsonl", "predictions.jsonl", "model"
+ITEM_SPREAD = "item_spread.json"
 #: the predictions of a run without a record, each tied to the run and to those before it.
 PARTIAL = "predictions.partial.jsonl"
 #: of a record; raised when an older version could not read it as it is meant.
 SCHEMA = 3
 KNOWN_SCHEMAS = (2, SCHEMA)
 #: what a record carries of the files beside it; its seal leaves it out.
-BESIDE = {"resources": RESOURCES}
+BESIDE = {"resources": RESOURCES, "item_spread": ITEM_SPREAD}
 #: what else of a run is measured or made for this machine, and read again.
 OTHERS = ("config.yaml", "measured.jsonl")
 #: key of the files in a record and in its resources.
@@ -47,7 +48,7 @@ def advice_for(folder: Path) -> str:
 
 
 def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
-    """Return the record of a run folder, with its resources under ``resources``.
+    """Return the record of a run folder, with what stands beside it: see `BESIDE`.
 
     Args:
         folder: of the run.
@@ -55,7 +56,7 @@ def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        UnreadableError: one of the two is damaged, of another run, or of a newer version.
+        UnreadableError: one of them is damaged, of another run, or of a newer version.
     """
     path, advice = folder / RECORD, advice_for(folder)
     record = stored.read_json(path, advice)
@@ -112,16 +113,26 @@ def _read_beside(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if path.name == RESOURCES and not is_number and key not in (FILES, RUN, stored.SEAL):
             raise stored.damaged(path, f"{key} is {value!r}, no number", advice)
+    mine = record.get(FILES, {}).get(PREDICTIONS)
+    is_known = path.name == ITEM_SPREAD and mine is not None
+    if is_known and content.get("predictions_sha256", mine) != mine:
+        raise stored.damaged(path, f"it is of other predictions than {RECORD} names", advice)
     return content
 
 
-def write(folder: Path, record: Mapping[str, Any], resources: Mapping[str, Any]) -> None:
+def write(
+    folder: Path,
+    record: Mapping[str, Any],
+    resources: Mapping[str, Any],
+    item_spread: Mapping[str, Any] | None,
+) -> None:
     """Write the record of a completed run, and before it what stands beside it.
 
     Args:
         folder: of the run; all other files are written.
         record: from `scripts.runs.recording.record_of`.
         resources: seconds, bytes, rates.
+        item_spread: from `scripts.runs.item_spread.measure`; None where nothing was predicted.
     """
     from delta_lora import checkpoint
 
@@ -130,8 +141,20 @@ def write(folder: Path, record: Mapping[str, Any], resources: Mapping[str, Any])
     results = [folder / name for name in (METRICS, PREDICTIONS, ADAPTER)]
     files = _checksums(folder, [*results, *_model_files(folder)])
     checkpoint.write_json(folder / RESOURCES, stored.sealed(beside))
+    if item_spread is not None:
+        write_item_spread(folder, record, item_spread)
     whole = stored.sealed({**record, FILES: files}, beside=tuple(BESIDE))
     checkpoint.write_json(folder / RECORD, whole)
+
+
+def write_item_spread(
+    folder: Path, record: Mapping[str, Any], item_spread: Mapping[str, Any]
+) -> None:
+    """Write how much the scores of a run spread over test items, tied to its record."""
+    from delta_lora import checkpoint
+
+    content = stored.sealed({**item_spread, RUN: record["signature"]})
+    checkpoint.write_json(folder / ITEM_SPREAD, content)
 
 
 def _checksums(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
@@ -194,7 +217,7 @@ def check_places(folder: Path) -> None:
     Raises:
         UnreadableError: the message has the path.
     """
-    for name in (METRICS, PREDICTIONS, PARTIAL, RECORD, RESOURCES, ADAPTER, *OTHERS):
+    for name in (METRICS, PREDICTIONS, PARTIAL, RECORD, *BESIDE.values(), ADAPTER, *OTHERS):
         if (folder / name).is_dir():
             raise stored.damaged(folder / name, "a folder instead of a file", "remove it")
     for name in ("checkpoints", "best", "adapter", MODEL):

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from filelock import FileLock, Timeout
 from delta_lora import stored
 from scripts.runs import checksums
 from scripts.runs.checksums import ADAPTER as ADAPTER
-from scripts.runs.checksums import PARTIAL, PREDICTIONS
+from scripts.runs.checksums import ITEM_SPREAD as ITEM_SPREAD
+from scripts.runs.checksums import PARTIAL
+from scripts.runs.checksums import PREDICTIONS as PREDICTIONS
 from scripts.runs.checksums import RECORD as RECORD
 from scripts.runs.checksums import RESOURCES as RESOURCES
 from scripts.runs.checksums import read_record as read_record
 from scripts.runs.composition import ConfigError
 
-#: held by the process that works in a run folder, and beside it that process's number.
+#: held by the process that works in a run folder, and beside it which process that is.
 LOCK, OWNER = ".lock", ".owner"
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ class LockedError(RuntimeError):
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold the run folder for this process; the system frees it where the process ends.
+
+    It holds between machines too, on a file system whose locks do: NFS 4, Lustre with ``flock``.
 
     Args:
         folder: made where it does not exist.
@@ -60,7 +65,7 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
                 )
             logger.info("waiting for process %s, which works in %s", who, folder)
             held.acquire()
-        owner.write_text(str(os.getpid()), encoding="utf-8")
+        owner.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except NotImplementedError as error:
         raise ConfigError(
             f"the file system of {folder} has no locks, so two processes could spoil one run; "
@@ -208,6 +213,19 @@ def _line(prediction: Mapping[str, Any], chain: _Chain | None) -> str:
     return f"{line}\n"
 
 
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Return the predictions of a finished run.
+
+    Raises:
+        ConfigError: there are none.
+        UnreadableError: they are not those that its record names.
+    """
+    if not (folder / PREDICTIONS).is_file():
+        raise ConfigError(f"{folder} holds no {PREDICTIONS}")
+    checksums.check_files(folder, [PREDICTIONS])
+    return read_lines(folder / PREDICTIONS)
+
+
 def _read_partial(path: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the predictions of an earlier session, up to the first that is not one of them.
 
@@ -269,14 +287,19 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     return stored.read_tensors(path, "copy it again")
 
 
-def finish(folder: Path, record: dict[str, Any], resources: dict[str, Any]) -> None:
-    """Write the record; then the checkpoints have served.
+def finish(
+    folder: Path,
+    record: dict[str, Any],
+    resources: dict[str, Any],
+    item_spread: dict[str, Any] | None,
+) -> None:
+    """Write the record and what stands beside it; then the checkpoints have served.
 
     Where a score is missing they stay, so that the run can be scored again without training.
     """
     from delta_lora import checkpoint
 
-    checksums.write(folder, record, resources)
+    checksums.write(folder, record, resources, item_spread)
     if not record["missing_metrics"]:
         checkpoint.remove(folder / "checkpoints")
         checkpoint.remove(folder / "best")
