@@ -115,7 +115,7 @@ def _read_run(folder: Path) -> Run | None:
     """Return the run in a folder; None, with a message, where a file is not the one it wrote."""
     try:
         check_places(folder)
-        if (folder / RECORD).exists() and read_record(folder)["status"] == "completed":
+        if (folder / RECORD).exists() and read_record(folder).get("status") == "completed":
             check_files(folder)
         return Run(_read_config(folder))
     except UnreadableError as error:
@@ -208,22 +208,28 @@ def write_summary(parser: argparse.ArgumentParser, asked: argparse.Namespace) ->
     tables = {name: path for name, path in tables.items() if path.is_file()}
     if not tables:
         parser.error(f"{folder} holds no table; make one with make reproduce-all SCALE={scale}")
+    sweeps = {name: folder / "sweeps" / name / "sweep.json" for name in sweep_names()}
     try:
-        verdicts = {
-            f"verdict/{claim['id']} ({name})": claim["verdict"]
-            for name, path in tables.items()
-            for claim in read_json(path, "make the table anew").get("claims", ())
+        contents = {name: read_json(path, "make the table anew") for name, path in tables.items()}
+        views_of = {
+            name: read_json(path, "make the sweep anew")
+            for name, path in sweeps.items()
+            if path.is_file()
         }
     except UnreadableError as error:
         parser.error(str(error))
+    verdicts = {
+        f"verdict/{claim['id']} ({name})": claim["verdict"]
+        for name, content in contents.items()
+        for claim in content.get("claims", ())
+    }
     media = {name: folder / f"{name}.csv" for name in tables}
     media |= {f"pictures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
     chosen: dict[str, str] = {}
-    for name in sweep_names():
+    for name, view in views_of.items():
         place = folder / "sweeps" / name
-        if (place / "sweep.json").is_file():
-            media |= {name: place / "sweep.csv", f"pictures/{name}": place / "sweep.png"}
-            chosen |= _chosen(json.loads((place / "sweep.json").read_text(encoding="utf-8")))
+        media |= {name: place / "sweep.csv", f"pictures/{name}": place / "sweep.png"}
+        chosen |= _chosen(view)
     facts = RunFacts(
         folder=folder, outputs=ROOT / "outputs", id=f"results--{scale}", name=f"results at {scale}",
         group=reports.RESULTS_GROUP, job_type="report", tags=["results", scale],

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from delta_lora import stored
 from scripts.reporting.results import RESULTS
-from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files
+from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files, check_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
 #: of how many tokens the comparison of outputs is made.
@@ -113,6 +113,7 @@ def _record_of(source: Path) -> dict[str, Any] | None:
     if not (source.parent / RECORD).exists():
         return None
     record = check_files(source.parent, [ADAPTER])
+    check_record(source.parent / RECORD, record, "export the folder of the adapter elsewhere")
     return record if record["status"] == "completed" else None
 
 

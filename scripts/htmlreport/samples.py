@@ -71,6 +71,7 @@ def _completed(folder: Path, problems: list[str]) -> dict[str, Any] | None:
     """
     try:
         names = [checksums.METRICS, checksums.PREDICTIONS]
+        checksums.read_record(folder, is_whole=True)
         record = checksums.check_files(folder, names)
     except FileNotFoundError:
         return None

@@ -153,7 +153,7 @@ def _read_records(sources: Sources, results: Path, outputs: Path | None) -> None
         record = accepted.get(name)
         if record is None and outputs is not None and (outputs / name / RECORD).exists():
             try:
-                record = read_record(outputs / name)
+                record = read_record(outputs / name, name, is_whole=True)
             except UnreadableError as error:
                 sources.problems.append(str(error))
         if record is not None and record["status"] == "completed":

@@ -47,12 +47,13 @@ def advice_for(folder: Path) -> str:
 # ---------------------------------------------------------------------- records
 
 
-def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
+def read_record(folder: Path, name: str | None = None, *, is_whole: bool = False) -> dict[str, Any]:
     """Return the record of a run folder, with what stands beside it: see `BESIDE`.
 
     Args:
         folder: of the run.
         name: of the run that it must be; None takes any.
+        is_whole: whether all that a record has must be there.
 
     Raises:
         FileNotFoundError: there is none.
@@ -60,7 +61,7 @@ def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
     """
     path, advice = folder / RECORD, advice_for(folder)
     record = stored.read_json(path, advice)
-    check_record(path, record, advice)
+    check_record(path, record, advice, is_whole=is_whole)
     if name is not None and (found := record.get("signature", name)) != name:
         raise stored.damaged(path, f"it is the record of another run, {found}", advice)
     for key, file in BESIDE.items():
@@ -70,21 +71,27 @@ def read_record(folder: Path, name: str | None = None) -> dict[str, Any]:
     return record
 
 
-def check_record(path: Path, record: Mapping[str, Any], advice: str) -> None:
+def check_record(
+    path: Path, record: Mapping[str, Any], advice: str, *, is_whole: bool = True
+) -> None:
     """Refuse what is no record, or not the one that was written.
 
     Args:
         path: where it was read.
         record: from `stored.read_json`.
         advice: what to do.
+        is_whole: whether one without a schema must have all that a record has.
 
     Raises:
         UnreadableError: as said.
     """
     status = record.get("status")
-    if not isinstance(status, str):
+    if "schema" not in record and not is_whole:
+        if status != "failed" and not isinstance(record.get("signature"), str):
+            raise stored.damaged(path, "it names no run, so it is no record of one", advice)
+    elif not isinstance(status, str):
         raise stored.damaged(path, "it has no status, so it is no record of a run", advice)
-    if "schema" in record or status == "completed":
+    elif "schema" in record or status == "completed":
         stored.check_schema(path, record.get("schema"), KNOWN_SCHEMAS)
     if record.get("schema") == SCHEMA and stored.SEAL not in record:
         raise stored.damaged(path, "it has no seal", advice)
@@ -92,7 +99,7 @@ def check_record(path: Path, record: Mapping[str, Any], advice: str) -> None:
     error = record.get("error")
     if status == "failed" and not (isinstance(error, dict) and "message" in error):
         raise stored.damaged(path, "it failed, and has no error", advice)
-    if status != "completed":
+    if status != "completed" or not (is_whole or "schema" in record):
         return
     lacking = [key for key in _DICTIONARIES if not isinstance(record.get(key), dict)]
     lacking += [key for key in _TEXTS if not isinstance(record.get(key), str)]
@@ -104,7 +111,7 @@ def _read_beside(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a file that stands beside a record and belongs to it."""
     advice = "remove it, and what it says is unknown"
     content = stored.read_json(path, advice)
-    if record.get("schema") == SCHEMA and path.name == RESOURCES and stored.SEAL not in content:
+    if record.get("schema") == SCHEMA and stored.SEAL not in content:
         raise stored.damaged(path, "it has no seal", advice)
     stored.check_seal(path, content, advice)
     if content.get(RUN, record.get("signature")) != record.get("signature"):

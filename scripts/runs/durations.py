@@ -46,7 +46,7 @@ class Durations:
         for parent in sorted(set(outputs)):
             for path in sorted(parent.glob(f"*/{RECORD}")):
                 try:
-                    record = read_record(path.parent)
+                    record = read_record(path.parent, is_whole=True)
                 except UnreadableError as error:
                     logger.warning("no time is taken from it: %s", error)
                     continue

@@ -147,7 +147,7 @@ class Run:
             started = (folder / "checkpoints").is_dir() or (folder / "config.yaml").exists()
             return Status("partial", "started, not finished") if started else Status("missing")
         try:
-            record = read_record(folder, self.name)
+            record = read_record(folder, self.name, is_whole=True)
         except UnreadableError as error:
             return Status("damaged", str(error))
         if record["status"] == "failed":
@@ -251,7 +251,7 @@ def completed(folder: Path | None) -> dict[str, Any] | None:
     if folder is None or not (folder / RECORD).exists():
         return None
     record = read_record(folder)
-    return record if record["status"] == "completed" else None
+    return record if record.get("status") == "completed" else None
 
 
 def _kept(overrides: Iterable[str]) -> Iterator[str]:

@@ -44,6 +44,8 @@ def read_start(run: Run) -> Start | None:
         return None
     before = run.start.folder if isinstance(run.start, Run) else run.start
     record = completed(before)
+    if record is not None:
+        checksums.check_record(before / checksums.RECORD, record, checksums.advice_for(before))
     if record is None:
         raise ConfigError(f"init_from: the run in {before} is not finished")
     mine = (run.choices.method, run.config.model.name)

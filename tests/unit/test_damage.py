@@ -18,9 +18,10 @@ import torch
 
 import delta_lora
 from delta_lora import checkpoint
-from delta_lora.stored import UnreadableError
+from delta_lora.stored import UnreadableError, sealed
 from delta_lora.trainer import Trainer
 from scripts import reproduce, tables
+from scripts.auditing.measurements import Measurement
 from scripts.export import export
 from scripts.runs import checksums, execution
 from scripts.runs.building import base_model, build_tokenizer
@@ -30,7 +31,7 @@ from scripts.runs.folder import predict
 from scripts.runs.run import Run
 from scripts.runs.starts import read_start
 from tests.contract.models import CASES
-from tests.faults.damage import ALL, Damage, NotApplicableError, copy, damages
+from tests.faults.damage import ALL, OF_BYTES, OF_JSON, Damage, NotApplicableError, copy, damages
 from tests.smoke.conftest import SMALL
 from tests.toy import ToyMethod, ToyTask, toy_model
 from tests.unit import fake_runs
@@ -75,8 +76,8 @@ def at(run: Run, outputs: Path) -> Run:
 
 
 RESULT_FILES = (
-    "record.json", "resources.json", "metrics.jsonl", "measured.jsonl", "predictions.jsonl",
-    "config.yaml", "adapter/*",
+    "record.json", "resources.json", "item_spread.json", "metrics.jsonl", "measured.jsonl",
+    "predictions.jsonl", "config.yaml", "adapter/*",
 )  # fmt: skip
 
 
@@ -487,8 +488,8 @@ def test_records_without_checksums_are_read_without_a_word(
 ) -> None:
     mine = at(finished[0], tmp_path)
     folder = copy(finished[0].folder, mine.folder)
-    for name, drop in (("record.json", ("files", "sha256")),
-                       ("resources.json", ("files", "sha256", "run"))):  # fmt: skip
+    drop = ("files", "sha256", "run")
+    for name in ("record.json", "resources.json", "item_spread.json"):
         content = json.loads((folder / name).read_text())
         content |= {"schema": 2} if name == "record.json" else {}
         old = {k: v for k, v in content.items() if k not in drop}
@@ -498,6 +499,29 @@ def test_records_without_checksums_are_read_without_a_word(
     assert record["metrics"] == finished[0].record()["metrics"]
     assert caplog.text == ""
     assert checksums.check_files(folder)["schema"] == 2
+
+
+def test_a_damaged_measurement_is_named_and_made_again(
+    finished: tuple[Run, Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (
+        Measurement("rank", "rank of LoRA", {"row": row}, at(finished[0], tmp_path), True)
+        for row in ("lora", "full")
+    )
+    first.path.parent.mkdir(parents=True)
+    for one in (first, second):
+        content = {"schema": 3, "signature": one.signature, "result": {"rank": 4}}
+        checkpoint.write_json(one.path, sealed(content))
+    known, text = first.read(), first.path.read_bytes()
+    assert known is not None
+    for kind in (*OF_BYTES, *OF_JSON):
+        ALL[kind](first.path, second.path)
+        caplog.clear()
+        assert first.read() in (None, known), kind
+        assert first.read() == known or str(first.path) in caplog.text, kind
+        if first.path.is_dir():
+            first.path.rmdir()
+        first.path.write_bytes(text)
 
 
 def test_a_record_of_a_newer_version_is_named_with_its_number(
