@@ -42,7 +42,7 @@ from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.jobs import Job
 from scripts.runs.launchers import Here, Launcher
 from scripts.runs.scale import resolve_scale
-from scripts.tables import differences
+from scripts.tables import differences, left_out
 
 #: what a worker does with a measurement.
 MEASURE = "scripts.auditing.measurements:measure"
@@ -202,18 +202,20 @@ def _audit(options: argparse.Namespace) -> int:
         refusal = launcher.refusal(scale, extra)
         if refusal is not None and (open_runs or open_measurements):
             print(f"would be refused: {refusal}")
-        return 0
+        states = (cell.run.status() for cell in plan.cells)
+        return left_out([state.reason for state in states if state.state == "damaged"])
+    problems: list[str] = []
     if options.check:
-        content = build(read_records(plan, read_accepted(kept)))
+        content = build(read_records(plan, read_accepted(kept, problems)))
         with tempfile.TemporaryDirectory() as temporary:
             write(content, Path(temporary))
-            problems = differences(Path(temporary), folder)
+            problems += differences(Path(temporary), folder)
         print("\n".join(problems) or f"{folder}/audit.md follows from its records, byte for byte")
         return 1 if problems else 0
     if options.accept:
         keep(plan, kept / scale)
-        content = build(read_records(plan, read_accepted(kept)))
-        is_done = True
+        content = build(read_records(plan, read_accepted(kept, problems)))
+        is_done = left_out(problems) == 0
     else:
         is_done = run_missing(plan, options.workers, folder, launcher)
         content = build(read_records(plan))

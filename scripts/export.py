@@ -23,8 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from delta_lora import stored
 from scripts.reporting.results import RESULTS
-from scripts.runs.folder import RECORD, read_record
+from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files, check_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
 #: of how many tokens the comparison of outputs is made.
@@ -53,7 +54,8 @@ def export(
         is_merged_wanted: whether the merged model is written.
 
     Raises:
-        ValueError: nothing of it can be exported, or a rank is not allowed.
+        ValueError: nothing of it can be exported, a rank is not allowed, or a file of the run, of
+            its adapter or of its base is not the one that was written.
         FileNotFoundError: the folder holds no finished run.
     """
     from delta_lora import adapter_file, export
@@ -65,7 +67,7 @@ def export(
     settings = None if eval_rank is None else {"eval_rank": eval_rank}
     source = adapter_file.find_folder(run)
     description = adapter_file.read_description(source)
-    record = read_record(source.parent) if (source.parent / RECORD).is_file() else None
+    record = _record_of(source)
     lines, problems = [], []
     written: list[Path] = []
     try:
@@ -100,6 +102,19 @@ def export(
         raise ValueError("; ".join(problems))
     _copy_tokenizer(description, source, base, written)
     return lines + problems
+
+
+def _record_of(source: Path) -> dict[str, Any] | None:
+    """Return the record of the run whose adapter stands in `source`; None for one without a run.
+
+    Raises:
+        UnreadableError: it is damaged, or the adapter is not the one that it names.
+    """
+    if not (source.parent / RECORD).exists():
+        return None
+    record = check_files(source.parent, [ADAPTER])
+    check_record(source.parent / RECORD, record, "export the folder of the adapter elsewhere")
+    return record if record["status"] == "completed" else None
 
 
 def _difference(
@@ -148,6 +163,8 @@ def _copy_tokenizer(
     origin, revision = adapter_file.base_source(description, source, base)
     if origin is None:
         return
+    if Path(origin).name == MODEL and (Path(origin).parent / RECORD).exists():
+        check_files(Path(origin).parent, [MODEL])  # one that the suite pre-trained
     try:
         tokenizer = load_tokenizer(origin, revision)
     except OSError as error:
@@ -239,7 +256,7 @@ def _verdicts(scale: str) -> list[str]:
     """Return the suite's verdicts at the scale of the run, from the generated tables."""
     lines = []
     for path in sorted((RESULTS / scale).glob("*.json")):
-        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", []):
+        for claim in stored.read_json(path, "make the table anew").get("claims", []):
             lines.append(f"- {claim['id']}: {claim['statement']} **{claim['verdict']}**")
     if not lines:
         return [f"No table was made at scale `{scale}` yet, so no claim is judged."]

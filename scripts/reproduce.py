@@ -86,7 +86,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     )
     if options.plan:
         _print_plan(specs, plans, batch)
-        return 0
+        return 1 if batch.damaged() else 0
     if options.prepare:
         batch.check(options.results / scale)
         batch.prepare("-".join(plans))

@@ -40,10 +40,10 @@ from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.scale import resolve_scale
 from scripts.runs.space import check_disk_space
 from scripts.sweeping.content import build
-from scripts.sweeping.page import last_line, terminal
+from scripts.sweeping.page import damaged_lines, last_line, terminal
 from scripts.sweeping.spec import Refused, load_sweep, parse_values
 from scripts.sweeping.view import collect_runs, keep, write
-from scripts.tables import differences
+from scripts.tables import differences, left_out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,15 +85,17 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.accept or options.check:
         if options.accept:
             keep(cells, options.results / "runs" / scale)
-        entries = collect_accepted(cells, read_accepted(options.results / "runs"))
+        problems: list[str] = []
+        entries = collect_accepted(cells, read_accepted(options.results / "runs", problems))
         content = build(spec, scale, seeds, extra, entries, refused)
-        return _finish(content, folder) if options.accept else _compare(content, folder)
+        code = _finish(content, folder) if options.accept else _compare(content, folder)
+        return max(code, left_out(problems))
     batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers, launcher=launcher)
     print("\n".join(describe(spec.as_table(), cells, batch.states)))
     print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
     print("\n".join(batch.summary()), flush=True)
     if options.plan:
-        return 0
+        return 1 if batch.damaged() else 0
     if batch.todo:
         batch.check_place(options.results / scale)
         batch, refused = _without_refused(batch, refused)
@@ -111,6 +113,7 @@ def _finish(content: Mapping[str, Any], folder: Path) -> int:
     print(f"\n{terminal(content)}")
     print("\n".join(f"wrote {path}" for path in paths), flush=True)
     is_complete = all(not row["absent"] for row in content["rows"])
+    left_out(damaged_lines(content))
     print(last_line(content), file=sys.stdout if is_complete else sys.stderr)
     return 0 if is_complete else 1
 

@@ -6,7 +6,7 @@
 
 Without names: everything in configs/table, of the optional ones what is complete. ``--accept`` and
 ``--check`` are for maintainers: what is committed must follow, byte for byte, from the records that
-are committed.
+are committed. A record that is damaged is named and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from scripts.reporting.results import (
     build_results,
     collect,
     collect_accepted,
+    damaged,
     read_accepted,
     write_results,
 )
@@ -77,6 +78,13 @@ def differences(found: Path, committed: Path) -> list[str]:
     return problems
 
 
+def left_out(problems: Sequence[str]) -> int:
+    """Say which records were left out, each once; return the exit code that this makes."""
+    for problem in dict.fromkeys(problems):
+        print(f"left out: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Regenerate tables and figures from records; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -94,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale, reason = resolve_scale(options.scale)
         print(f"scale: {scale} ({reason})")
         seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
-        accepted = read_accepted(options.results / "runs")
+        problems: list[str] = []
+        accepted = read_accepted(options.results / "runs", problems)
         folder = options.results / scale
         with tempfile.TemporaryDirectory() as temporary:
             written = Path(temporary) if options.check else folder
@@ -107,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     entries = collect_accepted(cells, accepted)
                 else:
                     entries = collect(cells, accepted=accepted)
+                    problems += damaged(entries)
                 if not is_asked and not all(entry.record for entry in entries):
                     continue
                 if not any(entry.record for entry in entries):
@@ -125,14 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not options.tables:
                     has_audit = (folder / "audit.md").exists()
                     write_page(written, scale, has_audit=has_audit, has_pictures=False)
-                problems = differences(written, folder)
+                problems += differences(written, folder)
                 print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
                 return 1 if problems else 0
             print(f"wrote {write_page(folder)}")
+            return left_out(problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from delta_lora.stored import UnreadableError
 from scripts.runs import composition
 from scripts.runs.command import exit_code
 from scripts.runs.composition import ConfigError
@@ -68,7 +69,7 @@ def main(_: DictConfig) -> float | None:
             _stop(str(error))
         logger.warning("skipped: %s", error)
         return None
-    except ConfigError as error:
+    except (ConfigError, UnreadableError) as error:
         if is_sweep:  # Hydra notes it and goes on
             raise
         _stop(str(error))

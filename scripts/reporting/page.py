@@ -7,11 +7,11 @@ repository shows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora import stored
 from scripts.reporting import key_rows
 from scripts.reporting.figures import try_to_draw
 from scripts.reporting.formats import md_table
@@ -48,7 +48,7 @@ def write_page(
     for name in known:
         path = folder / f"{name}.json"
         if path.exists():
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = stored.read_json(path, f"make it anew: make reproduce-{name}")
     if has_audit is None:
         has_audit = (folder / "audit.md").exists()
     _write_key_rows(found, folder, has_pictures)

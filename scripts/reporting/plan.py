@@ -25,7 +25,9 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, Status
         states: state by signature.
     """
     counts = Counter(states[cell.signature].state for cell in cells)
-    order = ("done", "partial", "stale", "failed", "missing")
+    order = ["done", "partial", "stale", "failed", "missing"]
+    if counts["damaged"]:
+        order.append("damaged")
     totals = ", ".join(f"{counts[state]} {state}" for state in order)
     lines = [f"{spec.name}: {len(cells)} runs: {totals}"]
     for row in spec.rows:
@@ -39,7 +41,10 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, Status
         lines.append(f"  {row.name}: {len(mine) - len(open_cells)} of {len(mine)} done")
         for cell in open_cells:
             status = states[cell.signature]
-            reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
+            reason = " ".join(status.reason.split())
+            if status.state != "damaged":  # there the path and what to do must be whole
+                reason = reason[:200]
+            reason = f" ({reason})" if reason else ""
             lines.append(f"    {cell.on}, seed {cell.seed}: {status.state}{reason}")
     return lines
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from delta_lora import stored
 from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.spec import ROOT, Column, TableSpec
 from scripts.reporting.spread import spread_of
+from scripts.runs import checksums
 from scripts.runs.cells import Cell
 from scripts.runs.jobs import Outcome
 
@@ -36,8 +38,12 @@ class Entry:
     reason: str
 
 
-def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
+def read_accepted(folder: Path, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return the accepted records below `folder` by signature.
+
+    Args:
+        folder: as a rule ``results/runs``.
+        problems: gets a message for every file that is left out; None refuses the first.
 
     Raises:
         ValueError: a file is no record, is named differently from its signature, or is there twice.
@@ -45,16 +51,37 @@ def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            signature = record["signature"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no run record ({error}); remove it") from error
-        if signature != path.stem:
-            raise ValueError(f"{path} holds the record of {signature}; name it {signature}.json")
-        if signature in records:
-            raise ValueError(f"two accepted records of {signature} below {folder}; keep one")
-        records[signature] = record
+            record = _read_accepted(path)
+            if record["signature"] in records:
+                raise ValueError(
+                    f"two accepted records of {record['signature']} below {folder}; keep one"
+                )
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            continue
+        records[record["signature"]] = record
     return records
+
+
+def _read_accepted(path: Path) -> dict[str, Any]:
+    """Return one accepted record: of a run, or of a measurement of the audit."""
+    try:
+        record = stored.read_json(path, "remove it")
+        if "signature" not in record:
+            raise stored.UnreadableError("it has no signature")
+    except stored.UnreadableError as error:
+        raise ValueError(f"{path} is no run record ({error}); remove it") from error
+    if record["signature"] != path.stem:
+        name = record["signature"]
+        raise ValueError(f"{path} holds the record of {name}; name it {name}.json")
+    advice = "take it from the repository again, or remove it"
+    if "part" in record:  # a measurement
+        stored.check_seal(path, record, advice)
+    else:
+        checksums.check_record(path, record, advice)
+    return record
 
 
 def collect(
@@ -74,7 +101,9 @@ def collect(
     for item in cells:
         status = item.run.status()
         copy = (accepted or {}).get(item.signature)
-        if status.state == "done":
+        if status.state == "damaged":
+            entries.append(Entry(item, None, status.state, status.reason))
+        elif status.state == "done":
             entries.append(Entry(item, item.run.record(), "done", ""))
         elif status.state == "missing" and copy is not None and copy["status"] == "completed":
             entries.append(Entry(item, copy, "done", "accepted copy"))
@@ -85,6 +114,11 @@ def collect(
         else:
             entries.append(Entry(item, None, status.state, status.reason))
     return entries
+
+
+def damaged(entries: Sequence[Entry]) -> list[str]:
+    """Return what is damaged, and what to do, of each run whose record cannot be read."""
+    return list(dict.fromkeys(entry.reason for entry in entries if entry.state == "damaged"))
 
 
 def collect_accepted(cells: Sequence[Cell], accepted: Mapping[str, dict[str, Any]]) -> list[Entry]:

@@ -134,6 +134,11 @@ class Batch:
         """Folder of what the workers print."""
         return self.cells[0].run.outputs / "logs"
 
+    def damaged(self) -> list[str]:
+        """Return what is damaged, and what to do, of the runs whose record cannot be read."""
+        found = (state.reason for state in self.states.values() if state.state == "damaged")
+        return list(dict.fromkeys(found))
+
     def summary(self) -> list[str]:
         """Return in words what is to do, how long it takes and where."""
         if not self.todo:

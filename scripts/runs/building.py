@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from scripts.runs import checksums
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.folder import read_adapter
 from scripts.runs.run import Run
@@ -162,7 +163,7 @@ def build_tokenizer(run: Run, task: Any) -> Any:
     with as_config_error():
         if model.tokenizer_path is not None:
             return load_tokenizer(model.tokenizer_path, None)
-        return load_tokenizer(*weights_of(run))
+        return load_tokenizer(*_checked_weights(run))
 
 
 def base_model(run: Run, task: Any, train: Any) -> Any:
@@ -176,7 +177,7 @@ def base_model(run: Run, task: Any, train: Any) -> Any:
         model = random_model(cfg, task)
         task.initialise(model, train)
         return model
-    path, revision = weights_of(run)
+    path, revision = _checked_weights(run)
     return load_model(
         cfg.model.family,
         source=path,
@@ -255,6 +256,17 @@ def weights_of(run: Run) -> tuple[str, str | None]:
             "model.hub_id=NAME and model.revision=COMMIT"
         )
     return run.weights
+
+
+def _checked_weights(run: Run) -> tuple[str, str | None]:
+    """Return `weights_of` a run; of a model that the suite pre-trained every file is compared.
+
+    Raises:
+        UnreadableError: one is not the file that the pre-training wrote.
+    """
+    if run.pretraining is not None:
+        checksums.check_files(run.pretraining.folder, [checksums.MODEL])
+    return weights_of(run)
 
 
 def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing of size is read, and what a check finds is a message that says what to c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from delta_lora import stored
 from delta_lora.checks import check_choice
 from delta_lora.families import FAMILIES
 from scripts.runs import devices
@@ -87,8 +87,8 @@ def _architecture(run: Run) -> Any:
     if not described.is_file():
         return None  # `check_sources` says what the folder lacks
     with as_config_error():
-        content = json.loads(described.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) and "model_type" in content else None
+        content = stored.read_json(described, "copy the model's folder again")
+    return content if "model_type" in content else None
 
 
 def _check_device(run: Run) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.runs.folder import RECORD, read_record
+from delta_lora.stored import UnreadableError
+from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.run import Run
 
 #: what two runs must share for the time of one to tell that of the other: scale, task and data,
@@ -23,6 +25,8 @@ SAME_KIND = (
 )  # fmt: skip
 #: values that a record leaves out where they are these.
 USUAL = {"trainer.matmul_precision": "fp32", "predict": True}
+
+logger = logging.getLogger(__name__)
 
 
 class Durations:
@@ -38,10 +42,14 @@ class Durations:
         self._by_kind: dict[str, list[float]] = defaultdict(list)
 
     def read(self, outputs: Iterable[Path]) -> None:
-        """Add every finished run in the folders `outputs`."""
+        """Add every finished run in the folders `outputs`; a damaged record is left out."""
         for parent in sorted(set(outputs)):
             for path in sorted(parent.glob(f"*/{RECORD}")):
-                record = read_record(path.parent)
+                try:
+                    record = read_record(path.parent, is_whole=True)
+                except UnreadableError as error:
+                    logger.warning("no time is taken from it: %s", error)
+                    continue
                 resources = record.get("resources")
                 if record["status"] == "completed" and resources is not None:
                     keys = ("train_time_s", "predict_time_s", "score_time_s")

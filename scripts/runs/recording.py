@@ -11,11 +11,10 @@ from omegaconf import OmegaConf
 from delta_lora.result import PrunedError
 from scripts.runs import provenance
 from scripts.runs.building import Built
+from scripts.runs.checksums import RECORD, SCHEMA
 from scripts.runs.composition import ROOT
-from scripts.runs.folder import RECORD
 from scripts.runs.run import Run, completed
 
-RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
 NOT_RECORDED = ("logger", "paths", "overrides", "part_of")
 
@@ -79,7 +78,7 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
 
 def write_failure(run: Run, error: Exception) -> None:
     """Write the record of a run that was stopped by `error`."""
-    from delta_lora import checkpoint
+    from delta_lora import checkpoint, stored
 
     record = {
         **_identity(run),
@@ -92,12 +91,12 @@ def write_failure(run: Run, error: Exception) -> None:
         },
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, record)
+    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
 
 
 def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
     """Write and return the record of a run that was given up at an evaluation; it may go on."""
-    from delta_lora import checkpoint
+    from delta_lora import checkpoint, stored
 
     start = completed(run.start.folder if isinstance(run.start, Run) else run.start)
     record = {
@@ -110,7 +109,7 @@ def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
         "training": {"steps": stop.step, "validation": stop.result.validation},
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, record)
+    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
     return record
 
 
@@ -124,7 +123,7 @@ def _identity(run: Run) -> dict[str, Any]:
     """Return which run it is, and how it was chosen."""
     choices = run.choices
     return {
-        "schema": RECORD_SCHEMA,
+        "schema": SCHEMA,
         "signature": run.name,
         "group": run.group,
         "meaning": run.meaning,

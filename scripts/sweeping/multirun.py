@@ -23,7 +23,7 @@ from scripts.runs.composition import ConfigError
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.sweeping.content import build
-from scripts.sweeping.page import last_line, terminal
+from scripts.sweeping.page import damaged_lines, last_line, terminal
 from scripts.sweeping.space import LABELS
 from scripts.sweeping.spec import Axis, Experiment, Method, Refused, SweepSpec
 from scripts.sweeping.view import collect_runs, write
@@ -165,6 +165,8 @@ class Multirun:
         """
         entries = collect_runs(self.cells, {}, self.refused)
         content = build(self.spec, self.scale, self.seeds, self.extra, entries, self.refused)
+        for line in damaged_lines(content):
+            print(f"left out: {line}", file=sys.stderr)
         if not any(row["runs"] for row in content["rows"]):  # as where a launcher lacks
             print(last_line(content), file=sys.stderr)
             return 1
