@@ -105,11 +105,14 @@ def check_arguments(arguments: Sequence[str]) -> Multirun | None:
         if ("=" in a or a.startswith("~")) and not a.startswith("-")
         and (not a.startswith(("hydra.", "hydra/")) or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
+    hydras = [a for a in arguments if a.startswith(("hydra.", "hydra/")) and "=" in a]
+    composition.check_launch([a for a in hydras if not a.startswith(composition.SEARCH_PATH)])
     sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
     grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not _is_asking(arguments):
+    is_sweep = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
+    if is_sweep and not _is_asking(arguments):
         return Multirun.check(grid)
-    composition.compose(grid.firsts)
+    composition.compose(grid.firsts if is_sweep else overrides)
     return None
 
 
@@ -128,7 +131,8 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
             if name == flag and (is_joined or place + 1 < len(found)):
                 folder = Path(value if is_joined else found[place + 1]).resolve()
                 taken = 1 if is_joined else 2
-                found[place : place + taken] = [f"{composition.SEARCH_PATH}=[file://{folder}]"]
+                quoted = str(folder).replace('"', '\\"')
+                found[place : place + taken] = [f'{composition.SEARCH_PATH}=["file://{quoted}"]']
     return found
 
 

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
-from hydra.errors import HydraException
 
 from scripts.runs import checks, composition
 from scripts.runs.cells import Cell, parse_seeds
@@ -78,15 +76,13 @@ def read_grid(overrides: Sequence[str], *, has_sampler: bool = False) -> Grid:
     fixed: list[str] = []
     swept: dict[str, tuple[str, ...]] = {}
     is_sampled = has_sampler
-    try:
-        for parsed in OverridesParser.create().parse_overrides(list(overrides)):
-            if not parsed.is_sweep_override():
-                fixed.append(str(parsed.input_line))
-                continue
-            swept[parsed.get_key_element()] = _values_of(parsed)
-            is_sampled = is_sampled or parsed.is_interval_sweep()
-    except HydraException as error:
-        raise ConfigError(f"cannot read the overrides: {error}") from error
+    for override in overrides:
+        parsed = composition.parse(override)
+        if not parsed.is_sweep_override():
+            fixed.append(str(parsed.input_line))
+            continue
+        swept[parsed.get_key_element()] = _values_of(parsed)
+        is_sampled = is_sampled or parsed.is_interval_sweep()
     return Grid(tuple(fixed), swept, is_sampled)
 
 
