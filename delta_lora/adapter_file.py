@@ -103,7 +103,7 @@ def describe_base(
     dtypes = {value: key for key, value in DTYPES.items()}
     return {
         "family": family,
-        "source": getattr(config, "name_or_path", None) or None,
+        "source": _source_of(config),
         "revision": None,
         "architecture": None,
         "dtype": dtypes.get(first.dtype, "float32") if first is not None else "float32",
@@ -114,6 +114,15 @@ def describe_base(
         "head": list(head),
         "sha256": None if _is_on_meta(model) else fingerprint(model, exclude=head),
     }
+
+
+def _source_of(config: Any) -> str | None:
+    """Return the folder or hub id that a model was loaded from; a folder as an absolute path.
+
+    The working folder may be another one when the adapter is saved.
+    """
+    source = getattr(config, "name_or_path", None) or None
+    return os.path.abspath(source) if source is not None and Path(source).is_dir() else source
 
 
 def _is_on_meta(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from delta_lora.checks import OneOf, Range, check_integer, check_values, near, shown
+from delta_lora.checks import OneOf, Range, check_integer, check_real, check_values, near, shown
 from delta_lora.families import FAMILIES
 from delta_lora.sources import check_source, looks_local
 
@@ -192,6 +192,8 @@ def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
         if isinstance(value, int) and not isinstance(value, bool):
             most = MAX_LAYERS if "layer" in key and "_id" not in key else MAX_SIZE
             check_integer(f"{name}.{key}", value, at_most=most)
+        elif isinstance(value, float):
+            check_real(f"{name}.{key}", value)
 
 
 @contextlib.contextmanager

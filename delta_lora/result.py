@@ -1,12 +1,14 @@
-"""What a fit did, and which of its evaluations is the best."""
+"""What a fit did, which of its evaluations is the best, and how it is given up before its end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from delta_lora.protocols import Task
+if TYPE_CHECKING:  # else whoever hears of a pruned run would load torch
+    from delta_lora.protocols import Task
 
 
 @dataclass
@@ -16,22 +18,39 @@ class FitResult:
     Attributes:
         num_steps: applied optimiser steps.
         num_epochs: passes over the data.
-        final_train_loss: mean loss per target since the last log line.
+        final_train_loss: mean loss per target since the last log line; None before the first.
         validation: one entry per evaluation (step, epoch, loss, the task's metrics).
         checkpoint_rule: ``last`` or ``best``.
         chosen_step: the step whose weights and method state the model holds now.
         skipped_steps: fp16 steps that overflowed and were repeated.
+        is_unchanged: whether the steps have changed nothing of what the model computes.
         resources: seconds, peak memory in bytes, tokens per second, number of sessions.
     """
 
     num_steps: int = 0
     num_epochs: float = 0.0
-    final_train_loss: float = float("nan")
+    final_train_loss: float | None = None
     validation: list[dict[str, float]] = field(default_factory=list)
     checkpoint_rule: str = "last"
     chosen_step: int = 0
     skipped_steps: int = 0
+    is_unchanged: bool = False
     resources: dict[str, float] = field(default_factory=dict)
+
+
+class PrunedError(RuntimeError):
+    """A fit was given up at an evaluation, because it was asked to; its checkpoint stands.
+
+    Attributes:
+        step: applied optimiser steps.
+        total_steps: those of the whole run.
+        reason: why, in words.
+        result: what the fit did so far.
+    """
+
+    def __init__(self, step: int, total_steps: int, reason: str, result: FitResult) -> None:
+        super().__init__(f"pruned at step {step} of {total_steps}, because {reason}")
+        self.step, self.total_steps, self.reason, self.result = step, total_steps, reason, result
 
 
 def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:

@@ -36,8 +36,9 @@ class MetricLogger(Protocol):
         """End the mirror.
 
         Args:
-            status: ``completed``, ``failed`` or ``stopped``; the record of a completed run stands.
-            error: what made it fail.
+            status: ``completed``, ``pruned``, ``failed`` or ``stopped``; the record of a completed
+                run stands.
+            error: what made it end before its time.
         """
 
 
@@ -144,7 +145,7 @@ def _same(mirror: MetricLogger) -> MetricLogger:
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content).encode() + b"\n"
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def _measured_until(path: Path, step: int) -> IO[bytes]:

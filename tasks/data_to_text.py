@@ -29,7 +29,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from delta_lora.checks import Range
-from delta_lora.protocols import Batch, Scores, Task
+from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
@@ -129,6 +129,10 @@ class DataToText(Task):
     @abstractmethod
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
         """Score one text for each of `items` against all its references."""
+
+    def _item_scores(self, texts: list[str], items: Sequence[Input]) -> ItemScores:
+        """Return how the scores of `_score` depend on `items`; default: not known."""
+        return super().item_scores([{"prediction": text} for text in texts], "")
 
     def _facts(self) -> dict[str, Any]:
         """Return what else a record says of the data; called when they are read."""
@@ -380,18 +384,60 @@ class DataToText(Task):
         Raises:
             ValueError: a prediction is missing, double, unknown or of another input.
         """
+        texts, items = self._aligned(predictions, split)
+        missing = self._without_references(split)
+        return Scores({}, missing) if missing else self._score(texts, items)
+
+    def item_scores(self, predictions: Sequence[dict[str, Any]], split: str = "test") -> ItemScores:
+        """See `Task.item_scores`."""
+        texts, items = self._aligned(predictions, split)
+        missing = self._without_references(split)
+        if missing:
+            return ItemScores(len(items), missing=missing)
+        return self._item_scores(texts, items)
+
+    def _aligned(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> tuple[list[str], Sequence[Input]]:
+        """Return one text for each input of `split`, and the inputs."""
         items = self.inputs(split)
         aligned = align(
             predictions, [item.id for item in items], split, [item.context for item in items]
         )
-        if not any(item.references for item in items):
-            reason = f"{split} has no texts to compare with, so there are predictions only"
-            return Scores({}, {spec.name: reason for spec in self.metrics})
-        return self._score([prediction["prediction"] for prediction in aligned], items)
+        return [prediction["prediction"] for prediction in aligned], items
+
+    def _without_references(self, split: str) -> dict[str, str]:
+        """Return why there is no score, by its name; empty where there is a reference."""
+        if any(item.references for item in self.inputs(split)):
+            return {}
+        reason = f"{split} has no texts to compare with, so there are predictions only"
+        return {spec.name: reason for spec in self.metrics}
 
     def references(self, split: str = "test") -> dict[str, list[str]]:
         """Return the texts of each input of `split`."""
         return {item.id: list(item.references) for item in self.inputs(split)}
+
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores that single texts have; see `_item_values`."""
+        known = self.references(split)
+        shown = [p for p in predictions if known[p["id"]]]
+        values = self._item_values(
+            [p["prediction"] for p in shown], [known[p["id"]] for p in shown]
+        )
+        return {
+            p["id"]: {label: column[index] for label, column in values.items()}
+            for index, p in enumerate(shown)
+            if values
+        }
+
+    def _item_values(self, texts: list[str], references: list[list[str]]) -> dict[str, list[float]]:
+        """Return the scores that single texts have, by the names and in the units of tables.
+
+        Of all texts at once: a tokenizer may be a program that takes a second to start.
+        """
+        return {}
 
     def reference_scores(self, split: str = "test") -> dict[str, Scores]:
         """Score the first reference of each input against its other references.

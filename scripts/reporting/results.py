@@ -19,6 +19,7 @@ from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.spec import ROOT, Column, TableSpec
+from scripts.reporting.spread import spread_of
 from scripts.runs.cells import Cell
 from scripts.runs.jobs import Outcome
 
@@ -135,6 +136,7 @@ def build_results(
         ],
         "claims": judge_claims(spec, scores, resources, _places(done)),
         "contrasts": compare_contrasts(spec, scores),
+        "spread": spread_of(spec, scores, done),
     }
 
 

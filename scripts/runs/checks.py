@@ -23,7 +23,18 @@ from scripts.runs.workers import CELLS_ON_DEVICE
 
 
 def check(run: Run) -> None:
-    """Check everything about a run that needs no data and no weights.
+    """Check everything about a run that needs no data and no weights, and that it can run here.
+
+    Raises:
+        ConfigError: a value is not allowed; the message says which and what is. Or the run needs a
+            device that this process has not.
+    """
+    check_settings(run)
+    _check_device(run)
+
+
+def check_settings(run: Run) -> None:
+    """Check the same of a run that will be made on another machine: all but the device.
 
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
@@ -62,7 +73,6 @@ def check(run: Run) -> None:
     architecture = _architecture(run)
     if architecture is not None:
         _check_fits(run, architecture)
-    _check_device(run)
 
 
 def _architecture(run: Run) -> Any:

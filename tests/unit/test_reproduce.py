@@ -426,3 +426,13 @@ def test_runs_shared_by_two_tables_run_once(
     content = json.loads((tmp_path / "results" / "tiny" / "table6.json").read_text())
     assert [row["method"] for row in content["rows"]] == ["lora", "delta_lora", "lora_high_lr"]
     assert all(row["metrics"]["bleu"]["n"] == 1 for row in content["rows"])
+
+
+def test_a_run_knows_all_tables_of_the_command_that_need_it(tmp_path: Path) -> None:
+    base = ["experiment=e2e", "scale=tiny", f"paths.outputs={tmp_path}"]
+    run, other = (Run.compose([*base, f"method={name}"]) for name in ("lora", "delta_lora"))
+    cells = [Cell("lora", "e2e", run, "table1"), Cell("delta_lora", "e2e", other, "table1")]
+    cells.append(Cell("plain", "e2e", run, "rank"))
+    planned = batch.Batch.plan(cells, scale="tiny", extra=(), workers="1")
+    assert [cell.run.part_of for cell in planned.todo] == [["table1", "rank"], ["table1"]]
+    assert [cell.signature for cell in planned.todo] == [run.name, other.name]
