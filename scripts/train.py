@@ -112,8 +112,8 @@ def check_arguments(arguments: Sequence[str]) -> Multirun | None:
         if ("=" in a or a.startswith("~")) and not a.startswith("-")
         and (not a.startswith(("hydra.", "hydra/")) or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
-    hydras = [a for a in arguments if a.startswith(("hydra.", "hydra/")) and "=" in a]
-    composition.check_launch([a for a in hydras if not a.startswith(composition.SEARCH_PATH)])
+    launch = ("hydra.launcher", "hydra/launcher", "hydra.mode")
+    composition.check_launch([a for a in arguments if a.startswith(launch) and "=" in a])
     sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
     grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
     is_sweep = set(MULTIRUN) & set(arguments)

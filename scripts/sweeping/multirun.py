@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
 from scripts.runs import checks, composition
 from scripts.runs.cells import Cell, parse_seeds
-from scripts.runs.composition import ConfigError
+from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.sweeping.content import build
@@ -140,7 +140,8 @@ class Multirun:
         scale, seeds = str(first.choices.scale), _seeds_of(grid)
         extra = [o for o in grid.fixed if o.partition("=")[0] not in ("seed", "scale")]
         spec = _spec_of(grid, first)
-        cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
+        with as_config_error():
+            cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
         for cell in cells:
             if cell.seed == seeds[0]:
                 try:

@@ -59,7 +59,7 @@ def test_what_is_accepted_can_be_built_and_recorded(folder: Path) -> None:
         for key, text in (
             ("seed", "4294967295"),
             ("task.decoding.length_penalty", "-10"),
-            ("task.decoding.max_new_tokens", "511"),
+            ("task.decoding.max_new_tokens", "40"),
             ("task.decoding.early_stopping", "true"),
             ("task.embedded_seed", "4294967295"),
             ("task.max_length", "100"),
