@@ -227,6 +227,17 @@ class Task(ABC):
             ValueError: a file is empty, truncated or has the wrong columns (file and line named).
         """
 
+    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:  # noqa: B027 - a hook
+        """Check that what the settings ask for after the training can be done with a model.
+
+        Args:
+            model: before the training; its weights may be on the meta device.
+            tokenizer: its tokenizer, where the data are read; None where they are not.
+
+        Raises:
+            ValueError: it cannot; the message says which setting to change.
+        """
+
     def build_tokenizer(self) -> Any | None:
         """Return a tokenizer for a model that starts from random weights, or None to load one."""
         return None

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer
+from delta_lora.checks import Range
 from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
@@ -39,6 +39,8 @@ from tasks.sources import Source
 
 logger = logging.getLogger(__name__)
 
+#: tokens of a sequence: context, separator, target.
+MaxLength = Annotated[int, Range(at_least=3, at_most=2**20)]
 #: name of the scores of one reference against the others.
 ONE_REFERENCE = "one reference against the others"
 _BLANK_LINE = "\n\n"
@@ -107,8 +109,7 @@ class DataToText(Task):
     ):
         self.source = source
         self.protocol = protocol
-        # Context, separator, target.
-        self.max_length = check_integer("task.max_length", max_length, at_least=3)
+        self.max_length = max_length
         self.decoding = BeamSearch() if decoding is None else decoding
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
@@ -345,6 +346,17 @@ class DataToText(Task):
                     for index, text in zip(chunk, texts, strict=True)
                     if items[index].id not in finished
                 ]
+
+    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """See `Task.check_model`: prompt and output must find room in the model."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        limits = [self.max_length, *filter(None, [positions])]
+        self.decoding.check_room(min(limits))
+        if tokenizer is None or positions is None:
+            return
+        contexts = [item.context for item in self.inputs(self.scored_split)]
+        prompts = self._shorten(self._prompts(contexts, tokenizer), tokenizer)
+        self.decoding.check_prompt(max(map(len, prompts)), positions)
 
     def _shorten(self, prompts: list[list[int]], tokenizer: Any) -> list[list[int]]:
         """Keep the end of prompts that leave no room for the output, as the recipe does."""

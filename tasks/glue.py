@@ -25,24 +25,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.checks import check_choice, check_integer
+from delta_lora.checks import NAME, NOT_EMPTY, OneOf, Range, check_values
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
 from tasks.data import of_split
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
+from tasks.generation import NumSequences
 from tasks.glue_files import SPLITS, GlueFiles, Row, text_columns
 from tasks.metrics import glue as metrics
 from tasks.metrics.items import mean
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows
-from tasks.sources import Release, Source
+from tasks.sources import Kind, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import glue as embedded
 
 logger = logging.getLogger(__name__)
@@ -97,23 +98,42 @@ class Glue(Task):
     def __init__(
         self,
         *,
-        task: str,
-        columns: Sequence[str],
-        labels: Sequence[str] | None,
-        metrics: Sequence[str],
-        num_rows: Mapping[str, int] = MappingProxyType({}),
+        task: Annotated[str, NAME],
+        columns: Sequence[Annotated[str, NOT_EMPTY]],
+        labels: Sequence[Annotated[str, NOT_EMPTY]] | None,
+        metrics: Sequence[Annotated[str, OneOf(tuple(METRIC_LABELS))]],
+        num_rows: Mapping[str, Annotated[int, Range(at_least=1, at_most=10**9)]] = MappingProxyType(
+            {}
+        ),
         release: Release | None = None,
-        parts: Sequence[str] = (),
-        source: str = "hub",
+        parts: Sequence[Annotated[str, NAME]] = (),
+        source: Kind = "hub",
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        max_length: int = 256,
-        scored_split: str = "validation",
-        predict_batch_size: int = 64,
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
-        head: Sequence[str] = ("classifier",),
+        max_length: Annotated[int, Range(at_least=6, at_most=2**20)] = 256,
+        scored_split: Annotated[str, OneOf(SPLITS[1:])] = "validation",
+        predict_batch_size: NumSequences = 64,
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
+        head: Sequence[Annotated[str, NOT_EMPTY]] = ("classifier",),
     ) -> None:
+        check_values(Glue.__init__, locals(), prefix="task.")
+        for name, names in (
+            ("columns", columns), ("labels", labels or ()), ("metrics", metrics), ("parts", parts),
+            ("head", head),
+        ):  # fmt: skip
+            if len(set(names)) < len(names):
+                raise ValueError(f"task.{name}={list(names)} has one twice; name each once")
+        if labels is not None and len(labels) < 2:
+            raise ValueError(
+                f"task.labels={list(labels)}: a class needs another one beside it; write at least "
+                "two labels, or null for a regression"
+            )
+        if source == "embedded" and task not in embedded.LAYOUTS:
+            raise ValueError(
+                f"task.task={task!r} has no embedded corpus; use one of "
+                f"{', '.join(embedded.LAYOUTS)}, or task.source=files"
+            )
         self.source = Source(
             kind=source,
             write=partial(embedded.write, task=task),
@@ -122,18 +142,25 @@ class Glue(Task):
             cache_dir=cache_dir,
             embedded_seed=embedded_seed,
             embedded_sizes=embedded_sizes,
+            splits=tuple(embedded.LAYOUTS[task].sizes) if task in embedded.LAYOUTS else (),
         )
-        self.scored_split = check_choice("task.scored_split", scored_split, SPLITS[1:])
+        self.scored_split = scored_split
         if scored_split == "test" and source != "files":
             raise ValueError(
                 f"task.scored_split=test with task.source={source}: only your own files can have a "
                 "test set; use task.source=files, or task.scored_split=validation"
             )
         if len(columns) not in (1, 2):
-            raise ValueError(f"task.columns={list(columns)}; a task has one or two sentences")
+            raise ValueError(
+                f"task.columns={list(columns)}: a task has one or two sentences; write the names "
+                "of their columns"
+            )
         allowed = CLASSIFICATION if labels is not None else REGRESSION
         if not metrics or any(name not in allowed for name in metrics):
-            raise ValueError(f"task.metrics={list(metrics)}; allowed: {', '.join(allowed)}")
+            kind = "a regression (task.labels=None)" if labels is None else "classes (task.labels)"
+            raise ValueError(
+                f"task.metrics={list(metrics)} for {kind}; allowed: {', '.join(allowed)}"
+            )
         self.task = task
         self.name = f"glue_{task}"
         self.columns = tuple(columns)
@@ -149,10 +176,8 @@ class Glue(Task):
             splits=SPLITS if scored_split == "test" else SPLITS[:2],
         )
         # Two special tokens round one sentence, up to four with a pair, and one token of each.
-        self.max_length = check_integer("task.max_length", max_length, at_least=6)
-        self.predict_batch_size = check_integer(
-            "task.predict_batch_size", predict_batch_size, at_least=1
-        )
+        self.max_length = max_length
+        self.predict_batch_size = predict_batch_size
         self.head = tuple(head)
         self.selection_metric = metrics[0]
         self.metrics = _metric_specs(metrics, self.parts)

@@ -25,19 +25,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from delta_lora.checks import check_choice
+from delta_lora.checks import OneOf, check_values
 from delta_lora.protocols import ItemScores, MetricSpec, Scores
 from tasks.data import Document, find_file, listing, of_split, read_lines, shorten
-from tasks.data_to_text import DataToText, Input, Row
+from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
-from tasks.sources import Release, Source
+from tasks.sources import Kind, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import webnlg as embedded
 
 logger = logging.getLogger(__name__)
@@ -98,16 +98,17 @@ class WebNLG(DataToText):
     def __init__(
         self,
         *,
-        source: str = "hub",
+        source: Kind = "hub",
         release: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        protocol: str = "lora",
-        max_length: int = 512,
+        protocol: Annotated[str, OneOf(PROTOCOLS)] = "lora",
+        max_length: MaxLength = 512,
         decoding: BeamSearch | None = None,
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
     ):
+        check_values(WebNLG.__init__, locals(), prefix="task.")
         super().__init__(
             source=Source(
                 kind=source,
@@ -117,9 +118,10 @@ class WebNLG(DataToText):
                 cache_dir=cache_dir,
                 embedded_seed=embedded_seed,
                 embedded_sizes=embedded_sizes,
+                splits=tuple(embedded.DEFAULT_SIZES),
                 needed=[f"{name}.json" for name in FILES.values()],
             ),
-            protocol=check_choice("task.protocol", protocol, PROTOCOLS),
+            protocol=protocol,
             max_length=max_length,
             decoding=decoding,
         )

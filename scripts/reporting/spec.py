@@ -342,10 +342,10 @@ def check_keys(
         ValueError: one lacks or is unknown; the message says which are allowed.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{what} must be a mapping, got {raw!r}")
+        raise ValueError(f"{what} must be a mapping of {', '.join(required)}, got {raw!r}")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}")
+        raise ValueError(f"{what} lacks {', '.join(missing)}; it needs {', '.join(required)}")
     strangers = sorted(map(str, raw.keys() - {*required, *optional}))
     if strangers:
         allowed = ", ".join([*required, *optional])

@@ -91,9 +91,9 @@ def build(run: Run, task: Any, start: Start | None) -> Built:
     trainer.prepare_backend()
     method = instantiate(cfg.method)
     tokenizer = build_tokenizer(run, task)
-    train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
-    num_available = len(train)
     with as_config_error():
+        train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+        num_available = len(train)
         train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
     with as_config_error():
@@ -102,6 +102,8 @@ def build(run: Run, task: Any, start: Start | None) -> Built:
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
         base = _describe_base(run, task, model)
+        if cfg.predict:
+            task.check_model(model, tokenizer)  # not only when the training is done
         method.inject(
             model,
             projections=cfg.model.projections,

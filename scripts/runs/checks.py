@@ -13,8 +13,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import stored
-from delta_lora.checks import check_choice
-from delta_lora.families import FAMILIES
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
@@ -57,7 +55,6 @@ def check_settings(run: Run) -> None:
                 parts[part] = instantiate(cfg[part])
     with as_config_error():
         describe_method(run, parts["method"])  # else a finished run could not be loaded
-        check_choice("model.family", cfg.model.family, tuple(FAMILIES))
     family = parts["task"].family
     if family not in (None, cfg.model.family):
         raise ConfigError(
@@ -81,6 +78,8 @@ def check_settings(run: Run) -> None:
 def _architecture(run: Run) -> Any:
     """Return what the model of a run is built from, where that is known before its weights are."""
     model = run.config.model
+    if run.pretraining is not None:
+        return run.pretraining.config.model.architecture
     if model.path is None:
         return model.architecture
     described = Path(model.path).expanduser() / "config.json"
@@ -126,11 +125,15 @@ def _check_fits(run: Run, architecture: Any) -> None:
     with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
         model = random_model(cfg, task, architecture)
-        instantiate(cfg.method).inject(
+        if cfg.predict:
+            task.check_model(model)
+        method, most = instantiate(cfg.method), cfg.trainer.max_steps
+        is_short = most is not None and (most == 0 or method.needs_total_steps)
+        method.inject(
             model,
             projections=cfg.model.projections,
             head=task.head,
-            total_steps=10**9,
+            total_steps=most if is_short else 10**9,
             seed=cfg.seed,
         )
 

@@ -21,10 +21,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from delta_lora.checks import check_path, shown
 from delta_lora.stored import UnreadableError
 from scripts.runs import composition
 from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.composition import ROOT, ConfigError
+from scripts.runs.leaves import check_leaves
 from scripts.runs.meaning import hash_of, meaning_of
 
 logger = logging.getLogger(__name__)
@@ -99,8 +101,9 @@ class Run:
         """All that its result depends on; plain JSON values.
 
         Raises:
-            ConfigError: a folder does not exist, or settings of the task are not allowed.
+            ConfigError: a value is not allowed, or a folder does not exist.
         """
+        check_leaves(self.config)
         before, made = self.start, self.pretraining
         if isinstance(before, Path):
             name = read_record(before)["signature"]
@@ -131,7 +134,7 @@ class Run:
     def outputs(self) -> Path:
         """The folder of all run folders."""
         chosen = self.config.paths.outputs
-        return ROOT / "outputs" if chosen is None else Path(chosen)
+        return ROOT / "outputs" if chosen is None else check_path("paths.outputs", chosen)
 
     @property
     def folder(self) -> Path:
@@ -268,7 +271,10 @@ def _composed(overrides: tuple[str, ...]) -> Run:
 
 @functools.cache
 def _pretraining(overrides: tuple[str, ...], outputs: str | None) -> Run:
-    run = _composed((*overrides, "save_model=true", "predict=false", "logger=none"))
+    try:
+        run = _composed((*overrides, "save_model=true", "predict=false", "logger=none"))
+    except ConfigError as error:
+        raise ConfigError(f"model.pretrain={shown(list(overrides))}: {error}") from error
     config = run.config.copy()
     config.paths.outputs = outputs
     return Run(config)
