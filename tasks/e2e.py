@@ -66,6 +66,7 @@ class E2E(DataToText):
         protocol: ``lora`` or ``challenge``.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         nist: ``python`` (e2e-metrics with -p, as microsoft/LoRA calls it) or ``perl`` (its
             default); only NIST differs.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
@@ -90,6 +91,7 @@ class E2E(DataToText):
         protocol: str = "lora",
         max_length: int = 512,
         decoding: BeamSearch | None = None,
+        max_inputs: int | None = None,
         nist: str = "python",
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
@@ -110,6 +112,7 @@ class E2E(DataToText):
             protocol=protocol,
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
         self.nist = check_choice("task.nist", nist, NIST_VARIANTS)
         self.name = "e2e" if protocol == "lora" else f"e2e_{protocol}"

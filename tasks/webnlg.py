@@ -84,6 +84,7 @@ class WebNLG(DataToText):
         protocol: ``lora`` or ``challenge_2017``; only the scores differ.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> entries of the ``embedded`` corpus; None takes its defaults.
 
@@ -105,6 +106,7 @@ class WebNLG(DataToText):
         protocol: str = "lora",
         max_length: int = 512,
         decoding: BeamSearch | None = None,
+        max_inputs: int | None = None,
         embedded_seed: int = 0,
         embedded_sizes: Mapping[str, int] | None = None,
     ):
@@ -122,6 +124,7 @@ class WebNLG(DataToText):
             protocol=check_choice("task.protocol", protocol, PROTOCOLS),
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
         self._counts: dict[str, dict[str, int]] = {}
 
