@@ -78,7 +78,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     overrides = list(overrides)
     check_choices(overrides)
     try:
-        with _hydra():
+        with hydra_ready():
             cfg = hydra_compose("train", overrides, return_hydra_config=True)
         choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
         with open_dict(cfg):
@@ -96,7 +96,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 @contextlib.contextmanager
-def _hydra() -> Iterator[None]:
+def hydra_ready() -> Iterator[None]:
+    """Let Hydra read our configurations within the block, where it does not yet."""
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():
             stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
@@ -234,7 +235,7 @@ def _explain(error: Exception) -> str:
     unknown = re.search(r"Could not override '([\w.]+)'", message)
     if unknown:
         parent, _, key = unknown.group(1).rpartition(".")
-        with contextlib.suppress(Exception), _hydra():
+        with contextlib.suppress(Exception), hydra_ready():
             node = OmegaConf.select(hydra_compose("train"), parent) if parent else None
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
             if key not in known:  # else it is the file that is wrong, not the name

@@ -44,7 +44,7 @@ def read_start(run: Run) -> Start | None:
     record = completed(before)
     if record is None:
         raise ConfigError(f"init_from: the run in {before} is not finished")
-    mine = (run.choices.method, run.config.model.name)
+    mine = (run.choices.method, run.model_facts["name"])
     theirs = (record["method"], record["model"]["name"])
     if mine != theirs:
         raise ConfigError(
