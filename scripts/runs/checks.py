@@ -30,15 +30,25 @@ def check(run: Run) -> None:
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
     """
-    from hydra.utils import instantiate
-
-    cfg = run.config
     folder = run.outputs
     existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"cannot write to the output folder {folder}; choose another with paths.outputs=FOLDER"
         )
+    check_settings(run)
+    _check_device(run)
+
+
+def check_settings(run: Run) -> None:
+    """Check the settings of a run, whatever machine it will be made on.
+
+    Raises:
+        ConfigError: a value is not allowed; the message says which and what is.
+    """
+    from hydra.utils import instantiate
+
+    cfg = run.config
     parts = {}
     for part in ("trainer", "task", "method", "logger"):
         if cfg[part]["_target_"] is not None:  # of the logger; making one begins nothing
@@ -65,7 +75,6 @@ def check(run: Run) -> None:
     architecture = _architecture(run)
     if architecture is not None:
         _check_fits(run, architecture)
-    _check_device(run)
 
 
 def _architecture(run: Run) -> Any:
@@ -155,6 +164,30 @@ def check_sources(run: Run, seen: set[str]) -> None:
         seen.add(key)
     if run.start_run is not None:
         check_sources(run.start_run, seen)
+
+
+def check_local_sources(run: Run, seen: set[str]) -> None:
+    """Check as `check_sources`, but only what is in folders of this machine; no network is asked.
+
+    Raises:
+        ConfigError: a folder lacks something.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora.sources import check_source, looks_local
+
+    for source, revision, needs in _model_sources(run):
+        key = f"{source} {sorted(needs.items())}"
+        if looks_local(source) and key not in seen:
+            with as_config_error():
+                check_source(source, revision, **needs)
+            seen.add(key)
+    if run.config.task.get("source") == "files":
+        key = hash_of({"task": OmegaConf.to_container(run.config.task, resolve=True)})
+        if key not in seen:
+            with as_config_error():
+                instantiate(run.config.task).check_source()
+            seen.add(key)
 
 
 def _model_sources(run: Run) -> Iterator[tuple[str, str | None, dict[str, bool]]]:
