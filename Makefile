@@ -4,6 +4,9 @@ SCALE ?= auto
 SEEDS ?= 1,2,3
 WORKERS ?= auto
 ARGS ?=
+# Where runs work: local, ray or slurm, and options of configs/launcher in place of those there.
+LAUNCHER ?= local
+LAUNCHER_ARGS ?=
 # Processes of `make test`; one thread each.
 TEST_WORKERS ?= 2
 PYTHON3 ?= python3
@@ -23,6 +26,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 GPU_READY := $(READY)
+# Who has no cluster is spared ray.
+ifeq ($(LAUNCHER),ray)
+READY := $(VENV)/.ray-ready
+endif
 else
 RUN := $(PYTHON)
 READY := check-python
@@ -32,7 +39,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 # Passed through the environment, so that quotes in them survive.
-export ARGS SCALE SEEDS SWEEP VALUES WORKERS
+export ARGS LAUNCHER LAUNCHER_ARGS SCALE SEEDS SWEEP VALUES WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,12 +48,13 @@ export ARGS SCALE SEEDS SWEEP VALUES WORKERS
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
 	@echo "WORKERS=auto uses every GPU and runs several cells on one; for more see scripts/reproduce.py --help"
+	@echo "LAUNCHER=ray|slurm [LAUNCHER_ARGS='partition=gpu time=12:00:00'] runs on a cluster: configs/launcher/README.md"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@for table in $(TABLES) $(OPTIONAL); do \
 	  printf '  %-24s %s\n' "reproduce-$$table" "$$(sed -n 's/^title: *//p' configs/table/$$table.yaml)"; done
 
-setup: $(READY)  ## make the environment .venv from requirements.lock
+setup: $(READY)  ## make the environment .venv from requirements.lock (LAUNCHER=ray: with ray)
 	@echo "environment: ready ($(RUN))"
 
 test: $(READY)  ## run all tests (ARGS go to pytest)
@@ -61,10 +69,11 @@ lint: $(READY)  ## ruff (lint and format) and mypy
 	@$(RUN) -m mypy --no-error-summary
 	@echo "lint: nothing found"
 
-REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+WHERE = --workers "$$WORKERS" --launcher "$$LAUNCHER" --launcher-args="$$LAUNCHER_ARGS"
+REPRODUCE_ONE = @$(RUN) scripts/reproduce.py $* --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 plan: $(READY)  ## what the tables still need: runs, hours, device memory, disk
-	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/reproduce.py $(TABLES) --plan --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 dry-run: $(READY)  ## is the plan right? every row of Tables 1 to 4 at full size, 3 steps on a CPU (hours)
 	@$(RUN) scripts/dry_run.py $$ARGS
@@ -73,7 +82,7 @@ tiny-models: $(READY)  ## pre-train the tiny models that scale tiny starts from
 	@$(RUN) scripts/reproduce.py $(TABLES) --prepare --scale tiny --workers 1
 
 reproduce-all: $(READY)  ## all tables and figures of the paper, and one page with all of them: results/SCALE/README.md
-	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/reproduce.py $(TABLES) --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 # The second rule takes names that are no table; the script says which there are.
 $(REPRODUCE): reproduce-%: $(READY)
@@ -82,10 +91,10 @@ reproduce-%: $(READY)
 	$(REPRODUCE_ONE)
 
 audit: $(READY)  ## what the paper leaves open, measured: results/SCALE/audit.md
-	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --args="$$ARGS"
+	@$(RUN) scripts/audit.py --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --args="$$ARGS"
 
 sweep: $(READY)  ## a grid of settings: results/SCALE/sweeps/SWEEP (SWEEP=lambda_k, VALUES='lambda=0.5,1,2 K=0,4')
-	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" --workers "$$WORKERS" --values "$$VALUES" --args="$$ARGS"
+	@$(RUN) scripts/sweep.py "$$SWEEP" --scale "$$SCALE" --seeds "$$SEEDS" $(WHERE) --values "$$VALUES" --args="$$ARGS"
 
 report: $(READY)  ## all results of a scale as one page that opens from disk: results/SCALE/report/index.html
 	@$(RUN) scripts/report.py --scale "$$SCALE"
@@ -94,7 +103,7 @@ readme: $(READY)  ## put the generated rows into README
 	@$(RUN) scripts/readme.py
 
 .PHONY: dashboard
-dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, and make a view of every table there
+dashboard: $(READY)  ## bring the runs to Weights & Biases from their folders, with a view and a report of every table and sweep
 	@scale=$$($(RUN) scripts/runs/scale.py "$$SCALE") && \
 	$(RUN) scripts/dashboard.py sync $$ARGS && $(RUN) scripts/dashboard.py summary --scale $$scale $$ARGS && \
 	$(RUN) scripts/dashboard.py all --scale $$scale $$ARGS
@@ -142,6 +151,11 @@ SUITABLE := import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= 
 	@$(INSTALL) -r requirements.lock $(INTO_LOG)
 	@echo "environment: adding delta_lora itself"
 	@$(INSTALL) --no-deps -e . $(INTO_LOG)
+	@touch $@
+
+.venv/.ray-ready: requirements-ray.lock .venv/.ready
+	@echo "environment: adding ray (log: $(LOG))"
+	@$(INSTALL) --no-deps -r requirements-ray.lock $(INTO_LOG)
 	@touch $@
 
 # What an environment given by PYTHON= must have.

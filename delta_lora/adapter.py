@@ -88,7 +88,12 @@ class Adapter:
             self._micro_step += 1
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return what a torch optimiser takes: the trained parameters with their learning rate."""
+        """Return what a torch optimiser takes: the trained parameters with their learning rate.
+
+        The rate is the method's, from ``attach(..., learning_rate=)`` or its default; torch takes a
+        group's own rate before one that the optimiser is given, so such a one is refused in the
+        first step where no group has it.
+        """
         return [
             {**group, "params": [parameter for _, parameter in group["params"]]}
             for group in self.method.param_groups(self.model)
@@ -215,7 +220,7 @@ class Adapter:
             RuntimeError: the last optimiser step was taken without the two calls around it.
         """
         self._watch.check()
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         description = {**self.description, "facts": self.method.describe(), "step": self.step}
         adapter_file.write(folder, self.method.updated_tensors(self.model), description)
         return folder

@@ -102,7 +102,7 @@ def describe_base(
         overrides = {"num_labels": config.num_labels, "problem_type": config.problem_type}
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtypes = {value: key for key, value in DTYPES.items()}
-    source = known.get("source", getattr(config, "name_or_path", None) or None)
+    source = known.get("source", _source_of(config))
     return {
         "name": None if source is None else base_name(source),
         "family": family,
@@ -122,6 +122,15 @@ def describe_base(
 def base_name(source: str) -> str:
     """Return how people are told of a base model: its hub id, or the name of its folder alone."""
     return Path(source).expanduser().absolute().name if looks_local(source) else source
+
+
+def _source_of(config: Any) -> str | None:
+    """Return the folder or hub id that a model was loaded from; a folder as an absolute path.
+
+    The working folder may be another one when the adapter is saved.
+    """
+    source = getattr(config, "name_or_path", None) or None
+    return os.path.abspath(source) if source is not None and Path(source).is_dir() else source
 
 
 def _is_on_meta(model: nn.Module) -> bool:

@@ -119,7 +119,7 @@ def export_peft(
         task_type=FAMILIES[family].peft_task if family in FAMILIES else None,
         base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
     )
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     write_peft_folder(
         folder,
         config=config,
@@ -163,6 +163,7 @@ def export_merged(
         ValueError: the weights are narrower than the change and cannot hold it, or the method
             (prompt tuning, for one) has none that could be merged.
     """
+    folder = Path(folder).expanduser()
     source = adapter_file.find_folder(path)
     if isinstance(base, nn.Module):
         model = copy.deepcopy(base)
@@ -189,7 +190,7 @@ def export_merged(
                 "base and the trained model; delta_lora.load(path) gives the trained model"
             )
         save(str(folder), safe_serialization=True)
-    return Path(folder)
+    return folder
 
 
 def changes(

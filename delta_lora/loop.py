@@ -37,7 +37,7 @@ from delta_lora import checkpoint, engine, memory
 from delta_lora.draws import seed_everything, step_indices
 from delta_lora.optimization import schedule_factor
 from delta_lora.protocols import Batch, Method, Task
-from delta_lora.result import FitResult, best_entry
+from delta_lora.result import FitResult, PrunedError, best_entry
 from delta_lora.runlog import MetricLogger, Progress, RunLog
 from delta_lora.session import Session, stop_signals
 from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
@@ -74,6 +74,7 @@ class Loop:
     mirrors: Sequence[MetricLogger]
     identity: dict[str, Any]
     score: Callable[[nn.Module], dict[str, float]] | None
+    prune: Callable[[Sequence[dict[str, float]]], str | None] | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -106,6 +107,7 @@ class Loop:
         ):
             self.wrapped.train()
             self._evaluate_if_due()  # an evaluation that was interrupted
+            self._prune_if_asked()
             while self.step < self.total_steps:
                 batches = self._draw_batches()
                 num_targets = self._count_targets(batches)
@@ -127,6 +129,7 @@ class Loop:
                 self._count_step(batches, num_targets, loss)
                 self._log_if_due(norm)
                 self._evaluate_if_due()
+                self._prune_if_asked()
                 self._save_if_due()
         return self._finish()
 
@@ -392,6 +395,22 @@ class Loop:
         is_best = best_entry(self.result.validation, self.task) == entry
         if self.settings.checkpoint_rule == "best" and is_best:
             self._save_best(values)
+
+    def _prune_if_asked(self) -> None:
+        """Give the run up behind an evaluation where the caller says so, with a checkpoint.
+
+        Raises:
+            PrunedError: it is given up.
+        """
+        entries = self.result.validation
+        is_evaluated = bool(entries) and entries[-1]["step"] == self.step
+        if self.prune is None or not is_evaluated or self.step == self.total_steps:
+            return
+        reason = self.prune(entries)
+        if self._any(reason is not None):
+            self._save()
+            why = reason or "another process gives it up"
+            raise PrunedError(self.step, self.total_steps, why, self.result)
 
     @torch.no_grad()
     def _validation_loss(self) -> float:

@@ -110,7 +110,12 @@ _process = _Process()
 def be_patient() -> None:
     """Wait as long as it takes: for a command whose whole work is to mirror."""
     global INIT_TIMEOUT_S, FINISH_TIMEOUT_S
-    INIT_TIMEOUT_S, FINISH_TIMEOUT_S, _process.patience_s = 60.0, 3000.0, 3600.0
+    INIT_TIMEOUT_S, FINISH_TIMEOUT_S, _process.patience_s = 60.0, 300.0, 3600.0
+
+
+def run_id(name: str) -> str:
+    """Return the id that wandb has for the run called `name`."""
+    return re.sub(r"[/\\#?%:]", "-", name)[:MAX_NAME]
 
 
 class WandbMirror:
@@ -170,7 +175,7 @@ class WandbMirror:
                     "project": self._project,
                     "entity": self._entity,
                     "dir": environment.get("WANDB_DIR") or str(run.outputs),
-                    "id": re.sub(r"[/\\#?%:]", "-", run.id)[:MAX_NAME],
+                    "id": run_id(run.id),
                     "name": (environment.get("WANDB_NAME") or run.name)[:MAX_NAME],
                     "group": (environment.get("WANDB_RUN_GROUP") or run.group)[:MAX_NAME],
                     "job_type": environment.get("WANDB_JOB_TYPE") or run.job_type,
@@ -369,4 +374,4 @@ def _key(environment: Mapping[str, str]) -> str | None:
     except (OSError, netrc.NetrcParseError):
         return None
     named = found.get(host) or next((v for k, v in found.items() if "wandb" in k), None)
-    return None if named is None else named[2]
+    return None if named is None else named[2] or None

@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -282,8 +284,35 @@ class Task(ABC):
         """Return the metrics of `predictions`."""
         return Scores({}, {})
 
+    def item_scores(self, predictions: Sequence[dict[str, Any]], split: str) -> ItemScores:
+        """Return how the scores of `predictions` depend on the single inputs of `split`.
+
+        From this follows how much a score would move on other test items. Default: not known.
+
+        Raises:
+            ValueError: as `score`.
+        """
+        reason = f"the task {self.name} does not say how its scores depend on its test items"
+        return ItemScores(len(predictions), missing={spec.name: reason for spec in self.metrics})
+
     def references(self, split: str) -> dict[str, list[str]]:
         """Return what a prediction is compared with, by the id of the input, for people to read."""
+        return {}
+
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> dict[str, dict[str, float]]:
+        """Return what each of some predictions scores by itself, for people to read.
+
+        Args:
+            predictions: any of the split, in any order.
+            split: ``test`` or ``validation``.
+
+        Returns:
+            By the id of the input: name of the score, as tables call it, to value in their units.
+            Only of scores that a single prediction has; nothing where the task has no such score,
+            or no references. A score of a whole set, such as BLEU, is none.
+        """
         return {}
 
     def reference_scores(self, split: str) -> dict[str, Scores]:
@@ -317,3 +346,26 @@ class Scores:
 
     values: dict[str, float]
     missing: dict[str, str] = field(default_factory=dict)
+
+
+#: from how often each item occurs, (sets, items) float64, to the score of each such set, (sets,)
+#: float64; NaN where a set has no such score.
+OfSets = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """How the scores of a test set depend on its items.
+
+    Attributes:
+        num_items: inputs of the test set.
+        of_sets: by name of a score: its value on other sets made of the same items.
+        values: by name of a score that is the mean over items: the values of the items, in the
+            order of the test set. A score that is no such mean (BLEU, F1) is not in it.
+        missing: why a score is not in `of_sets`.
+    """
+
+    num_items: int
+    of_sets: Mapping[str, OfSets] = field(default_factory=dict)
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)

@@ -1,12 +1,14 @@
-"""What a fit did, and which of its evaluations is the best."""
+"""What a fit did, which of its evaluations is the best, and how it is given up before its end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from delta_lora.protocols import Task
+if TYPE_CHECKING:  # else whoever hears of a pruned run would load torch
+    from delta_lora.protocols import Task
 
 
 @dataclass
@@ -32,6 +34,21 @@ class FitResult:
     chosen_step: int = 0
     skipped_steps: int = 0
     resources: dict[str, float] = field(default_factory=dict)
+
+
+class PrunedError(RuntimeError):
+    """A fit was given up at an evaluation, because it was asked to; its checkpoint stands.
+
+    Attributes:
+        step: applied optimiser steps.
+        total_steps: those of the whole run.
+        reason: why, in words.
+        result: what the fit did so far.
+    """
+
+    def __init__(self, step: int, total_steps: int, reason: str, result: FitResult) -> None:
+        super().__init__(f"pruned at step {step} of {total_steps}, because {reason}")
+        self.step, self.total_steps, self.reason, self.result = step, total_steps, reason, result
 
 
 def best_entry(validation: Sequence[dict[str, float]], task: Task) -> dict[str, float] | None:

@@ -36,8 +36,9 @@ class MetricLogger(Protocol):
         """End the mirror.
 
         Args:
-            status: ``completed``, ``failed`` or ``stopped``; the record of a completed run stands.
-            error: what made it fail.
+            status: ``completed``, ``pruned``, ``failed`` or ``stopped``; the record of a completed
+                run stands.
+            error: what made it end before its time.
         """
 
 

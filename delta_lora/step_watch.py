@@ -13,6 +13,7 @@ leave it as it is, and loading weights raises it.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any, Protocol
 
@@ -26,6 +27,11 @@ _BEFORE = (
 _AFTER = (
     "an optimiser step was taken and adapter.after_step() was not called, so the training is not "
     "that of method {name!r}"
+)
+_UNUSED_RATE = (
+    "{kind} was given lr={given:g} and trains with {own} instead, for adapter.param_groups() "
+    "brings the rate of method {name!r}; give the rate to attach(..., learning_rate={given:g}) and "
+    "none to the optimiser"
 )
 _ADVICE = (
     "; in every step call adapter.before_step() right before optimizer.step() and "
@@ -102,11 +108,25 @@ class StepWatch:
         raise RuntimeError(self._suspicion.format(name=self.name) + _ADVICE)
 
     def see(self, optimizer: Optimizer) -> None:
-        """Take notice of an optimiser step of this process."""
+        """Take notice of an optimiser step of this process.
+
+        Raises:
+            RuntimeError: the first step of an optimiser whose own learning rate no group has.
+        """
         if optimizer not in self._own:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             trained = {id(p) for p in self.model.parameters() if p.requires_grad}
             self._own[optimizer] = [p for p in parameters if id(p) in trained]
+            if self._own[optimizer] and (unused := _unused_rate(optimizer)) is not None:
+                rates = sorted({_rate(group) for group in optimizer.param_groups})
+                raise RuntimeError(
+                    _UNUSED_RATE.format(
+                        kind=type(optimizer).__name__,
+                        given=unused,
+                        own=", ".join(f"{rate:g}" for rate in rates),
+                        name=self.name,
+                    )
+                )
         if all(p.grad is None for p in self._own[optimizer]):
             return
         if self._suspicion is not None and self._found_inf is None:
@@ -114,6 +134,20 @@ class StepWatch:
         self._suspicion = _AFTER if self._is_open else _BEFORE
         found = getattr(optimizer, "found_inf", None)
         self._found_inf = found.detach() if isinstance(found, Tensor) else None
+
+
+def _unused_rate(optimizer: Optimizer) -> float | None:
+    """Return the learning rate that an optimiser was given and that no group of it has, or None."""
+    given = optimizer.defaults.get("lr")
+    parameter = inspect.signature(type(optimizer)).parameters.get("lr")
+    if given is None or (parameter is not None and given == parameter.default):
+        return None
+    return None if any(_rate(g) == float(given) for g in optimizer.param_groups) else float(given)
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of a group, before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 class Listener(Protocol):

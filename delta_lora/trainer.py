@@ -231,6 +231,7 @@ class Trainer:
         mirrors: Sequence[Any] = (),
         identity: dict[str, Any] | None = None,
         score: Callable[[nn.Module], dict[str, float]] | None = None,
+        prune: Callable[[Sequence[dict[str, float]]], str | None] | None = None,
     ) -> FitResult:
         """Train `model`, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -247,6 +248,10 @@ class Trainer:
                 the checksum of the base weights).
             score: returns the task's metrics of the validation split; called at every evaluation
                 and recorded beside the loss. Needed where `task.selection_metric` is not None.
+            prune: called behind every evaluation but that of the last step with all evaluations so
+                far (`FitResult.validation`); returns why the run is given up there, or None to go
+                on. The same on every process. It changes nothing of a run that goes on, and the
+                same call without it continues one that was given up.
 
         Returns:
             What happened; `model` holds the weights that the checkpoint rule names.
@@ -256,6 +261,7 @@ class Trainer:
             ValueError: no training data, or the global batch cannot be split over the processes.
             RuntimeError: a checkpoint does not fit the run.
             KeyboardInterrupt: stopped by a signal, after writing a checkpoint.
+            PrunedError: `prune` gave it up, after writing a checkpoint.
         """
         if not len(train):
             raise ValueError("the training split has no examples")
@@ -264,5 +270,5 @@ class Trainer:
             return Loop(
                 settings=self, accelerator=accelerator, model=model, method=method, task=task,
                 train=train, validation=validation, seed=seed, folder=folder, mirrors=mirrors,
-                identity=identity or {}, score=score,
+                identity=identity or {}, score=score, prune=prune,
             ).run()  # fmt: skip

@@ -16,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,7 @@ WHOLE_S = 3.0
 #: rows of the table of predictions.
 MAX_PREDICTIONS = 200
 #: exit codes that wandb shows as finished, failed and killed.
-EXIT_CODES = {"completed": 0, "failed": 1, "stopped": 255, "killed": 255}
+EXIT_CODES = {"completed": 0, "pruned": 0, "failed": 1, "stopped": 255, "killed": 255}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         Writer(spec, mode).follow(listener)
     except BaseException as error:
+        signal.alarm(0)
         is_over = isinstance(error, ImportError) or (mode == "offline" and len(arguments) > 4)
         if is_over or mode == "online":
             _report(reports, "offline" if is_over else mode, error)
@@ -61,8 +64,19 @@ def main(arguments: Sequence[str]) -> None:
     os._exit(0)
 
 
+class TooSlowError(BaseException):
+    """The end takes too long; no handler of wandb's own may take it for one of its errors."""
+
+
+def _give_up(*_: object) -> None:
+    raise TooSlowError("the service does not answer any more")
+
+
 def _report(reports: int, mode: str, error: BaseException) -> None:
-    problem = f"{type(error).__name__}: {error}"[:2000]
+    message = str(error).rstrip(".")
+    if message in ("", "<no message>"):  # wandb's words for an answer of 401 or 403
+        message = "no reason is given, as for a key or a project that the service refuses"
+    problem = f"{type(error).__name__}: {message}"[:2000]
     os.write(reports, json.dumps({"mode": mode, "problem": problem}).encode() + b"\n")
 
 
@@ -186,6 +200,9 @@ class Writer:
 
     def _end(self, status: str, error: str) -> None:
         """Write what the run came to, and finish."""
+        if self._mode == "online":  # some of what follows asks the service, and waits as it likes
+            signal.signal(signal.SIGALRM, _give_up)
+            signal.alarm(math.ceil(self._spec["finish_timeout_s"]) + 1)
         said = {"status": status, **({"error": error} if error else {})}
         self._run.summary.update({**self._spec["summary"], **said})
         if status == "completed":
@@ -209,20 +226,30 @@ class Writer:
         facts = record.get("training", {}).get("method", {})
         summary |= {f"method/{k}": v for k, v in facts.items() if isinstance(v, (int, float, str))}
         self._run.summary.update(summary)
+        if record:  # the truth behind it, in the run's files
+            self._run.save(
+                str(self._folder / "record.json"), base_path=str(self._folder), policy="now"
+            )
 
     def _copy_predictions(self) -> None:
-        """Show the first predictions beside their references, where the task has some."""
+        """Show the first predictions beside references and scores, where the task has some."""
         rows = _Lines(self._folder / "predictions.jsonl").read()[:MAX_PREDICTIONS]
         if not rows:
             return
-        references = {
-            row["id"]: "\n".join(row["references"])
-            for row in _Lines(self._folder / "references.jsonl").read()
-        }
-        if references:
-            rows = [{**row, "references": references.get(row["id"], "")} for row in rows]
         columns = list(rows[0])
-        data = [[str(row.get(column)) for column in columns] for row in rows]
+        known = {row["id"]: row for row in _Lines(self._folder / "references.jsonl").read()}
+        scores = list(
+            dict.fromkeys(name for row in known.values() for name in row.get("scores", {}))
+        )
+        data = []
+        for row in rows:
+            own = known.get(row["id"], {})
+            texts = [str(row.get(column)) for column in columns]
+            if known:
+                texts.append("\n".join(own.get("references", [])))
+            data.append([*texts, *(own.get("scores", {}).get(name) for name in scores)])
+        if known:
+            columns = [*columns, "references", *scores]
         self._run.log({"predictions": self._wandb.Table(columns=[*columns], data=data)})
 
     def _copy_media(self) -> None:

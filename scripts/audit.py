@@ -36,13 +36,14 @@ from scripts.reporting.results import (
     write_text,
 )
 from scripts.reporting.scope import other_model
-from scripts.runs.allotment import allot, parse_workers
+from scripts.runs import launchers
+from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch, run_jobs
 from scripts.runs.cells import parse_overrides, parse_seeds
 from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.jobs import Job
-from scripts.runs.scale import missing_device, resolve_scale
-from scripts.runs.workers import Pool
+from scripts.runs.launchers import Here, Launcher
+from scripts.runs.scale import resolve_scale
 from scripts.tables import differences
 
 #: what a worker does with a measurement.
@@ -51,15 +52,18 @@ MEASURE = "scripts.auditing.measurements:measure"
 # ---------------------------------------------------------------------- running
 
 
-def run_missing(plan: AuditPlan, workers: str, results: Path) -> bool:
+def run_missing(plan: AuditPlan, workers: str, results: Path, launcher: Here | Launcher) -> bool:
     """Run what is missing and show progress; return whether everything is done.
 
     Args:
         plan: from `make_plan`.
         workers: as for `scripts.reproduce`.
         results: where the page will be written.
+        launcher: where runs and measurements work.
     """
-    batch = Batch.plan(plan.cells, scale=plan.scale, extra=plan.extra, workers=workers)
+    batch = Batch.plan(
+        plan.cells, scale=plan.scale, extra=plan.extra, workers=workers, launcher=launcher
+    )
     todo = [m for m in plan.measurements if m.read() is None]
     print(
         f"audit: {len(batch.cells)} runs, {len(batch.todo)} to run; {len(plan.measurements)} "
@@ -72,22 +76,21 @@ def run_missing(plan: AuditPlan, workers: str, results: Path) -> bool:
         batch.check(results)
     failures = {name: outcome.error for name, outcome in batch.run("audit").items()}
     if todo:
-        failures |= _measure(plan, todo, workers, batch.logs)
+        failures |= _measure(plan, todo, workers, batch)
     for name, reason in failures.items():
         print(f"{name}: {reason}", file=sys.stderr)
     return not failures
 
 
 def _measure(
-    plan: AuditPlan, todo: Sequence[Measurement], workers: str, logs: Path
+    plan: AuditPlan, todo: Sequence[Measurement], workers: str, batch: Batch
 ) -> dict[str, str | None]:
     """Make measurements and show progress; return signature to reason of those that failed."""
     jobs = [Job(MEASURE, (measurement,), measurement.signature) for measurement in todo]
     labels = {measurement.signature: measurement.label for measurement in todo}
     # On the devices of the runs; what one needs there is not known.
-    chosen = allot(workers, plan.scale, plan.extra, len(jobs))
-    environments, name = chosen.environments, "audit-measurements"
-    with Pool(environments=environments, logs=logs, name=name) as pool:
+    chosen = batch.launcher.allot(workers, plan.scale, plan.extra, len(jobs))
+    with batch.launcher.pool(chosen, batch.logs, "audit-measurements") as pool:
         failed = run_jobs(pool, jobs, labels)
     return {key: outcome.error for key, outcome in failed.items()}
 
@@ -190,6 +193,7 @@ def _audit(options: argparse.Namespace) -> int:
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
     parse_workers(options.workers)  # a bad number is said before the planning
+    launcher = launchers.load(options.launcher, options.launcher_args)
     plan = make_plan(scale, seeds, extra, load_settings(scale))
     other = other_model(as_table(plan), plan.cells, scale, extra)
     folder = options.results / scale / ("" if other is None else other.folder)
@@ -200,7 +204,7 @@ def _audit(options: argparse.Namespace) -> int:
         print(f"{len({c.signature for c in plan.cells})} runs, {len(open_runs)} missing")
         print(f"{len(plan.measurements)} measurements, {len(open_measurements)} missing")
         print("".join(f"{line}\n" for line in describe_scope(other)), end="")
-        refusal = missing_device(scale, extra)
+        refusal = launcher.refusal(scale, extra)
         if refusal is not None and (open_runs or open_measurements):
             print(f"would be refused: {refusal}")
         return 0
@@ -216,7 +220,7 @@ def _audit(options: argparse.Namespace) -> int:
         content = build(read_records(plan, read_accepted(kept)))
         is_done = True
     else:
-        is_done = run_missing(plan, options.workers, folder)
+        is_done = run_missing(plan, options.workers, folder, launcher)
         content = build(read_records(plan))
     for path in write(content, folder):
         print(f"wrote {path}")

@@ -14,6 +14,10 @@ Several GPUs:
     python scripts/reproduce.py table1 --workers 8          eight runs at a time, over all of them
     accelerate launch --multi_gpu --num_processes 8 scripts/train.py experiment=xsum \
       method=delta_lora                    one run over eight of them
+A cluster, one device a run (options: configs/launcher):
+    python scripts/reproduce.py table1 --scale paper --launcher slurm \
+      --launcher-args "partition=gpu time=12:00:00"
+    python scripts/reproduce.py table1 --scale paper --launcher ray
 Without --workers a GPU takes as many runs at a time as its memory and the CPU cores allow, at most
 four. Their times are not comparable with those of runs alone: for claim C8 (time of Delta-LoRA
 against LoRA) give --workers the number of GPUs.
@@ -34,6 +38,7 @@ from scripts.reporting.results import RESULTS, Entry, collect
 from scripts.reporting.scope import Other, check_one_model, folder_of, other_model
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.reporting.summary import summary
+from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch
 from scripts.runs.cells import Cell, parse_overrides, parse_seeds
@@ -73,13 +78,16 @@ def _reproduce(options: argparse.Namespace) -> int:
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
     parse_workers(options.workers)  # a bad number is said before the planning
+    launcher = launchers.load(options.launcher, options.launcher_args)
     specs = [load_table(name) for name in dict.fromkeys(options.tables)]
     plans = {spec.name: spec.cells(scale=scale, seeds=seeds, extra=extra) for spec in specs}
     everything = [cell for cells in plans.values() for cell in cells]
     for spec in specs:
         check_one_model(spec.name, plans[spec.name])
     others = {spec.name: other_model(spec, plans[spec.name], scale, extra) for spec in specs}
-    batch = Batch.plan(everything, scale=scale, extra=extra, workers=options.workers)
+    batch = Batch.plan(
+        everything, scale=scale, extra=extra, workers=options.workers, launcher=launcher
+    )
     if options.plan:
         _print_plan(specs, plans, batch, others)
         print("\n".join(describe_refusals(batch.impossible())), end="")

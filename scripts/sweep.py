@@ -6,6 +6,8 @@ r"""Sweep settings over a grid: plan, run what is missing, write the view of wha
     python scripts/sweep.py lambda_k --scale tiny --accept      keep the records in results/runs
     python scripts/sweep.py lambda_k --scale tiny --check       compare with what is committed
 
+A search over intervals is a study: `python scripts/train.py -m hydra/sweeper=optuna ...`.
+
 Sweeps are files of configs/sweep. Every cell is composed and checked before the first one runs. A
 cell that is refused, fails, or is held by another process costs itself only: the last line names
 it, and the same command tries it again. Several commands may share a grid: each takes the cells
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
 from scripts.reporting.scope import other_model
+from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch
 from scripts.runs.cells import parse_overrides, parse_seeds
@@ -74,6 +77,7 @@ def _sweep(options: argparse.Namespace) -> int:
     print(f"scale: {scale} ({reason})", flush=True)
     seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
     parse_workers(options.workers)  # a bad number is said before the planning
+    launcher = launchers.load(options.launcher, options.launcher_args)
     if importlib.util.find_spec("statsmodels") is None:  # said before hours of runs
         raise ValueError("a sweep needs statsmodels; install requirements.lock")
     spec = load_sweep(options.sweep, scale, parse_values(options.values))
@@ -88,7 +92,7 @@ def _sweep(options: argparse.Namespace) -> int:
         entries = collect_accepted(cells, read_accepted(options.results / "runs"))
         content = build(spec, scale, seeds, extra, entries, refused)
         return _finish(content, folder) if options.accept else _compare(content, folder)
-    batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers)
+    batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers, launcher=launcher)
     lines = describe(spec.as_table(), cells, batch.states)
     print("\n".join([*lines, *describe_scope(other)]))
     print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
@@ -99,7 +103,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if batch.todo:
         batch.check_place(options.results / scale)
         batch, refused = _without_refused(batch, refused)
-        check_disk_space(batch.todo, batch.num_workers)
+        check_disk_space(batch.todo, batch.most_at_once)
     for (row, on), why in refused.items():
         print(f"refused: {row} on {on}: {why}", file=sys.stderr)
     failures = batch.run(f"sweep-{spec.name}", waits=False)

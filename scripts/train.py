@@ -1,13 +1,18 @@
-"""Execute one run, or a sweep of runs with ``-m``.
+r"""Execute one run, or a sweep of runs with ``-m``.
 
 A sweep is checked before its first run. A run that is refused, fails, or is held by another process
 costs itself only, and the last line names it; what came of all of them is in
 ``outputs/sweeps/<axes and a hash of the runs>/sweep.{json,csv,md,svg,png}``. Exit code: 0 done,
 1 a run failed or some of a sweep are not done, 2 bad input, 130 stopped.
 
+With ``hydra/sweeper=optuna`` the runs of a sweep are chosen one after the other, and what is
+hopeless is given up (`scripts.sweeping.study`; settings: `scripts.sweeping.search.Settings`).
+
 Examples:
     python scripts/train.py experiment=e2e method=delta_lora seed=1
     python scripts/train.py -m experiment=e2e method.update_ratio=0.5,1,2 seed=1,2,3 scale=tiny
+    python scripts/train.py -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 experiment=e2e \
+        scale=tiny 'method.update_ratio=interval(0.1,4)'
     python scripts/train.py --config-dir FOLDER method=mine scale=tiny   (FOLDER/method/mine.yaml)
 """
 
@@ -29,12 +34,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from scripts.runs import composition
+from scripts.runs.command import exit_code
 from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
 from scripts.runs.folder import RECORD, LockedError
 from scripts.runs.run import Run
 from scripts.sweeping.content import selection_name, validation_value
 from scripts.sweeping.multirun import Multirun, read_grid
+from scripts.sweeping.study import MULTIRUN, asks_for_study, read_study
 
 logger = logging.getLogger("train")
 
@@ -44,7 +51,7 @@ def main(_: DictConfig) -> float | None:
     """Compose, execute and report one run.
 
     Returns:
-        What a sweeper such as Optuna optimises: the score of the validation split that the task is
+        What a sweeper of Hydra optimises: the score of the validation split that the task is
         selected by, else the loss there, as stored (of the loss, less is better). None where there
         is none, in other processes than the main one, and where another process holds the run.
     """
@@ -107,7 +114,7 @@ def check_arguments(arguments: Sequence[str]) -> Multirun | None:
     ]  # fmt: skip
     sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
     grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments) and not _is_asking(arguments):
+    if set(MULTIRUN) & set(arguments) and not _is_asking(arguments):
         return Multirun.check(grid)
     composition.compose(grid.firsts)
     return None
@@ -135,6 +142,8 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
 def command(arguments: Sequence[str]) -> int:
     """Run the command; return the exit code."""
     sys.argv[1:] = with_search_path(arguments)
+    if asks_for_study(sys.argv[1:]):
+        return exit_code(lambda: read_study(sys.argv[1:]).run())
     try:
         sweep = check_arguments(sys.argv[1:])
     except ConfigError as error:
@@ -142,6 +151,8 @@ def command(arguments: Sequence[str]) -> int:
     if sweep is not None:
         for (row, on), reason in sweep.refused.items():
             sys.stderr.write(f"refused: {row} on {on}: {reason}\n")
+        if not any(argument.startswith("part_of=") for argument in sys.argv[1:]):
+            sys.argv.append(f"part_of=['{sweep.spec.name}']")
     code = 0
     try:
         main()

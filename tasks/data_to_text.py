@@ -29,7 +29,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from delta_lora.checks import check_integer
-from delta_lora.protocols import Batch, Scores, Task
+from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
@@ -133,6 +133,10 @@ class DataToText(Task):
     @abstractmethod
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
         """Score one text for each of `items` against all its references."""
+
+    def _item_scores(self, texts: list[str], items: Sequence[Input]) -> ItemScores:
+        """Return how the scores of `_score` depend on `items`; default: not known."""
+        return super().item_scores([{"prediction": text} for text in texts], "")
 
     def _facts(self) -> dict[str, Any]:
         """Return what else a record says of the data; called when they are read."""
@@ -377,18 +381,54 @@ class DataToText(Task):
         Raises:
             ValueError: a prediction is missing, double, unknown or of another input.
         """
+        texts, items = self._aligned(predictions, split)
+        missing = self._without_references(split)
+        return Scores({}, missing) if missing else self._score(texts, items)
+
+    def item_scores(self, predictions: Sequence[dict[str, Any]], split: str = "test") -> ItemScores:
+        """See `Task.item_scores`."""
+        texts, items = self._aligned(predictions, split)
+        missing = self._without_references(split)
+        if missing:
+            return ItemScores(len(items), missing=missing)
+        return self._item_scores(texts, items)
+
+    def _aligned(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> tuple[list[str], Sequence[Input]]:
+        """Return one text for each input of `split`, and the inputs."""
         items = self.inputs(split)
         aligned = align(
             predictions, [item.id for item in items], split, [item.context for item in items]
         )
-        if not any(item.references for item in items):
-            reason = f"{split} has no texts to compare with, so there are predictions only"
-            return Scores({}, {spec.name: reason for spec in self.metrics})
-        return self._score([prediction["prediction"] for prediction in aligned], items)
+        return [prediction["prediction"] for prediction in aligned], items
+
+    def _without_references(self, split: str) -> dict[str, str]:
+        """Return why there is no score, by its name; empty where there is a reference."""
+        if any(item.references for item in self.inputs(split)):
+            return {}
+        reason = f"{split} has no texts to compare with, so there are predictions only"
+        return {spec.name: reason for spec in self.metrics}
 
     def references(self, split: str = "test") -> dict[str, list[str]]:
         """Return the texts of each input of `split`."""
         return {item.id: list(item.references) for item in self.inputs(split)}
+
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """Return the scores of each text that are means over texts; see `_item_score`."""
+        known = self.references(split)
+        found = {
+            p["id"]: self._item_score(p["prediction"], known[p["id"]])
+            for p in predictions
+            if known[p["id"]]
+        }
+        return {name: scores for name, scores in found.items() if scores}
+
+    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+        """Return the scores of one text, by the names and in the units of tables."""
+        return {}
 
     def reference_scores(self, split: str = "test") -> dict[str, Scores]:
         """Score the first reference of each input against its other references.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora.checks import check_choice
-from delta_lora.protocols import MetricSpec, Scores
+from delta_lora.protocols import ItemScores, MetricSpec, Scores
 from tasks.data import Document, find_file, listing, read_csv, read_lines, shorten
 from tasks.data_to_text import DataToText, Input, Row
 from tasks.generation import BeamSearch
@@ -151,12 +151,17 @@ class E2E(DataToText):
     def _facts(self) -> dict[str, Any]:
         return {"nist": self.nist}
 
+    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+        values = metrics.score([text], [references], metrics=["rouge_l"]).values
+        return {s.label: s.scale * values[s.name] for s in self.metrics if s.name in values}
+
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
-        return metrics.score(
-            texts,
-            [list(item.references) for item in items],
-            metrics=[spec.name for spec in self.metrics],
-        )
+        references = [list(item.references) for item in items]
+        return metrics.score(texts, references, metrics=[spec.name for spec in self.metrics])
+
+    def _item_scores(self, texts: list[str], items: Sequence[Input]) -> ItemScores:
+        references = [list(item.references) for item in items]
+        return metrics.item_scores(texts, references, metrics=[s.name for s in self.metrics])
 
 
 def parse_text(document: Document) -> list[Row]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delta_lora.checks import check_choice, check_integer
-from delta_lora.protocols import Batch, MetricSpec, Scores, Task
+from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
 from tasks.data import of_split
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.glue_files import SPLITS, GlueFiles, Row, text_columns
 from tasks.metrics import glue as metrics
+from tasks.metrics.items import mean
 from tasks.predictions import align, chosen, describe_part, own_chunks
 from tasks.rows import Rows
 from tasks.sources import Release, Source
@@ -345,16 +346,51 @@ class Glue(Task):
         Raises:
             ValueError: a prediction is missing, double, unknown or of another input.
         """
+        return self._score(*self._aligned(predictions, split))
+
+    def item_scores(
+        self, predictions: Sequence[dict[str, Any]], split: str = "validation"
+    ) -> ItemScores:
+        """See `Task.item_scores`."""
+        rows, values = self._aligned(predictions, split)
+        labels = [row.label for row in rows if row.label is not None]
+        if len(labels) < len(rows):
+            return ItemScores(len(rows), missing=self._score(rows, values).missing)
+        found = metrics.item_scores(values, labels, metrics=self._scores)
+        right = found.values.get("accuracy")
+        if right is None:
+            return found
+        places = {p: [i for i, row in enumerate(rows) if row.part == p] for p in self.parts}
+        of_parts = {f"accuracy_{p}": mean(right, own) for p, own in places.items() if own}
+        return replace(found, of_sets={**found.of_sets, **of_parts})
+
+    def _aligned(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> tuple[Sequence[Row], list[float]]:
+        """Return the rows of a split, and one predicted value for each."""
         rows = self.inputs(split)
         aligned = align(
             predictions, [row.id for row in rows], split, [_joined(row) for row in rows]
         )
-        return self._score(rows, [float(prediction["prediction"]) for prediction in aligned])
+        return rows, [float(prediction["prediction"]) for prediction in aligned]
 
     def references(self, split: str = "validation") -> dict[str, list[str]]:
         """Return the label of each row of `split` that has one."""
         rows = self.inputs(split)
         return {row.id: [f"{row.label:g}"] for row in rows if row.label is not None}
+
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "validation"
+    ) -> dict[str, dict[str, float]]:
+        """Return whether each class is the right one: 1 or 0; of real numbers nothing."""
+        if self.labels is None:
+            return {}
+        labels = {row.id: row.label for row in self.inputs(split)}
+        return {
+            p["id"]: {"correct": float(float(p["prediction"]) == labels[p["id"]])}
+            for p in predictions
+            if labels[p["id"]] is not None
+        }
 
     def _score(self, rows: Sequence[Row], values: Sequence[float]) -> Scores:
         labels = [row.label for row in rows if row.label is not None]

@@ -32,7 +32,7 @@ from types import MappingProxyType
 from typing import Any
 
 from delta_lora.checks import check_choice
-from delta_lora.protocols import MetricSpec, Scores
+from delta_lora.protocols import ItemScores, MetricSpec, Scores
 from tasks.data import Document, find_file, listing, of_split, read_lines, shorten
 from tasks.data_to_text import DataToText, Input, Row
 from tasks.generation import BeamSearch
@@ -221,13 +221,31 @@ class WebNLG(DataToText):
     def _seen_categories(self) -> set[str]:
         return {row.category for row in of_split(self._rows, "train")}
 
-    def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
+    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+        if "ter" not in metrics.METRICS[self.protocol]:
+            return {}
+        found = metrics.score([text], [references], protocol=self.protocol, metrics=["ter"])
+        return {"TER": found.values["ter"]}
+
+    def _parts(self, items: Sequence[Input]) -> dict[str, list[int]]:
+        """Return the numbers of the entries of each part."""
         seen = self._seen_categories()
-        parts = {
+        return {
             "seen": [i for i, item in enumerate(items) if item.category in seen],
             "unseen": [i for i, item in enumerate(items) if item.category not in seen],
             "all": list(range(len(items))),
         }
+
+    def _item_scores(self, texts: list[str], items: Sequence[Input]) -> ItemScores:
+        return metrics.item_scores(
+            texts,
+            [list(item.references) for item in items],
+            self._parts(items),
+            protocol=self.protocol,
+        )
+
+    def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
+        parts = self._parts(items)
         wanted = {spec.name for spec in self.metrics}
         scores = metrics.score_parts(
             texts,

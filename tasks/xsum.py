@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora.checks import check_choice, check_integer
-from delta_lora.protocols import Batch, MetricSpec, Scores, Task
+from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
     file_facts,
@@ -425,23 +425,50 @@ class XSum(Task):
         Raises:
             ValueError: a prediction is missing, double, unknown or of another document.
         """
+        texts, summaries = self._aligned(predictions, split)
+        missing = self._without_summaries(split)
+        if missing:
+            return Scores({}, missing)
+        names = [spec.name for spec in self.metrics]
+        return rouge.score(texts, summaries, metrics=names, aggregate=self.aggregate)
+
+    def item_scores(self, predictions: Sequence[dict[str, Any]], split: str = "test") -> ItemScores:
+        """See `Task.item_scores`; the scores are means, whatever `aggregate` is."""
+        texts, summaries = self._aligned(predictions, split)
+        missing = self._without_summaries(split)
+        if missing:
+            return ItemScores(len(texts), missing=missing)
+        return rouge.item_scores(texts, summaries, metrics=[spec.name for spec in self.metrics])
+
+    def _aligned(
+        self, predictions: Sequence[dict[str, Any]], split: str
+    ) -> tuple[list[str], list[str]]:
+        """Return one text for each document of `split`, and the documents' summaries."""
         rows = self.inputs(split)
         aligned = align(predictions, [row.id for row in rows], split, [row.key for row in rows])
-        if not self._has_references(split):
-            reason = (
-                f"the {split} split has no summaries; score predictions.jsonl where they are known"
-            )
-            return Scores({}, {spec.name: reason for spec in self.metrics})
-        return rouge.score(
-            [prediction["prediction"] for prediction in aligned],
-            [row.summary or "" for row in rows],
-            metrics=[spec.name for spec in self.metrics],
-            aggregate=self.aggregate,
-        )
+        return [each["prediction"] for each in aligned], [row.summary or "" for row in rows]
+
+    def _without_summaries(self, split: str) -> dict[str, str]:
+        """Return why there is no score, by its name; empty where there are summaries."""
+        if self._has_references(split):
+            return {}
+        reason = f"the {split} split has no summaries; score predictions.jsonl where they are known"
+        return {spec.name: reason for spec in self.metrics}
 
     def references(self, split: str = "test") -> dict[str, list[str]]:
         """Return the summary of each document of `split` that has one."""
         return {row.id: [row.summary] for row in self.inputs(split) if row.summary is not None}
+
+    def scores_of_items(
+        self, predictions: Sequence[dict[str, Any]], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """Return the ROUGE scores of each summary, per cent."""
+        known, found = self.references(split), {}
+        for p in predictions:
+            if p["id"] in known:
+                values = rouge.score([p["prediction"]], known[p["id"]]).values
+                found[p["id"]] = {s.label: s.scale * values[s.name] for s in self.metrics}
+        return found
 
 
 def _find(folder: Path) -> dict[str, Path]:

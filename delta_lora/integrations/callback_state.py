@@ -15,9 +15,10 @@ from torch import Tensor
 
 from delta_lora.checkpoint import sha256_file, write_json, write_tensors
 
-#: folder of the callback in a checkpoint; `Trainer` takes a folder that itself holds an adapter for
-#: one more adapter of the model, so the export of a checkpoint is one level deeper.
-FOLDER = "delta_lora"
+#: folder of the callback in a checkpoint, where PEFT writes adapters into folders of their names;
+#: no adapter has a dot in its name. `Trainer` takes a folder that itself holds an adapter for one
+#: more adapter of the model, so the export of a checkpoint is one level deeper.
+FOLDER = "delta_lora.state"
 EXPORT = "adapter"
 STATE, TENSORS = "state.json", "tensors.safetensors"
 

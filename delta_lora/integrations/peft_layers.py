@@ -209,6 +209,22 @@ def check_can_train(targets: list[LoraTarget]) -> None:
             )
 
 
+def unsaved(model: nn.Module, adapter: str) -> list[str]:
+    """Return the parameters that train and are in no file that PEFT writes for an adapter.
+
+    Args:
+        model: the `PeftModel`.
+        adapter: name of the adapter.
+    """
+    saved = import_peft().get_peft_model_state_dict(model, adapter_name=adapter).values()
+    places = {tensor.data_ptr() for tensor in saved}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.numel() and parameter.data_ptr() not in places
+    ]
+
+
 def _check_adapter(model: Any, peft: Any) -> str:
     active = list(model.active_adapters)
     if len(active) != 1:

@@ -18,12 +18,14 @@ Details:
    is at step K + 1, K = -1 updates from the first step on. Gradient accumulation makes one step of
    many micro-batches; a step that the fp16 loss scaler skipped does not count (`Trainer` counts it
    in `global_step`).
-2. PEFT's checkpoint holds A and B only. The rest goes into ``checkpoint-N/delta_lora/``: A_k, B_k,
-   the counters, and digests of what they belong to. On resuming, in place, W is rebuilt as ``W_0 +
-   update_ratio * scaling * (B @ A - B_k @ A_k)``, equal to rounding, or read with `save_weights`.
-3. A callback is not told which checkpoint `Trainer.train` resumes from. It looks into
-   `resume_from_checkpoint` (its own, then that of the `TrainingArguments`), then into
-   ``output_dir/checkpoint-<global_step>``, and accepts only a file whose digest is that of the
+2. PEFT's checkpoint holds A and B only. The rest goes into ``checkpoint-N/delta_lora.state/``: A_k,
+   B_k, the counters, and digests of what they belong to. On resuming, in place, W is rebuilt as
+   ``W_0 + update_ratio * scaling * (B @ A - B_k @ A_k)``, equal to rounding, or read with
+   `save_weights`.
+3. A callback is not told where `Trainer` writes a checkpoint and which one it resumes from; the
+   model is, and tells (`places`). Where it was loaded before the callback came, the folder given as
+   `resume_from_checkpoint` is read (the callback's own, then that of the `TrainingArguments`), then
+   ``output_dir/checkpoint-<global_step>``. Only a state is accepted whose digest is that of the
    factors which the model has just loaded. Anything else is an error.
 4. After training the model in memory computes what was trained: in place W holds it, in closed form
    the hooks stay. `model.save_pretrained` and `model.merge_and_unload` know nothing of the hooks;
@@ -53,7 +55,9 @@ from delta_lora.integrations.peft_layers import (
     find_targets,
     forget_compiled_code,
     sample_weights,
+    unsaved,
 )
+from delta_lora.integrations.places import Places
 from delta_lora.peft_folder import import_peft, write_peft_folder
 
 logger = logging.getLogger(__name__)
@@ -87,9 +91,9 @@ class DeltaLoraCallback(TrainerCallback):
         save_weights: in place, also store every adapted W in a checkpoint, so that a resumed run
             has the bits of W and not only its value to rounding.
         export_checkpoints: also write the export (see `export`) into every checkpoint, as
-            ``checkpoint-N/delta_lora/adapter``.
-        resume_from_checkpoint: the folder given to `Trainer.train`; needed only where that is not
-            ``output_dir/checkpoint-N``.
+            ``checkpoint-N/delta_lora.state/adapter``.
+        resume_from_checkpoint: the folder given to `Trainer.train`; needed only where the callback
+            came to the `Trainer` by `add_callback` and that is not ``output_dir/checkpoint-N``.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -119,6 +123,8 @@ class DeltaLoraCallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint
         self._targets: list[LoraTarget] = []
         self._unused: _Unused | None = _Unused()
+        self._places: Places | None = None
+        self._unsaved: list[str] = []
         self._reset()
 
     @property
@@ -145,8 +151,9 @@ class DeltaLoraCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notice that a `Trainer` has the callback."""
+        """Notice that a `Trainer` has the callback, and follow its model."""
         self._unused = None
+        self._follow(kwargs.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,6 +168,7 @@ class DeltaLoraCallback(TrainerCallback):
         """
         self._unused = None
         _check_not_sharded(args)
+        self._follow(kwargs["model"])
         self._targets = find_targets(kwargs["model"], in_place=self.form == "in_place")
         self._reset()
         if self.form == "in_place":
@@ -174,9 +182,19 @@ class DeltaLoraCallback(TrainerCallback):
                 "callback, but Trainer.train starts at step 0; give it to Trainer.train as well"
             )
         check_can_train(self._targets)
+        self._unsaved = unsaved(kwargs["model"], self._targets[0].adapter)
+        if self._unsaved and self.export_checkpoints:
+            raise ValueError(_cannot_export(self._unsaved))
+        if self._unsaved:
+            logger.warning("%s", _cannot_export(self._unsaved))
         steps = state.max_steps
         if delta.never_updates(steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, steps, steps - 2)
+
+    def _follow(self, model: Any) -> None:
+        """Let `model` tell where it is saved to and loaded from."""
+        if isinstance(model, nn.Module) and (self._places is None or not self._places.is_of(model)):
+            self._places = Places(model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -245,15 +263,19 @@ class DeltaLoraCallback(TrainerCallback):
         """Write the state into the checkpoint that `Trainer` has just written.
 
         Raises:
-            RuntimeError: the checkpoint is not where `Trainer` writes it.
+            RuntimeError: the model was not saved.
         """
         if not args.should_save:
             return
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if not checkpoint.is_dir():
+        self._follow(kwargs["model"])
+        assert self._places is not None
+        checkpoint = self._places.take_saved()
+        if checkpoint is None or not checkpoint.is_dir():
             raise RuntimeError(
-                f"there is no folder {checkpoint}, so the state of Delta-LoRA cannot be saved with "
-                'the checkpoint; where a Trainer saves elsewhere, use save_strategy="no"'
+                f"Trainer says that it has saved step {state.global_step}, but did not ask the "
+                "model to save itself, so the state of Delta-LoRA would lie beside no checkpoint; "
+                "use a Trainer that calls model.save_pretrained for its checkpoints, or "
+                'save_strategy="no"'
             )
         self._save(checkpoint, kwargs["model"])
 
@@ -310,13 +332,17 @@ class DeltaLoraCallback(TrainerCallback):
 
         Raises:
             RuntimeError: this callback has not trained `model`.
+            ValueError: weights were trained that no adapter of PEFT holds.
         """
+        folder = Path(folder).expanduser()
         layers = dict(model.named_modules())
         if not self._targets or any(layers.get(t.name) is not t.layer for t in self._targets):
             raise RuntimeError(
                 f"this callback did not train the {type(model).__name__} it was given; call "
                 "export(trainer.model, folder) on the callback that was in trainer.train()"
             )
+        if self._unsaved:
+            raise ValueError(_cannot_export(self._unsaved))
         peft = import_peft()
         adapter = self._targets[0].adapter
         factors = {
@@ -337,12 +363,12 @@ class DeltaLoraCallback(TrainerCallback):
                 f"({peft.__version__}) is not supported"
             )
         write_peft_folder(
-            Path(folder),
+            folder,
             config=model.peft_config[adapter],  # type: ignore[index]
             factors=factors,
             others={name: t for name, t in saved.items() if name not in replaced},
         )
-        return Path(folder)
+        return folder
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -375,11 +401,15 @@ class DeltaLoraCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Restore the state from the checkpoint that `Trainer` has loaded the adapter from."""
-        guesses = [Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"]
-        if args.resume_from_checkpoint:
-            guesses.insert(0, Path(args.resume_from_checkpoint))
+        loaded = None if self._places is None else self._places.loaded
         if self.resume_from_checkpoint is not None:
-            guesses = [Path(self.resume_from_checkpoint)]
+            guesses = [Path(self.resume_from_checkpoint).expanduser()]
+        elif loaded is not None:  # a named adapter lies in a folder of the checkpoint
+            guesses = [loaded, loaded.parent]
+        else:
+            guesses = [Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"]
+            if args.resume_from_checkpoint:
+                guesses.insert(0, Path(args.resume_from_checkpoint))
         guesses = list(dict.fromkeys(guesses))
         found = [guess for guess in guesses if (guess / FOLDER / STATE).is_file()]
         if not found:
@@ -456,6 +486,16 @@ class DeltaLoraCallback(TrainerCallback):
         return callback_state.digest(
             tensor for target in self._targets for tensor in target.factors
         )
+
+
+def _cannot_export(names: list[str]) -> str:
+    """Return what is wrong with weights that train and that no adapter of PEFT holds."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{', '.join(names[:3])}{more} train beside the LoRA, but PEFT saves them in no adapter: "
+        "neither a checkpoint nor DeltaLoraCallback.export can hold what they learn; name their "
+        "modules in LoraConfig(modules_to_save=[...]), or freeze them: requires_grad_(False)"
+    )
 
 
 def _loss_scale(optimizer: Any) -> float | None:

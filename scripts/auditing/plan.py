@@ -87,7 +87,7 @@ def make_plan(
     runs = {settings["experiment"]: [f"experiment={settings['experiment']}"]}
     found = list_cells("audit", runs, firsts, scale=scale, seeds=seeds, extra=extra)
     also = {same[0]: same for same in names.values()}
-    cells = [Cell(name, item.on, item.run) for item in found for name in also[item.row]]
+    cells = [Cell(name, item.on, item.run, item.table) for item in found for name in also[item.row]]
     return AuditPlan(
         scale=scale,
         seeds=list(seeds),

@@ -19,6 +19,7 @@ from scripts.htmlreport.comparisons import (
 from scripts.htmlreport.costs import cost_of
 from scripts.htmlreport.losses import curves_of
 from scripts.htmlreport.sources import Sources
+from scripts.htmlreport.spread import spread_of
 from scripts.htmlreport.words import facts_of, heading, sortable, styles_of
 
 Content = Mapping[str, Any]
@@ -63,6 +64,7 @@ def table_of(sources: Sources, name: str, content: Content) -> dict[str, Any]:
             }
             for i, row in enumerate(rows)
         ],
+        "spread": spread_of(content, styles),
         "curves": curves_of(sources, content, styles),
         "cost": cost_of(content, styles),
         "legend": [(i + 1, row["label"], styles[i]) for i, row in enumerate(rows)],

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scripts.reporting.spread import BASE, WHAT_IT_IS, part_words, share_words
 from scripts.runs.durations import format_seconds
 
 Results = Mapping[str, Any]
@@ -32,6 +33,9 @@ CPU_MEMORY = (
     "Peak memory on a CPU is that of the whole process (libraries, allocator, and what an earlier "
     "run of the same worker left), so it says little about a method; the audit measures memory by "
     "category."
+)
+HOW_TO_MEASURE = (
+    "`python scripts/item_spread.py` adds it to runs whose folders are at hand; new runs have it."
 )
 LEGEND = "mean ± half of the 95 % interval (n runs; sample std), Student t over seeds"
 _TEX = {
@@ -104,6 +108,8 @@ def to_markdown(results: Results) -> str:
     if results["contrasts"]:
         lines += ["", "## Against the controls (not claims of the paper)", ""]
         lines += _contrasts_table(results)
+    if "spread" in results:
+        lines += ["", "## Where the spread comes from", "", *_spread_lines(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -400,6 +406,41 @@ def _contrasts_table(results: Results) -> list[str]:
         for (row, other), line in cells.items()
     ]
     return md_table(["Difference, 95 % interval (n)", *(s["label"] for s in shown)], rows)
+
+
+def _spread_lines(results: Results) -> list[str]:
+    """Return what is uncertain by seeds and by test items, or why it is not known."""
+    spread = results["spread"]
+    reasons = "; ".join(map(md_text, spread["not_measured"])) or "no run is finished"
+    if not spread["rows"]:
+        return [f"Test items: not measured ({reasons}). {HOW_TO_MEASURE}"]
+    lines = [WHAT_IT_IS]
+    if (words := share_words(spread)) is not None:
+        lines[0] += f" {words}"
+    for key, head in (("score", "Mean"), ("difference", "Mean difference")):
+        found = {(row["method"], row["column"]): row[key] for row in spread["rows"]}
+        if any(part is not None for part in found.values()):
+            lines += ["", *_spread_table(results, found, head)]
+    if spread["not_measured"]:
+        lines += ["", f"Not measured, and –: {reasons}. {HOW_TO_MEASURE}"]
+    return lines
+
+
+def _spread_table(results: Results, found: Mapping[tuple[str, str], Any], head: str) -> list[str]:
+    """Return a line a row with both standard errors of every score."""
+    specs, base = results["column_specs"], _label_of(results, BASE)
+    rows = []
+    for row in results["rows"]:
+        parts = [found.get((row["method"], spec["name"])) for spec in specs]
+        if any(part is not None for part in parts):
+            label = row["label"] if head == "Mean" else f"{row['label']} minus {base}"
+            cells = [part_words(p, s["decimals"]) for p, s in zip(parts, specs, strict=True)]
+            rows.append([label, *cells])
+    return md_table([f"{head}: seeds / items", *(spec["label"] for spec in specs)], rows)
+
+
+def _label_of(results: Results, method: str) -> str:
+    return next((str(r["label"]) for r in results["rows"] if r["method"] == method), method)
 
 
 def _comparison_cells(item: Mapping[str, Any], decimals: Mapping[str, int]) -> list[str]:

@@ -20,6 +20,7 @@ from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, 
 from scripts.reporting.formats import FORMATS
 from scripts.reporting.scope import as_shown, check_one_model, shown, words_of_part
 from scripts.reporting.spec import ROOT, Column, TableSpec
+from scripts.reporting.spread import spread_of
 from scripts.runs.cells import Cell
 from scripts.runs.jobs import Outcome
 
@@ -138,6 +139,7 @@ def build_results(
         ],
         "claims": judge_claims(spec, scores, resources, _places(done)),
         "contrasts": compare_contrasts(spec, scores),
+        "spread": spread_of(spec, scores, done),
     }
 
 

@@ -3,7 +3,8 @@
 Every interval is a two-sided 95 % interval of Student's t distribution with n - 1 degrees of
 freedom, because n, the number of seeds, is small (a normal interval of three runs would be 2.2
 times too narrow). It assumes that the values of the seeds are roughly normal; it covers the
-randomness of training, not that of the test set. One run has no interval.
+randomness of training, not that of the test set (`scripts.reporting.spread`). One run has no
+interval.
 
 Two methods are compared by the *paired* difference over the seeds that both have: the same seed
 draws the same data order, so part of the noise cancels. Claims of several parts are not corrected

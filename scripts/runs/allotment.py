@@ -28,10 +28,20 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 @dataclass(frozen=True)
 class Allotment:
-    """The environment variables of each worker, and in words what was chosen and why."""
+    """The workers of a command.
+
+    Attributes:
+        environments: environment variables of each worker.
+        text: in words, what was chosen and why.
+        is_open: whether a cluster takes as many runs at once as it has room for, a number that is
+            not known; the one environment is that of each.
+        gpus: of a run on a cluster.
+    """
 
     environments: tuple[dict[str, str], ...]
     text: str
+    is_open: bool = False
+    gpus: int = 0
 
 
 def parse_workers(text: str) -> int | None:
@@ -80,6 +90,24 @@ def allot(
     need = planned()
     slots = _auto_slots(found, need) if number is None else _spread(found, number)
     return _on_devices(slots[:num_jobs], need)
+
+
+def cluster_environment(scale: str, *, gpus: int, cpus: int) -> dict[str, str]:
+    """Return the environment variables of a run that has a place in a cluster for itself.
+
+    Args:
+        scale: of the runs; at tiny a run has one thread, as everywhere.
+        gpus: GPUs of its place.
+        cpus: cores of its place.
+    """
+    threads = str(cpus)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    return {
+        **_shared(),
+        **(_ONE_THREAD if scale == "tiny" else dict.fromkeys(names, threads)),
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        CELLS_ON_DEVICE: "1",
+    }
 
 
 def largest_need(cells: Sequence[Cell]) -> int | None:

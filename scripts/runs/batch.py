@@ -1,4 +1,4 @@
-"""Many runs: what is done, what is to do, what that costs, and their doing on the workers.
+"""Many runs: what is done, what is to do, what that costs, and their doing where a launcher says.
 
 The commands `reproduce` and `audit` plan a `Batch` of the cells that they need, show it and run it.
 """
@@ -8,22 +8,29 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from scripts.runs import checks, starts
-from scripts.runs.allotment import Allotment, allot, largest_need, parse_workers
+from scripts.runs.allotment import Allotment, largest_need, parse_workers
 from scripts.runs.cells import Cell
 from scripts.runs.durations import Durations, format_seconds
 from scripts.runs.folder import LockedError
 from scripts.runs.jobs import Job, Outcome
+from scripts.runs.launchers import Here, Launcher
 from scripts.runs.run import Status
-from scripts.runs.scale import missing_device
 from scripts.runs.space import check_disk_space
-from scripts.runs.workers import Pool
+
+if TYPE_CHECKING:
+    from scripts.runs.elsewhere import Elsewhere
+    from scripts.runs.workers import Pool
+
+    #: what does jobs and yields their outcomes.
+    Workers = Pool | Elsewhere
 
 #: what a worker does with a run.
 EXECUTE = "scripts.runs.execution:execute"
@@ -44,8 +51,10 @@ class Batch:
         states: state of each run, by name.
         todo: the runs to make, those that others start from first.
         num_starts: how many of them are only made to start others from them.
-        allotment: the workers.
-        refusal: why nothing of it can run on this machine, or None.
+        scale: of all runs.
+        extra: overrides of every run.
+        launcher: where the runs work.
+        allotment: the workers there.
         durations: of earlier runs.
     """
 
@@ -53,13 +62,21 @@ class Batch:
     states: dict[str, Status]
     todo: list[Cell]
     num_starts: int
+    scale: str
+    extra: Sequence[str]
+    launcher: Here | Launcher
     allotment: Allotment
-    refusal: str | None
     durations: Durations
 
     @classmethod
     def plan(
-        cls, cells: Sequence[Cell], *, scale: str, extra: Sequence[str], workers: str
+        cls,
+        cells: Sequence[Cell],
+        *,
+        scale: str,
+        extra: Sequence[str],
+        workers: str,
+        launcher: Here | Launcher,
     ) -> Batch:
         """Look which runs of `cells` are done and which are to do.
 
@@ -68,11 +85,19 @@ class Batch:
             scale: of all of them.
             extra: overrides of every run.
             workers: ``auto`` or a number.
+            launcher: where the runs shall work.
         """
         parse_workers(workers)
         distinct = list({cell.signature: cell for cell in cells}.values())
         states = {cell.signature: cell.run.status() for cell in distinct}
-        missing = [cell for cell in distinct if states[cell.signature].state != "done"]
+        needed_by: dict[str, list[str]] = {}
+        for cell in cells:
+            needed_by.setdefault(cell.signature, []).append(cell.table)
+        missing = [
+            replace(cell, run=cell.run.as_part_of(filter(None, needed_by[cell.signature])))
+            for cell in distinct
+            if states[cell.signature].state != "done"
+        ]
         todo = with_starts(missing)
         durations = Durations()
         if todo:
@@ -82,15 +107,27 @@ class Batch:
             states=states,
             todo=todo,
             num_starts=len(todo) - len(missing),
-            allotment=allot(workers, scale, extra, len(todo), lambda: largest_need(todo)),
-            refusal=missing_device(scale, extra),
+            scale=scale,
+            extra=extra,
+            launcher=launcher,
+            allotment=launcher.allot(workers, scale, extra, len(todo), lambda: largest_need(todo)),
             durations=durations,
         )
 
     @property
+    def refusal(self) -> str | None:
+        """Why nothing of it can run where its launcher works, or None."""
+        return self.launcher.refusal(self.scale, self.extra)
+
+    @property
     def num_workers(self) -> int:
-        """Runs that work at the same time."""
+        """Runs that work at the same time; 1 where a cluster decides that."""
         return len(self.allotment.environments)
+
+    @property
+    def most_at_once(self) -> int:
+        """Runs that may work at the same time."""
+        return len(self.todo) if self.allotment.is_open else self.num_workers
 
     @property
     def logs(self) -> Path:
@@ -123,13 +160,14 @@ class Batch:
         self.check_place(results)
         for cell, reason in self.refused():
             raise ValueError(f"row {cell.row} on {cell.on}: {reason}")
-        check_disk_space(self.todo, self.num_workers)
+        check_disk_space(self.todo, self.most_at_once)
 
     def check_place(self, results: Path) -> None:
-        """Check what holds for all runs alike: the device, and where results are written.
+        """Check what holds for all runs alike: where they work, and where results are written.
 
         Raises:
-            ValueError: the runs are made for a device that this machine has not.
+            ValueError: the runs are made for a device that this machine has not, or the cluster of
+                the launcher cannot be used.
             OSError: the results folder cannot be written.
         """
         if self.refusal is not None:
@@ -140,6 +178,7 @@ class Batch:
         except OSError as error:
             reason = f"cannot write to the results folder {results}: {error.strerror}"
             raise OSError(reason) from error
+        self.launcher.check(self.scale, self.extra)
 
     def impossible(self) -> Iterator[tuple[Cell, str]]:
         """Check rows as `refused` does, but for the device and what only the network can tell."""
@@ -157,11 +196,12 @@ class Batch:
     def refused(self) -> Iterator[tuple[Cell, str]]:
         """Check rows one after the other; yield a cell of each that cannot run, and why."""
         checked, sources = set(), set[str]()
+        check = checks.check if self.launcher.is_here else checks.check_settings
         for cell in self.todo:
             if (cell.row, cell.on) not in checked:
                 checked.add((cell.row, cell.on))
                 try:
-                    checks.check(cell.run)
+                    check(cell.run)
                     checks.check_sources(cell.run, sources)
                 except ValueError as error:
                     yield cell, str(error)
@@ -195,10 +235,10 @@ class Batch:
         with self.pool(name) as pool:
             prepare_models(pool, self.cells)
 
-    def pool(self, name: str) -> Pool:
+    def pool(self, name: str) -> Workers:
         """Return the workers of the batch, for a ``with`` block."""
         print(f"output of the workers: {self.logs}", flush=True)
-        return Pool(environments=self.allotment.environments, logs=self.logs, name=name)
+        return self.launcher.pool(self.allotment, self.logs, name)
 
 
 class PreparationError(RuntimeError):
@@ -240,7 +280,11 @@ def expected_time(todo: Sequence[Cell], num_workers: int, durations: Durations) 
 
 
 def run_cells(
-    pool: Pool, todo: Sequence[Cell], durations: Durations, function: str
+    pool: Workers,
+    todo: Sequence[Cell],
+    durations: Durations,
+    function: str,
+    more: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """Run cells and show progress; return how those ended that failed or were not run.
 
@@ -251,6 +295,7 @@ def run_cells(
         todo: the cells, from `with_starts`.
         durations: of earlier runs; gets those of these.
         function: what a worker does with a run: `EXECUTE` or `ATTEMPT`.
+        more: further arguments of the function, by name of the run.
 
     Returns:
         Name of the run to outcome.
@@ -260,30 +305,42 @@ def run_cells(
     for cell in todo:
         before = cell.run.start_run
         after = None if before is None else before.name
-        jobs.append(Job(function, (cell.run,), cell.signature, after))
+        jobs.append(Job(function, (cell.run, *more.get(cell.signature, ())), cell.signature, after))
     pending = dict(by_key)
 
     def remaining() -> str:
         running = {job.key: seconds for job, seconds in pool.running}
-        rest = 0.0
-        for name, cell in pending.items():
-            expected = durations.expect(cell.run)
-            if expected is None:
-                return "unknown"
-            rest += max(expected - running.get(name, 0.0), 0.0)
-        return format_seconds(rest / max(1, len(running)))
+        return time_left(list(pending.values()), running, durations)
 
     def ended(outcome: Outcome) -> None:
         cell = pending.pop(outcome.job.key)
-        if outcome.error is None:
+        if outcome.error is None and cell.run.completed() is not None:  # not pruned
             durations.add(cell.run.group, cell.run.config, outcome.seconds)
 
     labels = {name: cell.label for name, cell in by_key.items()}
     return run_jobs(pool, jobs, labels, ended=ended, remaining=remaining)
 
 
+def time_left(pending: Sequence[Cell], running: Mapping[str, float], durations: Durations) -> str:
+    """Return in words how long the open cells take, as far as other runs tell.
+
+    Args:
+        pending: those that have not ended.
+        running: name to seconds so far, of those that a worker has.
+        durations: of runs that have ended.
+    """
+    expected = {cell.signature: durations.expect(cell.run) for cell in pending}
+    known = {name: seconds for name, seconds in expected.items() if seconds is not None}
+    if expected and not known:
+        return "unknown"
+    rest = sum(max(seconds - running.get(name, 0.0), 0.0) for name, seconds in known.items())
+    text = format_seconds(rest / max(1, len(running)))
+    unknown = len(expected) - len(known)
+    return f"{text} and {unknown} of unknown length" if unknown else text
+
+
 def run_jobs(
-    pool: Pool,
+    pool: Workers,
     jobs: Sequence[Job],
     labels: Mapping[str, str],
     *,
@@ -315,7 +372,7 @@ def run_jobs(
     return failures
 
 
-def prepare_models(pool: Pool, cells: Sequence[Cell]) -> None:
+def prepare_models(pool: Workers, cells: Sequence[Cell]) -> None:
     """Pre-train the models that the cells start from.
 
     Raises:

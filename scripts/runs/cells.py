@@ -30,11 +30,13 @@ class Cell:
         row: name of the table's row.
         on: name of what the row is trained on (a key of the table's ``runs``).
         run: the run.
+        table: name of the table, sweep or audit that needs it; empty where none does.
     """
 
     row: str
     on: str
     run: Run
+    table: str = ""
 
     @property
     def signature(self) -> str:
@@ -64,7 +66,7 @@ def list_cells(
     """Return all cells, all rows of the first seed first.
 
     Args:
-        name: of the table, for messages.
+        name: of the table, sweep or audit.
         runs: what every row is trained on: name to overrides.
         rows: name to overrides.
         scale: tiny, small or paper.
@@ -89,7 +91,7 @@ def list_cells(
                     assert run.name  # names a folder that is missing, before anything is planned
                 except ValueError as error:
                     raise ValueError(f"{name}, row {row}: {error}") from error
-                cells.append(Cell(row, on, run))
+                cells.append(Cell(row, on, run, name))
     return cells
 
 

@@ -25,23 +25,18 @@ from scripts.runs.workers import CELLS_ON_DEVICE
 
 
 def check(run: Run) -> None:
-    """Check everything about a run that needs no data and no weights.
+    """Check everything about a run that needs no data and no weights, and that it can run here.
 
     Raises:
-        ConfigError: a value is not allowed; the message says which and what is.
+        ConfigError: a value is not allowed; the message says which and what is. Or the run needs a
+            device that this process has not.
     """
-    folder = run.outputs
-    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(
-            f"cannot write to the output folder {folder}; choose another with paths.outputs=FOLDER"
-        )
     check_settings(run)
     _check_device(run)
 
 
 def check_settings(run: Run) -> None:
-    """Check the settings of a run, whatever machine it will be made on.
+    """Check the same of a run that will be made on another machine: all but the device.
 
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
@@ -49,6 +44,12 @@ def check_settings(run: Run) -> None:
     from hydra.utils import instantiate
 
     cfg = run.config
+    folder = run.outputs
+    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"cannot write to the output folder {folder}; choose another with paths.outputs=FOLDER"
+        )
     parts = {}
     for part in ("trainer", "task", "method", "logger"):
         if cfg[part]["_target_"] is not None:  # of the logger; making one begins nothing

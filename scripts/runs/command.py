@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts.runs import launchers
 from scripts.runs.batch import PreparationError
 from scripts.runs.scale import CHOICES
 
@@ -25,6 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser, results: Path) -> None:
     parser.add_argument(
         "--workers", default="auto", help="runs at a time, over all GPUs; default: by the machine"
     )
+    parser.add_argument(
+        "--launcher", default=launchers.LOCAL, metavar="|".join(launchers.names()),
+        help="where the runs work; default: on this machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--launcher-args", default="", metavar="OPTIONS",
+        help="in place of those of configs/launcher, such as 'partition=gpu time=12:00:00'",
+    )  # fmt: skip
     parser.add_argument(
         "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
     )

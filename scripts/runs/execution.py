@@ -12,28 +12,35 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import processes
+from delta_lora.result import PrunedError
 from delta_lora.runlog import Guarded
+from scripts.runs import item_spread
 from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
 from scripts.runs.mirroring import mirror_of, write_references
 from scripts.runs.own_files import own_files
-from scripts.runs.recording import Scored, record_of, write_failure
+from scripts.runs.recording import Scored, record_of, write_failure, write_pruned
 from scripts.runs.run import Run
 from scripts.runs.starts import read_start
 from scripts.runs.weights import label
 from scripts.runs.workers import COMMAND_BEGAN, cells_on_device
 
+#: says by the evaluations so far why a run is given up, or None.
+Prune = Callable[[Sequence[dict[str, float]]], str | None]
+
 logger = logging.getLogger(__name__)
 
 
-def execute(run: Run, *, wait: bool = True) -> dict[str, Any]:
+def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[str, Any]:
     """Execute a run, or continue it, or return its record if it is done.
 
     Args:
         run: the run.
         wait: wait for another process in the same folder instead of failing.
+        prune: gives the run up at an evaluation, as in `delta_lora.trainer.Trainer.fit`. Its record
+            then says ``pruned``, and asking again without it continues the run.
 
     Returns:
         The record (in processes of a distributed run other than the main one: an empty dict).
@@ -54,18 +61,20 @@ def execute(run: Run, *, wait: bool = True) -> dict[str, Any]:
             return run.record()
         if state == "stale":
             clear(run.folder)
-        (run.folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed
+        (run.folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed or was pruned
         try:
-            return _execute(run, is_main=is_main)
+            return _execute(run, is_main=is_main, prune=prune)
         except ConfigError:
             raise
+        except PrunedError as stop:
+            return write_pruned(run, stop) if is_main else {}
         except Exception as error:
             if is_main:
                 write_failure(run, error)
             raise
 
 
-def attempt(run: Run) -> dict[str, Any]:
+def attempt(run: Run, prune: Prune | None = None) -> dict[str, Any]:
     """Execute a run where no other process does.
 
     Returns:
@@ -75,10 +84,10 @@ def attempt(run: Run) -> dict[str, Any]:
         LockedError: another process works in the run folder.
         Exception: as `execute`.
     """
-    return execute(run, wait=False)
+    return execute(run, wait=False, prune=prune)
 
 
-def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
+def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
     """Build, fit, score, write: the whole way of a run; arguments and errors as `execute`."""
     from delta_lora import memory
 
@@ -93,7 +102,7 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
     if is_main:
         OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
     with _mirrored(run, task, is_main=is_main) as mirrors:
-        fitted = _fit(run, built, mirrors)
+        fitted = _fit(run, built, mirrors, prune)
         scored = _score(run, built, is_main=is_main)
         if not is_main:
             return {}
@@ -103,7 +112,8 @@ def _execute(run: Run, *, is_main: bool) -> dict[str, Any]:
         }
         if run.config.save_model:
             record["model"]["saved_weights_sha256"] = _save_model(run, built)
-        finish(run.folder, record, {**fitted.resources, **scored.resources})
+        resources = {**fitted.resources, **scored.resources}
+        finish(run.folder, record, resources, scored.item_spread)
         return run.record()
 
 
@@ -140,7 +150,7 @@ def _ensure(run: Run, message: str) -> None:
 # ---------------------------------------------------------------------- fit
 
 
-def _fit(run: Run, built: Built, mirrors: list[Any]) -> Any:
+def _fit(run: Run, built: Built, mirrors: list[Any], prune: Prune | None) -> Any:
     """Train the model of a run, from its newest checkpoint on; return what came of it."""
     task = built.task
     return built.trainer.fit(
@@ -154,6 +164,7 @@ def _fit(run: Run, built: Built, mirrors: list[Any]) -> Any:
         mirrors=mirrors,
         identity=_identity(run, built),
         score=None if task.selection_metric is None else _validation_score(task, built.tokenizer),
+        prune=prune,
     )
 
 
@@ -203,15 +214,19 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
     scores = task.score(predictions, split) if predictions else Scores({}, {})
     is_asked = is_main and run.config.score_references
     references = task.reference_scores(split) if is_asked else {}
+    ended = time.monotonic()
+    spread = item_spread.measure(task, predictions, run.folder) if predictions else None
     return Scored(
         scores=scores,
         references=references,
+        item_spread=spread,
         similarity=analysis,
         num_predictions=len(predictions),
         resources={
             "predict_time_s": predicted - began,
             "cells_on_device": cells_on_device(),  # neighbours spoil the times
-            "score_time_s": time.monotonic() - predicted,
+            "score_time_s": ended - predicted,
+            "item_spread_time_s": time.monotonic() - ended,
         },
     )
 
@@ -268,6 +283,9 @@ def _mirrored(run: Run, task: Any, *, is_main: bool) -> Iterator[list[Guarded]]:
         yield [mirror]
     except KeyboardInterrupt as stop:
         mirror.close("stopped", str(stop))
+        raise
+    except PrunedError as stop:
+        mirror.close("pruned", str(stop))
         raise
     except Exception as error:
         mirror.close("failed", f"{type(error).__name__}: {error}")

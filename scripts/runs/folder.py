@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from filelock import FileLock, Timeout
 from scripts.runs.composition import ConfigError
 
 RECORD, RESOURCES = "record.json", "resources.json"
-#: held by the process that works in a run folder, and beside it that process's number.
+PREDICTIONS, ITEM_SPREAD = "predictions.jsonl", "item_spread.json"
+#: held by the process that works in a run folder, and beside it which process that is.
 LOCK, OWNER = ".lock", ".owner"
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -28,17 +30,19 @@ class LockedError(RuntimeError):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return a run's record with its resources under ``resources``."""
+    """Return a run's record, with what stands beside it under ``resources`` and ``item_spread``."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    resources = folder / RESOURCES
-    if resources.exists():
-        record["resources"] = json.loads(resources.read_text(encoding="utf-8"))
+    for key, name in (("resources", RESOURCES), ("item_spread", ITEM_SPREAD)):
+        if (folder / name).exists():
+            record[key] = json.loads((folder / name).read_text(encoding="utf-8"))
     return record
 
 
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold the run folder for this process; the system frees it where the process ends.
+
+    It holds between machines too, on a file system whose locks do: NFS 4, Lustre with ``flock``.
 
     Args:
         folder: made where it does not exist.
@@ -61,7 +65,7 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
                 )
             logger.info("waiting for process %s, which works in %s", who, folder)
             held.acquire()
-        owner.write_text(str(os.getpid()), encoding="utf-8")
+        owner.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except NotImplementedError as error:
         raise ConfigError(
             f"the file system of {folder} has no locks, so two processes could spoil one run; "
@@ -108,7 +112,7 @@ def predict(
     from delta_lora import processes
     from delta_lora.runlog import Progress
 
-    final, partial = folder / "predictions.jsonl", folder / "predictions.partial.jsonl"
+    final, partial = folder / PREDICTIONS, folder / "predictions.partial.jsonl"
     is_main = processes.is_main()
     state = processes.gather([(final.exists(), _read_lines(partial))] if is_main else [])
     is_done, predictions = state[0]
@@ -161,6 +165,17 @@ def _line(prediction: dict[str, Any]) -> str:
     return json.dumps(prediction, ensure_ascii=False) + "\n"
 
 
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Return the predictions of a finished run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not (folder / PREDICTIONS).is_file():
+        raise ConfigError(f"{folder} holds no {PREDICTIONS}")
+    return _read_lines(folder / PREDICTIONS)
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
     if not path.exists():
@@ -184,14 +199,21 @@ def read_adapter(folder: Path) -> dict[str, Any]:
     return load_file(path)
 
 
-def finish(folder: Path, record: dict[str, Any], resources: dict[str, Any]) -> None:
-    """Write the record; then the checkpoints have served.
+def finish(
+    folder: Path,
+    record: dict[str, Any],
+    resources: dict[str, Any],
+    item_spread: dict[str, Any] | None,
+) -> None:
+    """Write the record and what stands beside it; then the checkpoints have served.
 
     Where a score is missing they stay, so that the run can be scored again without training.
     """
     from delta_lora import checkpoint
 
     checkpoint.write_json(folder / RESOURCES, resources)
+    if item_spread is not None:
+        checkpoint.write_json(folder / ITEM_SPREAD, item_spread)
     checkpoint.write_json(folder / RECORD, record)
     if not record["missing_metrics"]:
         checkpoint.remove(folder / "checkpoints")

@@ -78,6 +78,10 @@ class Queue:
                 return job
         return None
 
+    def give_back(self, job: Job) -> None:
+        """Let `job`, which was taken and not begun, be taken again, before all others."""
+        self._waiting.insert(0, job)
+
     def put_back(self, job: Job, device: str | None) -> bool:
         """Let `job`, which failed on `device`, be taken once more, before all others.
 

@@ -228,6 +228,15 @@ def _defaults(constructor: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+def default_settings(target: str) -> dict[str, Any]:
+    """Return the defaults of a constructor's keywords, by the dotted name of its class.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    return dict(_defaults(_class(target)))
+
+
 #: of folders as they were: path, then name, size and time of each file.
 _CHECKSUMS: dict[tuple[Any, ...], str] = {}
 

@@ -9,15 +9,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from delta_lora.result import PrunedError
 from scripts.runs import provenance
 from scripts.runs.building import Built
 from scripts.runs.composition import ROOT
 from scripts.runs.folder import RECORD
-from scripts.runs.run import Run
+from scripts.runs.run import Run, completed
 
 RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
-NOT_RECORDED = ("logger", "paths", "overrides")
+NOT_RECORDED = ("logger", "paths", "overrides", "part_of")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Scored:
     Attributes:
         scores: of the scored split.
         references: what needs no model, by name.
+        item_spread: from `scripts.runs.item_spread.measure`; None without predictions.
         similarity: of every adapted projection to what it was before training.
         num_predictions: number of predictions that were scored.
         resources: seconds.
@@ -34,6 +36,7 @@ class Scored:
 
     scores: Any
     references: dict[str, Any]
+    item_spread: dict[str, Any] | None
     similarity: dict[str, float]
     num_predictions: int
     resources: dict[str, float]
@@ -91,6 +94,25 @@ def write_failure(run: Run, error: Exception) -> None:
         "config": config_of(run),
     }
     checkpoint.write_json(run.folder / RECORD, record)
+
+
+def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
+    """Write and return the record of a run that was given up at an evaluation; it may go on."""
+    from delta_lora import checkpoint
+
+    start = completed(run.start.folder if isinstance(run.start, Run) else run.start)
+    record = {
+        **_identity(run),
+        "status": "pruned",
+        "task": {"name": run.choices.task},
+        "model": {"name": run.config.model.name, "pretrained_sha256": _pretrained_sha256(run)},
+        "init_from": None if start is None else {"adapter_sha256": start["adapter_sha256"]},
+        "pruned": {"step": stop.step, "of": stop.total_steps, "reason": stop.reason},
+        "training": {"steps": stop.step, "validation": stop.result.validation},
+        "config": config_of(run),
+    }
+    checkpoint.write_json(run.folder / RECORD, record)
+    return record
 
 
 def config_of(run: Run) -> dict[str, Any]:

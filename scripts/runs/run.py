@@ -63,6 +63,14 @@ class Run:
             run.meaning = {**self.meaning, "seed": seed}
         return run
 
+    def as_part_of(self, names: Iterable[str]) -> Run:
+        """Return the same run, made for the tables and sweeps called `names`."""
+        config = self.config.copy()
+        config.part_of = list(dict.fromkeys(names))
+        run = Run(config)
+        run.__dict__.update({key: v for key, v in vars(self).items() if key != "config"})
+        return run
+
     def __repr__(self) -> str:
         return f"Run({self.name})"
 
@@ -72,6 +80,11 @@ class Run:
     def seed(self) -> int:
         """Its seed."""
         return int(self.config.seed)
+
+    @property
+    def part_of(self) -> list[str]:
+        """Names of the tables and sweeps that it was made for, where a command said so."""
+        return [str(name) for name in self.config.get("part_of") or ()]
 
     @property
     def choices(self) -> DictConfig:
@@ -147,6 +160,10 @@ class Run:
         base = completed(before.folder if isinstance(before, Run) else before)
         if base is not None and base["adapter_sha256"] != record["init_from"]["adapter_sha256"]:
             return Status("stale", "the run that it starts from was made anew since")
+        if record["status"] == "pruned":
+            given_up = record["pruned"]
+            where = f"pruned at step {given_up['step']} of {given_up['of']}"
+            return Status("partial", f"{where}, because {given_up['reason']}")
         return Status("done")
 
     @property

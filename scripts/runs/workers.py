@@ -49,14 +49,19 @@ _SPAWN = multiprocessing.get_context("spawn")
 logger = logging.getLogger(__name__)
 
 
+def when_began() -> float:
+    """Return when the command of this process began, in seconds since the epoch."""
+    return _BEGAN
+
+
 def cells_on_device() -> int:
     """Return how many workers share the device of this process, itself included."""
     return int(os.environ.get(CELLS_ON_DEVICE, "1"))
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What a worker says of a job: why it failed or None, and the fault after which it ends."""
+class Answer:
+    """What is said of a job: why it failed or None, and the fault after which its process ends."""
 
     error: str | None
     fault: str | None = None
@@ -103,7 +108,7 @@ class _Worker:
         self.process.kill()
         self.process.join()
 
-    def _death(self) -> _Answer:
+    def _death(self) -> Answer:
         self.process.join()
         code = self.process.exitcode
         assert code is not None
@@ -112,7 +117,7 @@ class _Worker:
             name = signal.Signals(-code).name
             hint = " (killed, perhaps for lack of memory)" if name == "SIGKILL" else ""
             how = f"was ended by {name}{hint}"
-        return _Answer(f"the worker process {how}; see logs/{self.log.name}", DEATH)
+        return Answer(f"the worker process {how}; see logs/{self.log.name}", DEATH)
 
 
 class _Slot:
@@ -167,7 +172,7 @@ class Pool:
         if not environments:
             raise ValueError("a pool needs at least one worker")
         logs.mkdir(parents=True, exist_ok=True)
-        began = {COMMAND_BEGAN: repr(_BEGAN)}
+        began = {COMMAND_BEGAN: repr(when_began())}
         self._slots = [
             _Slot(logs / f"{name}-worker{index}.log", {**environment, **began})
             for index, environment in enumerate(environments)
@@ -302,7 +307,7 @@ def _serve(connection: Connection, log: Path) -> None:
         except EOFError:
             return
         try:
-            answer = _do(job)
+            answer = do(job)
             connection.send(answer)
         except (KeyboardInterrupt, BrokenPipeError):
             return
@@ -312,15 +317,15 @@ def _serve(connection: Connection, log: Path) -> None:
             os._exit(1)  # at once: what would be tidied up may need the device
 
 
-def _do(job: Job) -> _Answer:
+def do(job: Job) -> Answer:
     """Do one job; return whether and why it failed."""
     module, _, name = job.function.partition(":")
     try:
         getattr(importlib.import_module(module), name)(*job.arguments)
     except Exception as error:  # whatever one cell does must not end the table
         traceback.print_exc()
-        return _Answer(faults.reason_of(error), faults.kind_of(error))
-    return _Answer(None)
+        return Answer(faults.reason_of(error), faults.kind_of(error))
+    return Answer(None)
 
 
 def _end_with_parent() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.reporting import stats
 from scripts.reporting.results import Entry, facts_of
+from scripts.runs.run import Run
 from scripts.sweeping.spec import Axis, Experiment, Point, Refused, SweepSpec
 
 #: the two scores of a cell.
@@ -44,7 +45,10 @@ def build(
     Raises:
         ValueError: the records must not stand together (scale, data, protocol, task version).
     """
-    scores = {e.name: _scores(e, entries) for e in spec.experiments}
+    scores = {}
+    for experiment in spec.experiments:
+        run = next(entry.cell.run for entry in entries if entry.cell.on == experiment.name)
+        scores[experiment.name] = scores_of(run, experiment.name, experiment.metric)
     points = spec.points()
     rows = [
         _row(point, experiment, scores[experiment.name], seeds, entries, refused)
@@ -71,19 +75,23 @@ def build(
 # ---------------------------------------------------------------------- scores
 
 
-def _scores(experiment: Experiment, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+def scores_of(run: Run, on: str, metric: str | None = None) -> dict[str, dict[str, Any]]:
     """Return what a score is called and how it is printed: that of choice and that shown.
+
+    Args:
+        run: any of those whose scores they are.
+        on: name of what it is trained on, for messages.
+        metric: the score that is shown; None takes the first of the task.
 
     Raises:
         ValueError: the task has no such metric.
     """
-    run = next(entry.cell.run for entry in entries if entry.cell.on == experiment.name)
     task = _task(run.config)
-    specs = {metric.name: metric for metric in task.metrics}
-    name = experiment.metric or next(iter(specs), None)
+    specs = {each.name: each for each in task.metrics}
+    name = metric or next(iter(specs), None)
     if name not in specs:
         raise ValueError(
-            f"experiment {experiment.name}: its task has no metric {name!r}; "
+            f"experiment {on}: its task has no metric {name!r}; "
             f"it has: {', '.join(specs) or 'none'}"
         )
     loss = {"name": "loss", "label": "loss", "scale": 1.0, "decimals": 3, "better": "lower"}
@@ -92,7 +100,7 @@ def _scores(experiment: Experiment, entries: Sequence[Entry]) -> dict[str, dict[
     return {
         CHOSEN_ON: {**first, "split": "validation"},
         SHOWN: {**_score(specs[name]), "split": task.scored_split},
-        "others": {other: metric.scale for other, metric in specs.items()},
+        "others": {other: each.scale for other, each in specs.items()},
     }
 
 
@@ -151,7 +159,7 @@ def _row(
     values: dict[str, dict[int, float]] = {measure: {} for measure in MEASURES}
     runs = []
     for entry in mine:
-        found = _values_of(entry.record, scores)
+        found = values_of(entry.record, scores)
         for measure, value in found.items():
             if value is not None:
                 values[measure][entry.cell.seed] = value
@@ -162,12 +170,12 @@ def _row(
                 "state": entry.state,
                 "reason": "" if entry.record is not None else entry.reason,
                 **found,
-                "scores": _all_scores(entry.record, scores),
+                "scores": all_scores(entry.record, scores),
             }
         )
     if not mine:  # the settings do not compose
         why = {"signature": None, "state": "refused", "reason": refused[key]}
-        nothing = _values_of(None, scores)
+        nothing = values_of(None, scores)
         runs = [{"seed": seed, **why, **nothing, "scores": {}} for seed in seeds]
     return {
         "point": point.name,
@@ -191,7 +199,7 @@ def _row(
     }
 
 
-def _values_of(
+def values_of(
     record: Mapping[str, Any] | None, scores: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """Return both scores of a run in the units of tables."""
@@ -208,7 +216,7 @@ def _values_of(
     }
 
 
-def _all_scores(record: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> dict[str, float]:
+def all_scores(record: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> dict[str, float]:
     """Return every test score of a run; ``best_epoch/<metric>`` has the unit of its metric."""
     if record is None:
         return {}

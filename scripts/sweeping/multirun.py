@@ -24,16 +24,9 @@ from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.sweeping.content import build
 from scripts.sweeping.page import last_line, terminal
+from scripts.sweeping.space import LABELS
 from scripts.sweeping.spec import Axis, Experiment, Method, Refused, SweepSpec
 from scripts.sweeping.view import collect_runs, write
-
-#: what an override varies -> how pictures call it.
-LABELS = {
-    "method.update_ratio": "λ", "recipe.update_ratio": "λ", "method.start_step": "K",
-    "recipe.start_step": "K", "method.rank": "rank r", "recipe.rank": "rank r",
-    "method.dropout": "dropout", "recipe.lora_dropout": "dropout",
-    "method.learning_rate": "learning rate",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +77,11 @@ def read_grid(overrides: Sequence[str], *, has_sampler: bool = False) -> Grid:
                 fixed.append(str(parsed.input_line))
                 continue
             swept[parsed.get_key_element()] = _values_of(parsed)
+            if parsed.is_interval_sweep() and not has_sampler:
+                raise ConfigError(
+                    f"{parsed.input_line}: values of an interval are chosen by a sampler; add "
+                    "hydra/sweeper=optuna hydra.sweeper.n_trials=20, or list values"
+                )
             is_sampled = is_sampled or parsed.is_interval_sweep()
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides: {error}") from error

@@ -32,23 +32,44 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     Returns:
         A fraction in [0, 1].
     """
-    matches = [0] * MAX_ORDER
-    totals = [0] * MAX_ORDER
-    reference_length = 0
+    return from_sums(
+        [sum(column) for column in zip(*statistics(predictions, references), strict=True)]
+    )
+
+
+def statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Return what of each instance goes into the sums: matches and n-grams by order, length.
+
+    Args:
+        predictions: one text per instance.
+        references: for every instance one or more texts.
+
+    Returns:
+        (instances, 2 * `MAX_ORDER` + 1) numbers; the last is the closest reference length.
+    """
+    rows = []
     for prediction, texts in zip(predictions, references, strict=True):
         tokens = mteval.tokenize(prediction)
         options = tuple(mteval.tokenize(text) for text in texts)
-        for order in range(1, MAX_ORDER + 1):
-            hits = mteval.count_ngrams(tokens, order) & mteval.max_counts(options, order)
-            matches[order - 1] += hits.total()
-            totals[order - 1] += len(tokens) - order + 1
-        reference_length += min(
+        matches = [
+            (mteval.count_ngrams(tokens, order) & mteval.max_counts(options, order)).total()
+            for order in range(1, MAX_ORDER + 1)
+        ]
+        totals = [len(tokens) - order + 1 for order in range(1, MAX_ORDER + 1)]
+        length = min(
             (len(option) for option in options),
             key=lambda length: (abs(length - len(tokens)), length),
         )
+        rows.append([*matches, *totals, length])
+    return rows
+
+
+def from_sums(sums: Sequence[float]) -> float:
+    """Return BLEU of a set from the sums over its instances of what `statistics` gives."""
+    matches, totals = sums[:MAX_ORDER], sums[MAX_ORDER : 2 * MAX_ORDER]
     log_precision = sum(
         math.log(max(hits, _SMALLEST_MATCHES) / max(total, _SMALLEST_TOTAL))
         for hits, total in zip(matches, totals, strict=True)
     )
-    penalty = min(0.0, 1.0 - reference_length / totals[0])
+    penalty = min(0.0, 1.0 - sums[-1] / totals[0])
     return math.exp(penalty) * math.exp(log_precision / MAX_ORDER)

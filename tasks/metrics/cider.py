@@ -37,12 +37,31 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     Returns:
         The score in [0, 10], as e2e-metrics prints it.
     """
+    scores = _scores(predictions, references)
+    return 10.0 * sum(scores) / len(scores)
+
+
+def values(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return CIDEr of each instance, the n-grams weighted as in the whole set.
+
+    Args:
+        predictions: as `cider`.
+        references: as `cider`.
+
+    Returns:
+        Scores in [0, 10], whose mean is `cider`.
+    """
+    return [10.0 * score for score in _scores(predictions, references)]
+
+
+def _scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return the score of each instance, in [0, 1]."""
     frequencies, groups = _weigh_references(tuple(tuple(texts) for texts in references))
     scores = []
     for prediction, vectors in zip(predictions, groups, strict=True):
         output = _Vector(_count(prediction), frequencies, len(groups))
         scores.append(sum(_similarity(output, vector) for vector in vectors) / len(vectors))
-    return 10.0 * sum(scores) / len(scores)
+    return scores
 
 
 @functools.lru_cache(maxsize=4)  # the runs of a table share their references

@@ -17,15 +17,27 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from delta_lora.protocols import Scores
+from delta_lora.protocols import ItemScores, OfSets, Scores
+from tasks.metrics import items
 from tasks.metrics.bleu import bleu
+from tasks.metrics.bleu import from_sums as bleu_from_sums
+from tasks.metrics.bleu import statistics as bleu_statistics
 from tasks.metrics.cider import cider
+from tasks.metrics.cider import values as cider_values
 from tasks.metrics.java import MetricUnavailableError
+from tasks.metrics.meteor import from_sums as meteor_from_sums
 from tasks.metrics.meteor import meteor, shared_process
+from tasks.metrics.meteor import statistics as meteor_statistics
+from tasks.metrics.nist import from_sums as nist_from_sums
 from tasks.metrics.nist import nist, nist_perl
+from tasks.metrics.nist import statistics as nist_statistics
 from tasks.metrics.ptb import tokenize
 from tasks.metrics.rouge_l import rouge_l
+from tasks.metrics.rouge_l import values as rouge_l_values
+
+T = TypeVar("T")
 
 #: names of the scores, in table order.
 METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
@@ -80,12 +92,38 @@ def score(
     return Scores({name: values[name] for name in metrics if name in values}, missing)
 
 
+def item_scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    metrics: Sequence[str] = METRICS,
+) -> ItemScores:
+    """Return how the scores of `score` depend on the instances; arguments and errors as there."""
+    outputs, groups = check_texts(predictions, references)
+    of_sets: dict[str, OfSets] = {}
+    values: dict[str, list[float]] = {}
+    missing: dict[str, str] = {}
+    for name in metrics:
+        try:
+            if name in _VALUES:
+                values[name] = _on_ptb_tokens(_VALUES[name])(outputs, groups)
+                of_sets[name] = items.mean(values[name])
+            elif name in _SUMS:
+                statistics, from_sums = _SUMS[name]
+                of_sets[name] = items.additive(statistics(outputs, groups), from_sums)
+            else:
+                missing[name] = f"how {name} depends on single instances is not written down here"
+        except MetricUnavailableError as error:
+            missing[name] = str(error)
+    return ItemScores(len(outputs), of_sets, values, missing)
+
+
 def _on_ptb_tokens(
-    scorer: Callable[[Sequence[str], Sequence[Sequence[str]]], float],
-) -> Callable[[list[str], list[list[str]]], float]:
+    scorer: Callable[[Sequence[str], Sequence[Sequence[str]]], T],
+) -> Callable[[list[str], list[list[str]]], T]:
     """Return `scorer` for texts that still have to be tokenised."""
 
-    def run(predictions: list[str], references: list[list[str]]) -> float:
+    def run(predictions: list[str], references: list[list[str]]) -> T:
         tokenized = iter(tokenize(tuple(text for texts in references for text in texts)))
         groups = [[next(tokenized) for _ in texts] for texts in references]
         return scorer(tokenize(tuple(predictions)), groups)
@@ -100,6 +138,17 @@ _SCORERS: dict[str, Callable[[list[str], list[list[str]]], float]] = {
     "meteor": _on_ptb_tokens(meteor),
     "rouge_l": _on_ptb_tokens(rouge_l),
     "cider": _on_ptb_tokens(cider),
+}
+#: scores that are means over instances.
+_VALUES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]] = {
+    "rouge_l": rouge_l_values,
+    "cider": cider_values,
+}
+#: what is summed over instances, and the score from the sums.
+_SUMS: dict[str, tuple[Callable[[list[str], list[list[str]]], Any], Callable[[Any], Any]]] = {
+    "bleu": (bleu_statistics, items.each(bleu_from_sums)),
+    "nist": (nist_statistics, items.each(nist_from_sums)),
+    "meteor": (_on_ptb_tokens(meteor_statistics), meteor_from_sums),
 }
 
 

@@ -16,17 +16,22 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import math
 import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Callable, Sequence
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tasks.metrics import java
 from tasks.metrics.java import MetricUnavailableError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: seconds for one answer, the first with the loading of the tables included.
 TIMEOUT_S = 300.0
@@ -48,6 +53,8 @@ class MeteorProcess:
         self._errors: IO[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.RLock()
+        #: texts that were aligned last, and their statistics.
+        self._aligned: tuple[Any, list[str]] = (None, [])
 
     def command(self) -> list[str]:
         """Return the command line.
@@ -98,17 +105,34 @@ class MeteorProcess:
         subsets: Sequence[Sequence[int]],
     ) -> list[float]:
         """Return METEOR of several parts of a set; see `meteor_subsets`."""
+        return self._twice(lambda: self._score(predictions, references, subsets))
+
+    def statistics(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> list[str]:
+        """Return the statistics of every instance, numbers between blanks, as the jar says them."""
+        return self._twice(lambda: self._align(predictions, references))
+
+    def evaluate(self, sets: Sequence[Sequence[str]]) -> list[float]:
+        """Return the score of several sets of instances, each given by its statistics."""
+        return self._twice(lambda: [self._evaluate(statistics) for statistics in sets])
+
+    def _twice(self, work: Callable[[], T]) -> T:
+        """Do some work, once more where the process died in it."""
         with self._lock:
             try:
-                return self._score(predictions, references, subsets)
+                self._start()
+                return work()
             except MeteorDiedError as error:
                 logger.warning("%s; once more with a new process", error)
-                return self._score(predictions, references, subsets)
+                self._start()
+                return work()
 
     def close(self) -> None:
         """End the process, if there is one."""
         process, self._process = self._process, None
         errors, self._errors = self._errors, None
+        self._aligned = None, []
         atexit.unregister(self.close)
         if process is None or self._owner != os.getpid():
             return
@@ -127,13 +151,21 @@ class MeteorProcess:
         references: Sequence[Sequence[str]],
         subsets: Sequence[Sequence[int]],
     ) -> list[float]:
-        self._start()
-        statistics = []
+        statistics = self._align(predictions, references)
+        return [self._evaluate([statistics[index] for index in subset]) for subset in subsets]
+
+    def _align(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
+        """Return the statistics of every instance; those of the last texts are kept."""
+        texts_of_all = (tuple(predictions), tuple(map(tuple, references)))
+        if self._aligned[0] == texts_of_all:
+            return self._aligned[1]
+        statistics: list[str] = []
         for prediction, texts in zip(predictions, references, strict=True):
             # As the official script does, for outputs only.
             output = prediction.replace("|||", "").replace("  ", " ")
             statistics += self._ask(_SEPARATOR.join(("SCORE", *texts, output)), 1)
-        return [self._evaluate([statistics[index] for index in subset]) for subset in subsets]
+        self._aligned = texts_of_all, statistics
+        return statistics
 
     def _evaluate(self, statistics: Sequence[str]) -> float:
         """Return the score of the instances with these statistics."""
@@ -232,3 +264,50 @@ def meteor_subsets(
         MetricUnavailableError: as in `meteor`.
     """
     return shared_process().score_subsets(predictions, references, subsets)
+
+
+def statistics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """Return what of each instance goes into the sums of METEOR, as the jar counts it.
+
+    The jar counts an output whose words are all in their places as no chunk, not as one, when it
+    sums; so it is here.
+
+    Args:
+        predictions: one text per instance.
+        references: for every instance one or more texts.
+
+    Returns:
+        (instances, statistics) float64.
+
+    Raises:
+        MetricUnavailableError: as in `meteor`, or the sums do not give the jar's score.
+    """
+    lines = shared_process().statistics(predictions, references)
+    table = np.array([[float(number) for number in line.split()] for line in lines])
+    lengths, chunks, matches = table[:, :2], table[:, -3], table[:, -2:]
+    table[(lengths == matches).all(axis=1) & (chunks == 1), -3] = 0
+    expected, found = shared_process().evaluate([lines])[0], from_sums(table.sum(axis=0)[None])[0]
+    if not math.isclose(expected, found, rel_tol=1e-9):
+        raise MetricUnavailableError(
+            f"the summed statistics of METEOR give {found} where the jar says {expected}; its "
+            "spread over instances cannot be told"
+        )
+    return table
+
+
+def from_sums(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return METEOR of several sets, by the jar itself.
+
+    Args:
+        sums: (sets, statistics) float64, over the instances of each set.
+
+    Returns:
+        (sets,) float64, fractions in [0, 1].
+
+    Raises:
+        MetricUnavailableError: as in `meteor`.
+    """
+    sets = [[" ".join(map(str, row))] for row in sums.tolist()]
+    return np.array(shared_process().evaluate(sets))

@@ -95,6 +95,44 @@ def nist_perl(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
     return score * _length_penalty(totals[0] / length)
 
 
+def statistics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Return what of each instance goes into the sums of `nist`.
+
+    The information of an n-gram is that in the references of the whole set.
+
+    Args:
+        predictions: one text per instance.
+        references: for every instance one or more texts.
+
+    Returns:
+        (instances, 2 * `MAX_ORDER` + 1) numbers: information and n-grams by order, and the mean
+        length of the references.
+    """
+    outputs = [mteval.tokenize(text) for text in predictions]
+    options = tuple(tuple(mteval.tokenize(text) for text in texts) for texts in references)
+    weights = _information(options, counts_like_perl=False)
+    orders = range(1, MAX_ORDER + 1)
+    columns: list[Sequence[float]] = [_informations(outputs, options, weights, o) for o in orders]
+    columns += [[len(tokens) - order + 1 for tokens in outputs] for order in orders]
+    columns.append([sum(map(len, texts)) / len(texts) for texts in options])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def from_sums(sums: Sequence[float]) -> float:
+    """Return `nist` of a set from the sums over its instances of what `statistics` gives.
+
+    Returns:
+        The score; NaN where the outputs have no n-gram of some order.
+    """
+    informations, totals = sums[:MAX_ORDER], sums[MAX_ORDER : 2 * MAX_ORDER]
+    if 0 in totals:
+        return math.nan
+    score = sum(value / total for value, total in zip(informations, totals, strict=True))
+    return score * _length_penalty(totals[0] / sums[-1])
+
+
 @functools.lru_cache(maxsize=4)  # the runs of a table share their references
 def _information(
     references: tuple[tuple[mteval.Ngram, ...], ...], *, counts_like_perl: bool
@@ -125,11 +163,24 @@ def _weigh(
     score = 0.0
     for order, total in enumerate(totals, start=1):
         information = 0.0
-        for tokens, texts in zip(outputs, references, strict=True):
-            hits = mteval.count_ngrams(tokens, order) & mteval.max_counts(texts, order)
-            information += sum(weights[ngram] * count for ngram, count in hits.items())
+        for value in _informations(outputs, references, weights, order):
+            information += value
         score += information / total
     return score
+
+
+def _informations(
+    outputs: list[mteval.Ngram],
+    references: tuple[tuple[mteval.Ngram, ...], ...],
+    weights: dict[mteval.Ngram, float],
+    order: int,
+) -> list[float]:
+    """Return for each instance the information of its matching n-grams of one order."""
+    values = []
+    for tokens, texts in zip(outputs, references, strict=True):
+        hits = mteval.count_ngrams(tokens, order) & mteval.max_counts(texts, order)
+        values.append(sum(weights[ngram] * count for ngram, count in hits.items()))
+    return values
 
 
 def _length_penalty(ratio: float) -> float:

@@ -26,7 +26,8 @@ from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from delta_lora.protocols import Scores
+from delta_lora.protocols import ItemScores, Scores
+from tasks.metrics import items
 
 #: our name -> name in rouge-score, in table order.
 METRICS: dict[str, str] = {
@@ -75,6 +76,33 @@ def score(
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate={aggregate!r}; allowed: {', '.join(AGGREGATES)}")
     _check(predictions, references)
+    values = _values(tuple(predictions), tuple(references), tuple(metrics))
+    if aggregate == "mean":
+        return Scores({name: fmean(column) for name, column in values.items()})
+    return Scores(_bootstrap(values, seed))
+
+
+def item_scores(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    metrics: Sequence[str] = tuple(METRICS),
+) -> ItemScores:
+    """Return how the scores of `score` depend on the summaries; arguments and errors as there.
+
+    They are the means, whatever `aggregate` is.
+    """
+    _check(predictions, references)
+    values = _values(tuple(predictions), tuple(references), tuple(metrics))
+    of_sets = {name: items.mean(column) for name, column in values.items()}
+    return ItemScores(len(predictions), of_sets, values)
+
+
+@functools.lru_cache(maxsize=1)  # a set's score, and what its summaries add to it
+def _values(
+    predictions: tuple[str, ...], references: tuple[str, ...], metrics: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """Return by metric the value of every summary; not to be changed."""
     scorer = RougeScorer(
         [METRICS[name] for name in metrics], tokenizer=DefaultTokenizer(use_stemmer=True)
     )
@@ -83,9 +111,7 @@ def score(
         scores = scorer.score(one_sentence_a_line(reference), one_sentence_a_line(prediction))
         for name in metrics:
             values[name].append(scores[METRICS[name]].fmeasure)
-    if aggregate == "mean":
-        return Scores({name: fmean(column) for name, column in values.items()})
-    return Scores(_bootstrap(values, seed))
+    return values
 
 
 def one_sentence_a_line(text: str) -> str:

@@ -23,6 +23,11 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     Returns:
         A fraction in [0, 1].
     """
-    score = Rouge().calc_score
-    scores = [score([p], list(texts)) for p, texts in zip(predictions, references, strict=True)]
+    scores = values(predictions, references)
     return float(sum(scores) / len(scores))
+
+
+def values(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return ROUGE-L of each instance; arguments as `rouge_l`."""
+    score = Rouge().calc_score
+    return [score([p], list(texts)) for p, texts in zip(predictions, references, strict=True)]

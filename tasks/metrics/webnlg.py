@@ -35,17 +35,21 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nltk.tokenize import word_tokenize
 from sacrebleu.metrics import BLEU
 
-from delta_lora.protocols import Scores
+from delta_lora.protocols import ItemScores, OfSets, Scores
+from tasks.metrics import items
 from tasks.metrics.e2e import check_texts, read_predictions, read_references
 from tasks.metrics.java import MetricUnavailableError
+from tasks.metrics.meteor import from_sums as meteor_from_sums
 from tasks.metrics.meteor import meteor_subsets, shared_process
+from tasks.metrics.meteor import statistics as meteor_statistics
 from tasks.metrics.ter import lowest_ter
 
 #: names of the scores, in table order, by protocol.
@@ -68,6 +72,8 @@ _ASCII = {
 Texts = list[str]
 Groups = list[list[str]]
 Subsets = Sequence[Sequence[int]]
+#: (instances, summands), and from (sets, summands), their sums over sets, to the scores, (sets,).
+Summands = tuple[items.Array, Callable[[items.Array], items.Array]]
 
 
 def score(
@@ -166,6 +172,45 @@ def score_parts(
     )
 
 
+def item_scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    parts: Mapping[str, Sequence[int]],
+    *,
+    protocol: str = "lora",
+    metrics: Sequence[str] | None = None,
+) -> ItemScores:
+    """Return how the scores of `score_parts` depend on the instances.
+
+    Args:
+        predictions: as `score_parts`.
+        references: as `score_parts`.
+        parts: as `score_parts`; every part is counted within the same sets of instances.
+        protocol: as `score_parts`.
+        metrics: as `score_parts`.
+    """
+    metrics = METRICS[protocol] if metrics is None else metrics
+    outputs, groups = check_texts(predictions, references)
+    of_sets: dict[str, OfSets] = {}
+    values: dict[str, list[float]] = {}
+    missing: dict[str, str] = {}
+    for metric in metrics:
+        names = {f"{metric}_{name}": part for name, part in parts.items()}
+        try:
+            table, from_sums = _SUMMANDS[protocol, metric](outputs, groups)
+        except MetricUnavailableError as error:
+            missing |= dict.fromkeys(names, str(error))
+            continue
+        for name, part in names.items():
+            if not len(part):
+                missing[name] = "no instance is of this part"
+                continue
+            of_sets[name] = items.additive(table, from_sums, part)
+            if metric == "ter" and len(part) == len(outputs):
+                values[name] = [row[0] for row in table]
+    return ItemScores(len(outputs), of_sets, values, missing)
+
+
 def prepare(text: str) -> str:
     r"""Return `text` as microsoft/LoRA writes it for the scorers: lower case, split at ``\W``."""
     return " ".join(_NOT_WORD.sub(r" \1 ", text.lower()).split())
@@ -222,23 +267,23 @@ def _different(texts: Sequence[str], limit: int) -> list[str]:
     return list(dict.fromkeys(texts[:limit]))
 
 
-def _bleu_lora(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
-    references = [[prepare(text) for text in texts[: NUM_REFERENCES["lora"]]] for texts in groups]
-    bleu = BLEU(tokenize="13a", smooth_method="none", force=True)
-    return _bleu(bleu, [prepare(text) for text in outputs], references, subsets)
-
-
-def _bleu_2017(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
-    limit = NUM_REFERENCES["challenge_2017"]
+def _texts_of_bleu(outputs: Texts, groups: Groups, protocol: str) -> tuple[BLEU, Texts, Groups]:
+    """Return the scorer of a protocol, and the texts as it sees them."""
+    limit = NUM_REFERENCES[protocol]
+    if protocol == "lora":
+        references = [[prepare(text) for text in texts[:limit]] for texts in groups]
+        bleu = BLEU(tokenize="13a", smooth_method="none", force=True)
+        return bleu, [prepare(text) for text in outputs], references
     references = [
         [prepare_2017(text) for text in texts[:limit]] + [""] * (limit - len(texts))
         for texts in groups
     ]
     bleu = BLEU(tokenize="none", smooth_method="none", force=True)
-    return _bleu(bleu, [prepare_2017(text) for text in outputs], references, subsets)
+    return bleu, [prepare_2017(text) for text in outputs], references
 
 
-def _bleu(bleu: BLEU, outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
+def _bleu(outputs: Texts, groups: Groups, subsets: Subsets, *, protocol: str) -> list[float]:
+    bleu, outputs, groups = _texts_of_bleu(outputs, groups, protocol)
     results = []
     for subset in subsets:
         longest = max(len(groups[index]) for index in subset)
@@ -250,26 +295,66 @@ def _bleu(bleu: BLEU, outputs: Texts, groups: Groups, subsets: Subsets) -> list[
     return results
 
 
-def _meteor_lora(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
-    return meteor_subsets(*_lora_words(outputs, groups), subsets)
+def _bleu_summands(outputs: Texts, groups: Groups, *, protocol: str) -> Summands:
+    """Return matches and n-grams by order, and lengths of output and closest reference."""
+    bleu, outputs, groups = _texts_of_bleu(outputs, groups, protocol)
+    table = []
+    for output, texts in zip(outputs, groups, strict=True):
+        found = bleu.corpus_score([output], [[text] for text in texts])
+        table.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+    order = bleu.max_ngram_order
+
+    def from_sums(sums: Sequence[float]) -> float:
+        counts = [int(number) for number in sums]
+        scored = BLEU.compute_bleu(
+            counts[:order],
+            counts[order : 2 * order],
+            sys_len=counts[-2],
+            ref_len=counts[-1],
+            smooth_method="none",
+        )
+        return float(scored.score) / 100
+
+    return np.array(table, dtype=np.float64), items.each(from_sums)
 
 
-def _meteor_2017(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
+def _meteor(outputs: Texts, groups: Groups, subsets: Subsets, *, protocol: str) -> list[float]:
+    return meteor_subsets(*_meteor_texts(outputs, groups, protocol), subsets)
+
+
+def _meteor_summands(outputs: Texts, groups: Groups, *, protocol: str) -> Summands:
+    return meteor_statistics(*_meteor_texts(outputs, groups, protocol)), meteor_from_sums
+
+
+def _meteor_texts(outputs: Texts, groups: Groups, protocol: str) -> tuple[Texts, Groups]:
+    if protocol == "lora":
+        return _lora_words(outputs, groups)
     limit = NUM_REFERENCES["challenge_2017"]
     references = [_different([prepare_2017(t) for t in texts], limit) for texts in groups]
-    return meteor_subsets([prepare_2017(text) for text in outputs], references, subsets)
+    return [prepare_2017(text) for text in outputs], references
 
 
 def _ter_lora(outputs: Texts, groups: Groups, subsets: Subsets) -> list[float]:
-    texts, references = _lora_words(outputs, groups)
-    rates = [
-        lowest_ter(text.split(), [option.split() for option in options])
-        for text, options in zip(texts, references, strict=True)
-    ]
+    rates = _rates(tuple(outputs), tuple(map(tuple, groups)))
     return [sum(rates[index] for index in subset) / len(subset) for subset in subsets]
 
 
-def _lora_words(outputs: Texts, groups: Groups) -> tuple[Texts, Groups]:
+def _ter_summands(outputs: Texts, groups: Groups) -> Summands:
+    rates = _rates(tuple(outputs), tuple(map(tuple, groups)))
+    return np.array([[rate, 1.0] for rate in rates]), lambda sums: sums[:, 0] / sums[:, 1]
+
+
+@lru_cache(maxsize=1)  # a set's score, and what its instances add to it
+def _rates(outputs: tuple[str, ...], groups: tuple[tuple[str, ...], ...]) -> list[float]:
+    """Return the translation edit rate of every instance; not to be changed."""
+    texts, references = _lora_words(outputs, groups)
+    return [
+        lowest_ter(text.split(), [option.split() for option in options])
+        for text, options in zip(texts, references, strict=True)
+    ]
+
+
+def _lora_words(outputs: Sequence[str], groups: Sequence[Sequence[str]]) -> tuple[Texts, Groups]:
     references = [
         _different([_words(prepare(text)) for text in texts], NUM_REFERENCES["lora"])
         for texts in groups
@@ -278,11 +363,18 @@ def _lora_words(outputs: Texts, groups: Groups) -> tuple[Texts, Groups]:
 
 
 _SCORERS: dict[tuple[str, str], Callable[[Texts, Groups, Subsets], list[float]]] = {
-    ("lora", "bleu"): _bleu_lora,
-    ("lora", "meteor"): _meteor_lora,
+    ("lora", "bleu"): partial(_bleu, protocol="lora"),
+    ("lora", "meteor"): partial(_meteor, protocol="lora"),
     ("lora", "ter"): _ter_lora,
-    ("challenge_2017", "bleu"): _bleu_2017,
-    ("challenge_2017", "meteor"): _meteor_2017,
+    ("challenge_2017", "bleu"): partial(_bleu, protocol="challenge_2017"),
+    ("challenge_2017", "meteor"): partial(_meteor, protocol="challenge_2017"),
+}
+_SUMMANDS: dict[tuple[str, str], Callable[[Texts, Groups], Summands]] = {
+    ("lora", "bleu"): partial(_bleu_summands, protocol="lora"),
+    ("lora", "meteor"): partial(_meteor_summands, protocol="lora"),
+    ("lora", "ter"): _ter_summands,
+    ("challenge_2017", "bleu"): partial(_bleu_summands, protocol="challenge_2017"),
+    ("challenge_2017", "meteor"): partial(_meteor_summands, protocol="challenge_2017"),
 }
 
 

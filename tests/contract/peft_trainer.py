@@ -142,6 +142,7 @@ def trainer_of(
     num_micro=1,
     more=(),
     eval_dataset=None,
+    kind=Sequential,
     **values,
 ):
     """Return a transformers.Trainer with the settings and the data order of `run_ours`."""
@@ -158,7 +159,7 @@ def trainer_of(
             "logging_strategy": "no", "remove_unused_columns": False,
         } | values),
     )  # fmt: skip
-    return Sequential(
+    return kind(
         model,
         arguments,
         train_dataset=[rows[i] for i in order],

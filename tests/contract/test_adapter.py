@@ -19,7 +19,7 @@ import transformers as tf
 from torch import nn
 
 import delta_lora
-from delta_lora import methods
+from delta_lora import export, methods
 from delta_lora.adapter import attach, load
 from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.methods.dylora import draw_rank
@@ -413,3 +413,54 @@ def test_what_is_written_is_json_and_safetensors(tmp_path):
     assert description["method"]["form"] == "closed_form", "defaults stand in the file"
     assert isinstance(load(folder).model, tf.GPT2LMHeadModel)
     assert delta_lora.__version__
+
+
+def test_a_rate_that_the_optimiser_would_not_use_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    adapter = delta_lora.attach(model, method="lora", rank=2, projections=["0"])
+    x = torch.randn(3, 4)
+
+    def step(optimizer):
+        model(x).sum().backward()
+        adapter.before_step()
+        optimizer.step()
+        adapter.after_step()
+        optimizer.zero_grad()
+
+    with pytest.raises(
+        RuntimeError, match=r"AdamW was given lr=0\.01 and trains with 0\.0002.*attach"
+    ):
+        step(torch.optim.AdamW(adapter.param_groups(), lr=1e-2))
+    adapter._watch.forget()  # the refused step was the loop's end
+    step(torch.optim.AdamW(adapter.param_groups()))
+    step(torch.optim.AdamW(adapter.param_groups(), lr=2e-4))
+    more = torch.nn.Parameter(torch.zeros(1))
+    step(torch.optim.SGD([*adapter.param_groups(), {"params": [more]}], lr=0.5))
+    scheduled = torch.optim.AdamW(adapter.param_groups())
+    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 0.0)
+    step(scheduled)
+    assert adapter.step == 4
+
+
+def test_a_base_from_a_relative_folder_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    case = CASES["gpt2"]
+    case.model().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = type(case.model()).from_pretrained("base")
+    adapter = delta_lora.attach(model, method="lora", rank=2)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    adapter.save("saved")
+    assert delta_lora.load("saved").model.config.name_or_path
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    adapter = delta_lora.attach(copy.deepcopy(base), method="lora", rank=2, projections=["0"])
+    adapter.save("~/adapter")
+    export.export_peft("~/adapter", "~/peft", base=base)
+    assert (tmp_path / "adapter").is_dir()
+    assert (tmp_path / "peft").is_dir()
+    assert not (tmp_path / "~").exists()

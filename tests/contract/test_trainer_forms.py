@@ -221,7 +221,7 @@ def test_checkpoints_hold_their_export_if_asked(tmp_path, form):
     model = lora_model(model=roberta(torch.float32))
     callback = delta(form=form, export_checkpoints=True)
     trainer_of(tmp_path, model, callback, num_steps=12, save_strategy="steps", save_steps=6).train()
-    folder = tmp_path / "checkpoint-12" / "delta_lora" / "adapter"
+    folder = tmp_path / "checkpoint-12" / "delta_lora.state" / "adapter"
     loaded = peft.PeftModel.from_pretrained(roberta(torch.float32), folder)
     assert (logits(loaded) - logits(model)).abs().max() < 1e-5
     # Trainer must not take the export for a second adapter.
@@ -264,3 +264,41 @@ def test_the_writer_needs_no_trained_model(tmp_path):
         A, B = factors[f"base_model.model.{name}"]
         change = effective_weight(layer) - layer.base_layer.weight
         torch.testing.assert_close(change, B @ A, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", ["LayerNorm", "position_embeddings"])
+def test_what_trains_outside_every_adapter_is_said_before_and_not_exported(
+    tmp_path, caplog, pattern
+):
+    model, callback = lora_model_with(pattern), delta()
+    trainer_of(tmp_path / "run", model, callback, num_steps=4).train()
+    said = [r.message for r in caplog.records if "train beside the LoRA" in r.message]
+    assert len(said) == 1
+    assert pattern in said[0]
+    assert "modules_to_save" in said[0]
+    with pytest.raises(ValueError, match="train beside the LoRA"):
+        callback.export(model, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    with pytest.raises(ValueError, match="train beside the LoRA"):
+        trainer_of(tmp_path / "b", lora_model_with(pattern), delta(export_checkpoints=True)).train()
+
+
+def lora_model_with(pattern):
+    model = lora_model(model=roberta(torch.float32))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or pattern in name)
+    return model
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bias": "all"},
+        {"trainable_token_indices": [5, 6]},
+        {"modules_to_save": ["word_embeddings"]},
+    ],
+)
+def test_what_an_adapter_holds_beside_the_lora_is_no_reason_to_refuse(tmp_path, caplog, values):
+    model, callback = trained(tmp_path, num_steps=3, **values)
+    callback.export(model, tmp_path / "export")
+    assert "train beside" not in caplog.text

@@ -13,6 +13,7 @@ import transformers as tf
 from tests.contract.peft_trainer import (
     NUM_STEPS,
     Kill,
+    Sequential,
     assert_same,
     both_forms,
     delta,
@@ -59,21 +60,65 @@ def test_with_stored_weights_the_bits_of_w_continue(tmp_path, reference):
     assert all(torch.equal(tensor, expected[n]) for n, tensor in model.state_dict().items())
 
 
-def test_a_checkpoint_elsewhere_is_found_when_named(tmp_path, reference):
+@pytest.mark.parametrize("is_added_later", [False, True])
+def test_a_checkpoint_elsewhere_is_found(tmp_path, reference, is_added_later):
     start, final = reference(K=1)
     train_and_kill(tmp_path / "old", start, form="closed_form", K=1)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "old" / "checkpoint-50", moved)
-    with pytest.raises(
-        RuntimeError, match=r"no delta_lora/state\.json in .*resume_from_checkpoint"
-    ):
-        trainer_of(tmp_path / "new", lora_model(), delta(form="closed_form")).train(
-            resume_from_checkpoint=str(moved)
-        )
-    model = lora_model()
-    callback = delta(form="closed_form", resume_from_checkpoint=moved)
-    trainer_of(tmp_path / "new", model, callback).train(resume_from_checkpoint=str(moved))
+    callback, model = delta(form="closed_form"), lora_model()
+    trainer = trainer_of(tmp_path / "new", model, callback)
+    if is_added_later:  # the trainer's own callbacks are told of its model, this one is not
+        trainer.remove_callback(callback)
+        message = r"no delta_lora\.state/state\.json in .*resume_from_checkpoint"
+        later = delta(form="closed_form")
+        trainer.add_callback(later)
+        with pytest.raises(RuntimeError, match=message):
+            trainer.train(resume_from_checkpoint=str(moved))
+        model = lora_model()
+        trainer = trainer_of(tmp_path / "new", model, delta(resume_from_checkpoint=moved))
+    trainer.train(resume_from_checkpoint=str(moved))
     assert_same(model, final)
+
+
+class Elsewhere(Sequential):
+    """Puts its checkpoints where a search puts those of a trial."""
+
+    def _get_output_dir(self, trial):
+        return str(super()._get_output_dir(trial)) + "/run-7"
+
+
+@pytest.mark.parametrize("name", ["default", "delta_lora", "my_task"])
+@pytest.mark.parametrize("other", [None, "delta_lora_state", "delta_lora"])
+def test_an_adapter_of_any_name_stays_in_its_checkpoint_wherever_that_is(tmp_path, name, other):
+    if other == name:
+        pytest.skip("two adapters of one name")
+
+    def run(folder, resume=None):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)
+        model = peft.get_peft_model(roberta(torch.float32), config, adapter_name=name)
+        if other is not None:
+            model.add_adapter(other, config)
+        model.set_adapter(name)
+        callback = delta(form="closed_form")
+        trainer = trainer_of(
+            folder, model, callback, num_steps=8, kind=Elsewhere, save_strategy="steps",
+            save_steps=4,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model, callback
+
+    straight, _ = run(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "run-7" / "checkpoint-4"
+    folders = [checkpoint if each == "default" else checkpoint / each for each in (name, other)
+               if each is not None]  # fmt: skip
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in folders)
+    resumed, callback = run(tmp_path / "again", resume=str(checkpoint))
+    assert (callback.num_steps, callback.num_updates) == (8, 6)
+    expected = straight.state_dict()
+    for key, tensor in resumed.state_dict().items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +140,26 @@ class TestWhatCannotBeResumed:
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-50"))
 
     def test_a_missing_state(self, run):
-        shutil.rmtree(run / "checkpoint-50" / "delta_lora")
-        self.resume(run, r"resumes at step 50, but there is no delta_lora/state\.json")
+        shutil.rmtree(run / "checkpoint-50" / "delta_lora.state")
+        self.resume(run, r"resumes at step 50, but there is no delta_lora\.state/state\.json")
 
     def test_a_state_cut_short(self, run):
-        (run / "checkpoint-50" / "delta_lora" / "tensors.safetensors").unlink()
+        (run / "checkpoint-50" / "delta_lora.state" / "tensors.safetensors").unlink()
         self.resume(run, r"lacks state\.json or tensors\.safetensors")
 
     def test_damaged_tensors(self, run):
-        path = run / "checkpoint-50" / "delta_lora" / "tensors.safetensors"
+        path = run / "checkpoint-50" / "delta_lora.state" / "tensors.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(bytes(content))
         self.resume(run, "checksum differs")
 
     def test_damaged_json(self, run):
-        (run / "checkpoint-50" / "delta_lora" / "state.json").write_text("{")
+        (run / "checkpoint-50" / "delta_lora.state" / "state.json").write_text("{")
         self.resume(run, r"state\.json is damaged")
 
     def test_the_state_of_other_factors(self, run):
-        path = run / "checkpoint-50" / "delta_lora" / "state.json"
+        path = run / "checkpoint-50" / "delta_lora.state" / "state.json"
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"factors_digest": "0"}))
         self.resume(run, "A and B of the model are not those of")

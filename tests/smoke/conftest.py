@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from delta_lora import mirror, runlog
 from tasks.metrics.meteor import shared_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,20 @@ def _no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """METEOR takes ten seconds to start; its own tests start it, and may have left it running."""
     monkeypatch.setenv("PATH", "/nonexistent")
     shared_process().close()
+
+
+@pytest.fixture
+def fresh_mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that mirrored nothing yet, of a user without any settings."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(mirror, "_process", mirror._Process())
+    monkeypatch.setattr(mirror, "INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(mirror, "FINISH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(runlog, "_has_warned", False)
 
 
 @pytest.fixture

@@ -17,10 +17,14 @@ from typing import Any
 import pytest
 
 from scripts.runs.composition import compose
+from scripts.sweeping.study import asks_for_study, read_study
 from tests.smoke.conftest import ROOT, SMALL, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLATES = ("configs/README.md", "tasks/README.md", "delta_lora/README.md", "results/README.md")
+PLATES = (
+    "configs/README.md", "configs/launcher/README.md", "tasks/README.md", "delta_lora/README.md",
+    "results/README.md",
+)  # fmt: skip
 #: conftest empties the path, so it is looked up here.
 MAKE = shutil.which("make")
 #: README chooses task and model itself; two steps are enough.
@@ -63,7 +67,7 @@ def run_table(command: str, outputs: Path, tmp_path: Path, _: Train) -> None:
     (line,) = [line for line in told.splitlines() if "scripts/reproduce.py" in line]
     said = run(
         ["/bin/sh", "-c", f"{line} --results {tmp_path}"], ROOT,
-        SCALE="tiny", SEEDS="1", WORKERS="1",
+        SCALE="tiny", SEEDS="1", WORKERS="1", LAUNCHER="local", LAUNCHER_ARGS="",
         ARGS=shlex.join([*TINY, f"paths.outputs={outputs}"]),
     )  # fmt: skip
     assert "12 of 12 runs finished" in said
@@ -230,6 +234,9 @@ def training_commands() -> list[str]:
 @pytest.mark.parametrize("command", training_commands())
 def test_a_run_of_a_door_plate_composes(command: str) -> None:
     _, *arguments = shlex.split(command[command.index("scripts/train.py") :])
+    if asks_for_study(arguments):
+        assert read_study(arguments).search.space
+        return
     compose(
         [argument.split(",")[0] for argument in arguments if not argument.startswith("-")
          and argument != "job"]

@@ -14,19 +14,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from omegaconf import OmegaConf
 
 from delta_lora import wandb_file
-from scripts.reporting import views
+from scripts.dashboards import panels, reports, views
+from scripts.dashboards.subjects import of_sweep, of_table
+from scripts.reporting.results import collect
 from scripts.reporting.spec import load_table
+from scripts.runs.cells import Cell
 from scripts.runs.composition import options
 from scripts.runs.execution import execute
 from scripts.runs.folder import LockedError, lock
+from scripts.runs.mirroring import group_of
 from scripts.runs.run import Run, Status
+from scripts.sweeping.spec import load_sweep
 from tests.smoke.conftest import command, environment
+from tests.smoke.mirrored import logged
 
 #: of the package peft only its LoRA: its other methods run in test_peft.py and in their contract.
 METHODS = [name for name in options("method") if "/" not in name]
-DETERMINISTIC = ("metrics.jsonl", "predictions.jsonl", "record.json", "adapter")
+DETERMINISTIC = (
+    "metrics.jsonl", "predictions.jsonl", "record.json", "item_spread.json", "adapter",
+)  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -49,6 +58,11 @@ def test_every_method_runs_through(method: str, small: Callable[..., list[str]])
     }  # fmt: skip
     assert "Java not found" in record["missing_metrics"]["meteor"]
     assert record["resources"]["train_time_s"] > 0
+    spread = record["item_spread"]
+    assert spread["num_items"] == 3
+    assert set(spread["scores"]) | set(spread["missing"]) == {
+        *record["metrics"], *record["missing_metrics"],
+    }  # fmt: skip
     folder = run.folder
     assert list((folder / "checkpoints").iterdir()), "METEOR is missing and can be scored later"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 3
@@ -116,11 +130,40 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
     assert contents(folder) == contents(straight.folder)
 
 
+def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_without_pruning(
+    small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("method=delta_lora", "recipe.batch_size=22")  # two steps an epoch
+    straight = Run.compose(small(*arguments))
+    execute(straight)
+    monkeypatch.setattr(Broken, "ends", [])
+    mirror = f"logger._target_={__name__}.Broken"
+    run = Run.compose(small(*arguments, mirror, folder=tmp_path))
+    base = straight.pretraining.folder
+    (tmp_path / base.name).symlink_to(base)
+
+    record = execute(run, prune=lambda validation: "of a test" if len(validation) == 2 else None)
+    assert record == run.record()
+    assert record["status"] == "pruned"
+    assert record["pruned"] == {"step": 4, "of": 6, "reason": "of a test"}
+    assert [entry["step"] for entry in record["training"]["validation"]] == [2, 4]
+    assert run.status() == Status("partial", "pruned at step 4 of 6, because of a test")
+    assert run.completed() is None
+    assert not (run.folder / "predictions.jsonl").exists()
+    assert list((run.folder / "checkpoints").iterdir())
+    (entry,) = collect([Cell("delta_lora", "e2e", run)])
+    assert entry.record is None  # so it is in no table
+
+    execute(run)
+    assert Broken.ends == ["pruned", "completed"]
+    assert contents(run.folder) == contents(straight.folder)
+
+
 def test_a_second_process_in_the_same_folder_is_refused(small: Callable[..., list[str]]) -> None:
     run = Run.compose(small("method=lora", "seed=77"))
     with (
         lock(run.folder, wait=False),
-        pytest.raises(LockedError, match=r"process \d+ is already working in"),
+        pytest.raises(LockedError, match=r"process \d+ on \S+ is already working in"),
     ):
         execute(run, wait=False)
 
@@ -219,7 +262,7 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     (path,) = run.outputs.glob(f"wandb/offline-run-*/run-{run.name}.wandb")
     found = wandb_file.read(path)
     assert found.run.display_name.startswith("delta_lora e2e tiny seed 79 λ=2 K=1 ")
-    assert found.run.run_group == run.group
+    assert found.run.run_group == group_of(run)
     assert (found.exit_code, found.summary["status"]) == (0, "completed")
     curves = dict(found.history)
     assert [curves[step]["delta/num_updates"] for step in (2, 4, 6)] == [0, 2, 4]
@@ -229,17 +272,21 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     assert found.summary["test/bleu"] == pytest.approx(100 * record["metrics"]["bleu"])
     (table,) = (path.parent / "files/media/table").glob("*.json")
     content = json.loads(table.read_text())
-    assert content["columns"] == ["id", "input", "prediction", "references"]
+    assert content["columns"] == [
+        *("id", "input", "prediction", "references"),
+        *([] if "rouge_l" in record["missing_metrics"] else ["ROUGE-L"]),
+    ]
     assert all(row[3] for row in content["data"])
 
-    # What the panels of a table's view read, this run has, or says why not (it has no Java).
-    spec = load_table("table1")
-    spec = dataclasses.replace(spec, rows=(spec.row("delta_lora"),))
-    (view,) = views.views_of(spec, scale="tiny", entity="me", project="mine")
-    has = {*found.summary, *(key for values in curves.values() for key in values)}
-    has |= {key.partition("/_type")[0] for key in has}
-    lacking = views.metrics_of(views.content_of(view)) - has
-    assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
+    # What the panels of a table and a sweep read, this run has, or says why not (it has no Java).
+    table1, lambda_k = load_table("table1"), load_sweep("lambda_k", "tiny", {"K": ["1"]})
+    table1 = dataclasses.replace(table1, rows=(table1.row("delta_lora"),))
+    for subject in (of_table(table1, "tiny"), of_sweep(lambda_k, "tiny")):
+        (view,) = views.views_of(subject, entity="me", project="mine")
+        report = reports.report_of(subject, entity="me", project="mine", results=run.outputs)
+        for shown in (views.content_of(view), reports.content_of(report)):
+            lacking = panels.keys_of(shown) - logged(found)
+            assert lacking == {f"test/{name}" for name in record["missing_metrics"]}
 
     with_mirror = (run.folder / "metrics.jsonl").read_bytes()
     shutil.rmtree(run.folder)
@@ -257,8 +304,46 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
     for ratio in ("0.5", "1"):
         run = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
         assert run.status().state == "done"
-    assert len(list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))) == 5
+    files = list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))
+    assert len(files) == 5
+    assert OmegaConf.load(run.folder / "config.yaml").part_of == [files[0].parent.name]
     assert not list(tmp_path.iterdir())  # the working folder of the command
+
+
+def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
+    small: Callable[..., list[str]], train: Any
+) -> None:
+    pytest.importorskip("optuna")
+    asked = [
+        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.pruner_startup=2",
+        *small("method=delta_lora", "recipe.batch_size=22", "seed=8"),
+        "method.learning_rate=1e-2,1e-5", "method.update_ratio=interval(0.5,2)",
+    ]  # fmt: skip
+    done = train(asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = Run.compose(small("method=delta_lora")).outputs
+    (path,) = (outputs / "sweeps").glob("learning_rate-update_ratio-study-*/study.json")
+    content = json.loads(path.read_text())
+    pruned = [trial for trial in content["trials"] if trial["state"] == "pruned"]
+    assert pruned, content["trials"]
+    for trial in pruned:
+        run_folder = outputs / trial["signature"]
+        record = json.loads((run_folder / "record.json").read_text())
+        assert record["pruned"] == {"step": trial["step"], "of": 6, "reason": trial["reason"]}
+        assert not (run_folder / "predictions.jsonl").exists()
+    best = content["trials"][content["best"]]
+    assert best["test"] is not None
+    before = path.read_bytes()
+    again = train(asked)
+    assert again.returncode == 0
+    assert "workers" not in again.stdout  # none was started
+    assert path.read_bytes() == before
+
+    # What was given up can be finished, and then is a run like any other.
+    values = [f"{key}={value}" for key, value in pruned[0]["values"].items()]
+    run = Run.compose(small("method=delta_lora", "recipe.batch_size=22", "seed=8", *values))
+    assert run.name == pruned[0]["signature"]
+    assert execute(run)["training"]["steps"] == 6
 
 
 def test_a_launcher_gives_the_same_runs_to_the_bit(

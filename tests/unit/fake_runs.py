@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from delta_lora.result import FitResult, PrunedError
 from scripts.runs import batch, composition
 from scripts.runs.folder import LockedError
-from scripts.runs.recording import config_of
+from scripts.runs.recording import config_of, write_pruned
 from scripts.runs.run import Run
 
 BASE = {"full": 0.60, "lora": 0.50, "dylora": 0.40, "adalora": 0.45, "delta_lora": 0.70}
@@ -123,7 +124,10 @@ def record(run: Run, **changes: Any) -> dict[str, Any]:
             "epochs": 1,
             "checkpoint_rule": "last",
             "chosen_step": 10,
-            "validation": [{"step": 5, "loss": 9.0}, {"step": 10, "loss": 2.0 - score}],
+            "validation": [
+                {"step": 5, "loss": 9.0 - score},
+                {"step": 10, "loss": 2.0 - score},
+            ],
         },
         "config": config_of(run),
         "provenance": {
@@ -186,8 +190,8 @@ def calls_file(outputs: Path) -> Path:
     return outputs / "calls.txt"
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Behave as told, or write the record of a run."""
+def execute(run: Run, prune: Callable[..., str | None] | None = None) -> dict[str, Any]:
+    """Behave as told, or write the record of a run; `prune` is asked at its first evaluation."""
     method, settings = run.choices.method, run.config.method
     sys.stdout.write(f"running {method}\n")
     sys.stdout.flush()
@@ -212,5 +216,10 @@ def execute(run: Run) -> dict[str, Any]:
         write(run, {**record(run), "status": "failed", "error": error})
         raise RuntimeError(error["message"])
     result = record(run)
+    validation = result["training"]["validation"]
+    if prune is not None and (reason := prune(validation[:1])) is not None:
+        stop = PrunedError(validation[0]["step"], 10, reason, FitResult(validation=validation[:1]))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return write_pruned(run, stop)
     write(run, result, resources(run))
     return result

@@ -6,6 +6,7 @@ environment variable FAULT_JOBS_LOG names.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -46,4 +47,13 @@ def run(job):
         raise ValueError("rank=0 must be 1 or more")
     if behaviour == "exit":
         os._exit(3)
-    time.sleep(float(behaviour) if behaviour[0].isdigit() else 0.0)
+    is_first = log.read_text().count(f" {name}\n") == 1
+    if behaviour == "once":  # killed in its first try, done in its second
+        if is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return
+    if behaviour == "again":  # its first try lasts, its second does not
+        behaviour = "60" if is_first else "0"
+    until = time.monotonic() + (float(behaviour) if behaviour[0].isdigit() else 0.0)
+    while time.monotonic() < until:  # as a run, of many short things
+        time.sleep(0.02)

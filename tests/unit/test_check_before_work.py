@@ -22,6 +22,7 @@ from scripts.runs.cells import Cell
 from scripts.runs.checks import check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
+from scripts.runs.launchers import Here
 from scripts.runs.run import Run
 from tasks.e2e import E2E
 
@@ -149,7 +150,9 @@ def test_data_that_cannot_be_downloaded_are_found(tmp_path: Path, files: str) ->
 
 
 def planned(todo: list[Cell]) -> Batch:
-    return Batch.plan(todo, scale="paper", extra=["trainer.device=cpu"], workers="1")
+    return Batch.plan(
+        todo, scale="paper", extra=["trainer.device=cpu"], workers="1", launcher=Here()
+    )
 
 
 def test_a_table_asks_once_for_each_model_and_each_data_source(

@@ -80,6 +80,9 @@ MAY_IMPORT = {
     "scripts/htmlreport": ("scripts.runs", "scripts.reporting"),
     "scripts/auditing": ("delta_lora", "scripts.runs", "scripts.reporting"),
     "scripts/sweeping": ("delta_lora", "scripts.runs", "scripts.reporting"),
+    "scripts/dashboards": (
+        "delta_lora", "scripts.runs", "scripts.reporting", "scripts.sweeping"
+    ),
     "scripts/checking": ("delta_lora", "tasks", "scripts.runs.provenance", "scripts.runs.workers"),
     "examples": ("delta_lora",),
 }  # fmt: skip

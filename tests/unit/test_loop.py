@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from delta_lora import checkpoint
 from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.protocols import MetricSpec
+from delta_lora.result import PrunedError
 from delta_lora.session import Session
 from delta_lora.trainer import Trainer
 from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
@@ -206,6 +207,46 @@ def test_a_signal_in_an_evaluation_loses_nothing(where: str, tmp_path: Path) -> 
     assert torch.equal(weights(resumed), weights(straight))
     assert result.validation == expected.validation
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "straight")
+
+
+# ---------------------------------------------------------------------- pruning
+
+
+@pytest.mark.parametrize("log_every_steps", [2, 7])
+def test_a_pruned_run_is_continued_to_the_same_bits_without_pruning(
+    log_every_steps: int, tmp_path: Path
+) -> None:
+    """Also where the evaluation is at no log step; and asked again it is pruned again."""
+    settings = {"log_every_steps": log_every_steps, "checkpoint_every_steps": None}
+    straight, expected = fit(tmp_path / "straight", dropout=0.3, **settings)
+    seen: list[list[float]] = []
+
+    def third(validation: Sequence[dict[str, float]]) -> str | None:
+        seen.append([entry["step"] for entry in validation])
+        return "it is the third" if len(validation) == 3 else None
+
+    for _ in range(2):
+        with pytest.raises(PrunedError, match="at step 12 of 20, because it is the third") as it:
+            fit(tmp_path / "pruned", dropout=0.3, prune=third, **settings)
+        assert it.value.result.validation == expected.validation[:3]
+    assert seen == [[4], [4, 8], [4, 8, 12], [4, 8, 12]]
+    resumed, result = fit(tmp_path / "pruned", dropout=0.3, **settings)
+    assert torch.equal(weights(resumed), weights(straight))
+    assert result.validation == expected.validation
+    assert metrics_of(tmp_path / "pruned") == metrics_of(tmp_path / "straight")
+
+
+def test_pruning_that_goes_on_changes_nothing_and_is_not_asked_at_the_end(tmp_path: Path) -> None:
+    straight, expected = fit(tmp_path / "straight", dropout=0.3)
+    asked: list[int] = []
+
+    def count(validation: Sequence[dict[str, float]]) -> None:
+        asked.append(len(validation))
+
+    model, result = fit(tmp_path / "asked", dropout=0.3, prune=count)
+    assert asked == [1, 2, 3, 4]
+    assert torch.equal(weights(model), weights(straight))
+    assert result.validation == expected.validation
 
 
 # ---------------------------------------------------------------------- half precision

@@ -52,6 +52,7 @@ def test_only_the_part_is_decoded_and_scored(kind: type[Any]) -> None:
     assert part.references("test").keys() == {item.id for item in items}
     made = [{"id": i.id, "input": i.context, "prediction": i.references[0]} for i in items]
     assert part.score(made, "test").values
+    assert part.item_scores(made, "test").num_items == 4
     with pytest.raises(ValueError, match="no prediction"):
         part.score(made[:-1], "test")
 
@@ -88,6 +89,7 @@ def test_a_part_of_the_dev_set_without_rows_is_missing(tmp_path: Path) -> None:
     scores = part.score(made, "validation")
     assert scores.missing == {"accuracy_mismatched": "no row is of the part mismatched"}
     assert set(scores.values) == {"accuracy", "accuracy_matched"}
+    assert set(part.item_scores(made, "validation").of_sets) == {"accuracy_matched"}
 
 
 @pytest.mark.parametrize("wanted", [0, -1, 1.5, True, "many"])

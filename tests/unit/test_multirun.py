@@ -63,7 +63,8 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kind_of_sweep_is_read() -> None:
     grid = read_grid(
         ["seed=1,2", "recipe.rank=choice(2,4)", "method.start_step=range(0,6,3)",
-         "method=glob(lora_*)", "trainer.momentum=tag(t, interval(0.1, 0.9))", "scale=tiny"]
+         "method=glob(lora_*)", "trainer.momentum=tag(t, interval(0.1, 0.9))", "scale=tiny"],
+        has_sampler=True,
     )  # fmt: skip
     assert grid.fixed == ("scale=tiny",)
     assert grid.is_sampled
@@ -77,16 +78,15 @@ def test_every_kind_of_sweep_is_read() -> None:
         read_grid(["recipe.rank=[1"])
 
 
-@pytest.mark.parametrize(
-    "sweep", ["method.update_ratio=interval(0.1,4)", "method.update_ratio=tag(a, choice(0.5, 1))"]
-)
-def test_what_a_sweeper_samples_is_taken_without_a_traceback(
-    sweep: str, monkeypatch: pytest.MonkeyPatch
+def test_a_tagged_choice_is_a_grid_and_what_another_sweeper_samples_has_none(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_runs.install(monkeypatch.setattr)
-    found = train.check_arguments(["-m", *BASE, sweep])
-    assert (found is None) == ("interval" in sweep)
-    assert train.check_arguments(["-m", "hydra/sweeper=optuna", *BASE, sweep]) is None
+    choice = "method.update_ratio=tag(a, choice(0.5, 1))"
+    assert train.check_arguments(["-m", *BASE, choice]) is not None
+    interval = "method.update_ratio=interval(0.1,4)"
+    for sweep in (choice, interval):
+        assert train.check_arguments(["-m", "hydra/sweeper=ax", *BASE, sweep]) is None
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,18 @@ def test_on_a_terminal_there_is_a_bar_and_failures_stay_readable(
     assert "1/2 |" in err
 
 
+def test_the_time_left_is_told_where_some_of_it_is_unknown() -> None:
+    known, other = ["scale=tiny", "experiment=e2e"], ["trainer.max_steps=7"]
+    cells = [Cell("lora", "e2e", Run.compose([*known, f"seed={seed}"])) for seed in (1, 2, 3)]
+    odd = Cell("untrained", "e2e", Run.compose([*known, *other]))
+    durations, running = Durations(), {cells[0].signature: 4.0, cells[1].signature: 1.0}
+    assert batch.time_left([*cells, odd], running, durations) == "unknown"
+    durations.add(cells[2].run.group, cells[2].run.config, 10.0)
+    assert batch.time_left(cells, running, durations) == "12 s"
+    assert batch.time_left([*cells, odd], running, durations) == "12 s and 1 of unknown length"
+    assert batch.time_left([], {}, durations) == "0 s"
+
+
 def test_durations_prefer_the_same_settings() -> None:
     durations = Durations()
     run = Run.compose(["experiment=e2e", "scale=tiny", "method=lora"])
@@ -414,3 +426,13 @@ def test_runs_shared_by_two_tables_run_once(
     content = json.loads((tmp_path / "results" / "tiny" / "table6.json").read_text())
     assert [row["method"] for row in content["rows"]] == ["lora", "delta_lora", "lora_high_lr"]
     assert all(row["metrics"]["bleu"]["n"] == 1 for row in content["rows"])
+
+
+def test_a_run_knows_all_tables_of_the_command_that_need_it(tmp_path: Path) -> None:
+    base = ["experiment=e2e", "scale=tiny", f"paths.outputs={tmp_path}"]
+    run, other = (Run.compose([*base, f"method={name}"]) for name in ("lora", "delta_lora"))
+    cells = [Cell("lora", "e2e", run, "table1"), Cell("delta_lora", "e2e", other, "table1")]
+    cells.append(Cell("plain", "e2e", run, "rank"))
+    planned = batch.Batch.plan(cells, scale="tiny", extra=(), workers="1")
+    assert [cell.run.part_of for cell in planned.todo] == [["table1", "rank"], ["table1"]]
+    assert [cell.signature for cell in planned.todo] == [run.name, other.name]

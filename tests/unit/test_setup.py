@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "configs" / "table", tmp_path / "configs" / "table")
     (tmp_path / "requirements.lock").write_text("# made for:\na==1\nb==2\n")
+    (tmp_path / "requirements-ray.lock").write_text("c==3\n")
     (tmp_path / "pyproject.toml").write_text("")
     for name, text in (("python3", PYTHON3), ("pip", PIP)):
         (tmp_path / name).write_text(text)
@@ -41,7 +42,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str, pip_fails: int = 0) -> subprocess.CompletedProcess[str]:
-    own = {"PIP": str(folder / "pip"), "PIP_FAILS": str(pip_fails), "MAKEFLAGS": ""}
+    own = {
+        "PIP": str(folder / "pip"),
+        "PIP_FAILS": str(pip_fails),
+        "MAKEFLAGS": "",
+        "LAUNCHER": "local",
+    }
     return subprocess.run(
         ["make", "setup", f"PYTHON3={folder / 'python3'}", *arguments],
         cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=60,
@@ -60,6 +66,18 @@ def test_one_line_a_phase_and_nothing_new_the_second_time(folder: Path) -> None:
     log = (folder / ".venv" / "setup.log").read_text()
     assert log.count("pip line 1 of") == 2
     assert make(folder).stdout == "environment: ready (.venv/bin/python)\n"
+
+
+def test_ray_is_added_where_it_is_asked_for(folder: Path) -> None:
+    make(folder)
+    log = folder / ".venv" / "setup.log"
+    assert "requirements-ray.lock" not in log.read_text()
+    assert make(folder, "LAUNCHER=ray").stdout.splitlines() == [
+        "environment: adding ray (log: .venv/setup.log)",
+        "environment: ready (.venv/bin/python)",
+    ]
+    assert "--no-deps -r requirements-ray.lock" in log.read_text()
+    assert make(folder, "LAUNCHER=ray").stdout == "environment: ready (.venv/bin/python)\n"
 
 
 def test_a_failure_shows_the_end_of_the_log_and_what_to_do(folder: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -34,11 +34,12 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8, "num_epochs": 5, "warmup_steps": 3, "weight_decay": 0.1, "device": "cpu",
     "log_every_steps": 3, "checkpoint_every_steps": 4,
 }  # fmt: skip
+Prune = Callable[[Sequence[dict[str, float]]], str | None] | None
 
 
 def fit(
     folder: Path, *, seed: int = 1, dropout: float = 0.0, method: ToyMethod | None = None,
-    task: ToyTask | None = None, **settings: Any,
+    task: ToyTask | None = None, prune: Prune = None, **settings: Any,
 ) -> tuple[torch.nn.Module, FitResult]:  # fmt: skip
     task = task or ToyTask()
     task.load()
@@ -46,7 +47,7 @@ def fit(
     method.inject(model)
     result = Trainer(**{**SETTINGS, **settings}).fit(
         model, method=method, task=task, train=task.examples("train"),
-        validation=task.examples("validation"), seed=seed, folder=folder,
+        validation=task.examples("validation"), seed=seed, folder=folder, prune=prune,
     )  # fmt: skip
     return model, result
 

@@ -1,0 +1,1 @@
+"""What Weights & Biases shows of tables and sweeps: saved views and reports."""
