@@ -74,7 +74,7 @@ def other_model(
     more = [override for override in extra if key_of(override) in _CHOICES]
     runs = {cell.on: cell.run for cell in cells}
     for on, run in runs.items():
-        own = Run.compose((*more, *spec.runs[on], f"scale={scale}"))
+        own = Run.compose(list(dict.fromkeys((*more, *spec.runs[on], f"scale={scale}"))))
         if not _is_same(run, own):
             return Other(label(run.model_facts), f"{MODELS}/{_slug(run)}")
     return None
