@@ -49,10 +49,14 @@ class Checkpoint:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON to `path` atomically (temporary name, flush, rename)."""
+    """Write `content` as JSON to `path` atomically (temporary name, flush, rename).
+
+    Raises:
+        ValueError: a number in it is infinite or NaN, which JSON does not have.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
+        json.dump(content, stream, indent=2, ensure_ascii=False, allow_nan=False)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())

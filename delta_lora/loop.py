@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 from delta_lora import checkpoint, engine, memory
 from delta_lora.draws import seed_everything, step_indices
+from delta_lora.finite import NonFiniteLossError, Trained, check_values, check_weights
 from delta_lora.optimization import schedule_factor
 from delta_lora.protocols import Batch, Method, Task
 from delta_lora.result import FitResult, PrunedError, best_entry
 from delta_lora.runlog import MetricLogger, Progress, RunLog
 from delta_lora.session import Session, stop_signals
-from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
+from delta_lora.watched_loss import WatchedLoss
 
 if TYPE_CHECKING:
     from delta_lora.trainer import Trainer
@@ -157,9 +158,14 @@ class Loop:
         gradients over processes; evaluation calls `network`, which waits for nobody.
         """
         stored = checkpoint.latest(self.folder / "checkpoints")
+        self._trained = Trained(self.model)
         if self.settings.gradient_checkpointing:
             self._enable_gradient_checkpointing()
         self.model.to(self.device)
+        check_weights(
+            self.model.named_parameters(), "the model that the run starts from",
+            "copy its weights again, or take others",
+        )  # fmt: skip
         optimizer = self.settings.build_optimizer(self.model, self.method)
         if stored is not None:
             self._restore_model(stored)
@@ -337,6 +343,7 @@ class Loop:
             self.progress.update()
             return
         self._check_loss()
+        check_values({"the norm of the gradients": norm}, f"step {self.step - 1}")
         loss = self._sum(self._loss_sum) / self._num_targets_logged
         self._loss_sum.zero_()
         self._num_targets_logged = 0
@@ -387,6 +394,7 @@ class Loop:
         if self.score is not None:
             self.model.eval()
             values.update(self.score(self.model))
+        check_values(values, f"the evaluation at step {self.step}")
         entry = {"step": self.step, "epoch": self.result.num_epochs, **values}
         if self.log is not None:
             named = {f"validation/{name}": value for name, value in values.items()}
@@ -519,6 +527,8 @@ class Loop:
         self.result.resources = self.session.resources()
         self.method.finish(self.total_steps)
         self.result.chosen_step = self.total_steps
+        if self.total_steps > 0:
+            self._check_end()
         if self.settings.checkpoint_rule == "best" and self.total_steps > 0:
             self._restore_best()
         if self.log is not None:
@@ -530,6 +540,25 @@ class Loop:
             model.config.use_cache = self._use_cache
         self.model.eval()
         return self.result
+
+    def _check_end(self) -> None:
+        """Check what the last step left: nobody has looked at the weights behind it.
+
+        Raises:
+            NonFiniteError: a weight is infinite or NaN.
+        """
+        check_weights(
+            self.method.updated_tensors(self.model).items(),
+            f"what {self.total_steps} steps have trained",
+            "lower the learning rate or alpha, or clip gradients (trainer.max_grad_norm=1.0)",
+        )
+        self.result.is_unchanged = self._trained.is_unchanged(self.model)
+        if self.result.is_unchanged and self.accelerator.is_main_process:
+            logger.warning(
+                "nothing was learnt: %d steps have changed nothing of what the model computes; "
+                "look at the learning rate, at warm-up and at what trains",
+                self.total_steps,
+            )
 
     # ------------------------------------------------------------------ what processes agree on
 

@@ -18,21 +18,23 @@ class FitResult:
     Attributes:
         num_steps: applied optimiser steps.
         num_epochs: passes over the data.
-        final_train_loss: mean loss per target since the last log line.
+        final_train_loss: mean loss per target since the last log line; None before the first.
         validation: one entry per evaluation (step, epoch, loss, the task's metrics).
         checkpoint_rule: ``last`` or ``best``.
         chosen_step: the step whose weights and method state the model holds now.
         skipped_steps: fp16 steps that overflowed and were repeated.
+        is_unchanged: whether the steps have changed nothing of what the model computes.
         resources: seconds, peak memory in bytes, tokens per second, number of sessions.
     """
 
     num_steps: int = 0
     num_epochs: float = 0.0
-    final_train_loss: float = float("nan")
+    final_train_loss: float | None = None
     validation: list[dict[str, float]] = field(default_factory=list)
     checkpoint_rule: str = "last"
     chosen_step: int = 0
     skipped_steps: int = 0
+    is_unchanged: bool = False
     resources: dict[str, float] = field(default_factory=dict)
 
 

@@ -145,7 +145,7 @@ def _same(mirror: MetricLogger) -> MetricLogger:
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content).encode() + b"\n"
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def _measured_until(path: Path, step: int) -> IO[bytes]:

@@ -258,6 +258,8 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: the loss is infinite or NaN (step and examples named).
+            NonFiniteError: a weight of the model, the norm of the gradients, a value of an
+                evaluation, or a weight behind the last step is.
             ValueError: no training data, or the global batch cannot be split over the processes.
             RuntimeError: a checkpoint does not fit the run.
             KeyboardInterrupt: stopped by a signal, after writing a checkpoint.

@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became infinite or NaN."""
+from delta_lora.finite import NonFiniteLossError
 
 
 class WatchedLoss:
@@ -44,6 +42,12 @@ class WatchedLoss:
         if self.is_finite:
             where = "the batch was another process's"
         value = "not finite" if self.is_finite else float(self._value)
+        if self.step == 0:
+            return NonFiniteLossError(
+                f"the loss of step 0 is {value}, before any update; {where}. Look at these "
+                "examples and at the model: in half precision a checkpoint that was trained in "
+                "another type overflows (trainer.precision=fp32, model.dtype=float32)"
+            )
         return NonFiniteLossError(
             f"the loss of step {self.step} is {value}; {where}. "
             "Lower the learning rate, clip gradients (trainer.max_grad_norm=1.0) or use "

@@ -151,9 +151,13 @@ class E2E(DataToText):
     def _facts(self) -> dict[str, Any]:
         return {"nist": self.nist}
 
-    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
-        values = metrics.score([text], [references], metrics=["rouge_l"]).values
-        return {s.label: s.scale * values[s.name] for s in self.metrics if s.name in values}
+    def _item_values(self, texts: list[str], references: list[list[str]]) -> dict[str, list[float]]:
+        values = metrics.item_scores(texts, references, metrics=["rouge_l"]).values
+        return {
+            s.label: [s.scale * value for value in values[s.name]]
+            for s in self.metrics
+            if s.name in values
+        }
 
     def _score(self, texts: list[str], items: Sequence[Input]) -> Scores:
         references = [list(item.references) for item in items]

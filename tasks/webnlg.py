@@ -221,11 +221,14 @@ class WebNLG(DataToText):
     def _seen_categories(self) -> set[str]:
         return {row.category for row in of_split(self._rows, "train")}
 
-    def _item_score(self, text: str, references: list[str]) -> dict[str, float]:
+    def _item_values(self, texts: list[str], references: list[list[str]]) -> dict[str, list[float]]:
         if "ter" not in metrics.METRICS[self.protocol]:
             return {}
-        found = metrics.score([text], [references], protocol=self.protocol, metrics=["ter"])
-        return {"TER": found.values["ter"]}
+        parts = {"all": range(len(texts))}
+        found = metrics.item_scores(
+            texts, references, parts, protocol=self.protocol, metrics=["ter"]
+        )
+        return {"TER": list(found.values["ter_all"])}
 
     def _parts(self, items: Sequence[Input]) -> dict[str, list[int]]:
         """Return the numbers of the entries of each part."""

@@ -200,6 +200,7 @@ def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, fl
 def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
     """Predict the scored split on merged weights, each process its share, and score it."""
     from delta_lora.analysis import similarity
+    from delta_lora.finite import check_values
     from delta_lora.protocols import Scores
 
     task, predictions, analysis = built.task, [], {}
@@ -212,6 +213,7 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
             predictions = predict(task, merged, built.tokenizer, run.folder, split)
     predicted = time.monotonic()
     scores = task.score(predictions, split) if predictions else Scores({}, {})
+    check_values(scores.values, f"scoring the split {split}")
     is_asked = is_main and run.config.score_references
     references = task.reference_scores(split) if is_asked else {}
     ended = time.monotonic()

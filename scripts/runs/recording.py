@@ -162,6 +162,8 @@ def _training_facts(run: Run, built: Built, fitted: Any) -> dict[str, Any]:
             "decoding": str(next(built.model.parameters()).dtype).removeprefix("torch."),
         },
     }
+    if fitted.is_unchanged:
+        training["unchanged"] = True
     if cfg.train_fraction is not None:
         training["subset"] = {
             "fraction": cfg.train_fraction, "of": built.num_available, "seed": cfg.seed

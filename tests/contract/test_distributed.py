@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
         "import math, sys\n"
         "from pathlib import Path\n"
         "from delta_lora import processes\n"
-        "from delta_lora.watched_loss import NonFiniteLossError\n"
+        "from delta_lora.finite import NonFiniteLossError\n"
         "from tests.toy import ToyTask\n"
         "from tests.unit.test_trainer import fit\n"
         "class Broken(ToyTask):\n"

@@ -21,12 +21,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from delta_lora import checkpoint
+from delta_lora.finite import NonFiniteLossError
 from delta_lora.methods.delta_lora import DeltaLora
 from delta_lora.protocols import MetricSpec
 from delta_lora.result import PrunedError
 from delta_lora.session import Session
 from delta_lora.trainer import Trainer
-from delta_lora.watched_loss import NonFiniteLossError, WatchedLoss
+from delta_lora.watched_loss import WatchedLoss
 from tests.contract.models import CASES
 from tests.golden.test_trajectories import CopyTask
 from tests.toy import ToyMethod, ToyTask, toy_model

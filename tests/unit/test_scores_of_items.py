@@ -9,6 +9,7 @@ import pytest
 from hydra.utils import instantiate
 
 from scripts.runs.run import Run
+from tasks.metrics import e2e
 
 SIZES = "{train:12,validation:6,test:6}"
 
@@ -70,3 +71,16 @@ def test_a_score_of_a_whole_set_is_none_of_an_item() -> None:
     found = task_of("e2e", f"task.embedded_sizes={SIZES}")
     (scores,) = found.scores_of_items(text_predictions(found)[:1], "test").values()
     assert list(scores) == ["ROUGE-L"]
+
+
+def test_the_tokenizer_of_e2e_starts_for_all_texts_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    tokenize = e2e.tokenize
+    monkeypatch.setattr(
+        e2e, "tokenize", lambda texts: started.append(len(texts)) or tokenize(texts)
+    )
+    task = task_of("e2e", f"task.embedded_sizes={SIZES}")
+    task.scores_of_items(text_predictions(task), "test")
+    assert len(started) <= 2, "one call for the predictions, one for the references"

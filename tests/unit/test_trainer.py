@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 
 from delta_lora import checkpoint
 from delta_lora.draws import step_indices
+from delta_lora.finite import NonFiniteLossError
 from delta_lora.optimization import schedule_factor
 from delta_lora.result import FitResult
 from delta_lora.trainer import Trainer
-from delta_lora.watched_loss import NonFiniteLossError
 from tests.toy import ToyMethod, ToyTask, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
