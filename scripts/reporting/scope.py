@@ -86,7 +86,9 @@ def _is_same(run: Run, own: Run) -> bool:
     if any(mine[key] != theirs[key] for key in ("name", "init")):
         return False
     path, architecture = run.config.model.path, own.config.model.architecture
-    if path is None or architecture is None or "same_as" in mine:
+    if path is None or architecture is None:
+        return True
+    if "same_as" in mine and mine["same_as"]["hub_id"] == own.config.model.hub_id:
         return True
     return has_architecture(Path(path).expanduser(), architecture)
 

@@ -91,7 +91,7 @@ def _instead(key: str, own: Sequence[str]) -> str:
         found = _OF_RECIPE.match(str(content.get(rest, "")))
         if found:
             return f"set {found[1]}, which the rows that say nothing of it read"
-    return "leave it out, or write a table of your own in configs/table"
+    return "leave it out, or write a file of your own in configs"
 
 
 def without_methods(extra: Sequence[str]) -> list[str]:
