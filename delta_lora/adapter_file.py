@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from delta_lora import checkpoint, stored
 from delta_lora.families import family_of
 from delta_lora.models import DTYPES, fingerprint, load_model
+from delta_lora.sources import looks_local
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: of the run whose folder holds the adapter's, where it is one of the suite.
@@ -104,8 +105,8 @@ def describe_base(
         model: the base model before any method.
         projections: as for `adapter.attach`.
         head: as for `adapter.attach`.
-        **known: what is known better than the model tells: ``family``, ``source``, ``revision``,
-            ``architecture``, ``dtype``, ``attention``, ``config_overrides``.
+        **known: what is known better than the model tells: ``name``, ``family``, ``source``,
+            ``revision``, ``architecture``, ``dtype``, ``attention``, ``config_overrides``.
     """
     config = getattr(model, "config", None)
     family = family_of(model)
@@ -114,9 +115,11 @@ def describe_base(
         overrides = {"num_labels": config.num_labels, "problem_type": config.problem_type}
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtypes = {value: key for key, value in DTYPES.items()}
+    source = known.get("source", _source_of(config))
     return {
+        "name": None if source is None else base_name(source),
         "family": family,
-        "source": _source_of(config),
+        "source": source,
         "revision": None,
         "architecture": None,
         "dtype": dtypes.get(first.dtype, "float32") if first is not None else "float32",
@@ -127,6 +130,11 @@ def describe_base(
         "head": list(head),
         "sha256": None if _is_on_meta(model) else fingerprint(model, exclude=head),
     }
+
+
+def base_name(source: str) -> str:
+    """Return how people are told of a base model: its hub id, or the name of its folder alone."""
+    return Path(source).expanduser().absolute().name if looks_local(source) else source
 
 
 def _source_of(config: Any) -> str | None:

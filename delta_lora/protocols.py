@@ -94,7 +94,8 @@ class Method(ABC):
     not_signed: tuple[str, ...] = ()
     #: peak learning rate of what `param_groups` returns.
     learning_rate: float
-    #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).
+    #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W, also where
+    #: its closed form keeps the change of W beside it).
     num_updatable_parameters: int = 0
     #: whether `inject` plans by the length of the training.
     needs_total_steps: bool = False

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
-from scripts.auditing.plan import AuditPlan, load_settings, make_plan
+from scripts.auditing.plan import AuditPlan, as_table, load_settings, make_plan
+from scripts.reporting.plan import describe_scope
 from scripts.reporting.results import (
     RESULTS,
     accept,
@@ -34,6 +35,7 @@ from scripts.reporting.results import (
     read_accepted,
     write_text,
 )
+from scripts.reporting.scope import other_model
 from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch, run_jobs
@@ -193,12 +195,15 @@ def _audit(options: argparse.Namespace) -> int:
     parse_workers(options.workers)  # a bad number is said before the planning
     launcher = launchers.load(options.launcher, options.launcher_args)
     plan = make_plan(scale, seeds, extra, load_settings(scale))
-    folder, kept = options.results / scale, options.results / "runs"
+    other = other_model(as_table(plan), plan.cells, scale, extra)
+    folder = options.results / scale / ("" if other is None else other.folder)
+    kept = options.results / "runs"
     if options.plan:
         open_runs = {c.signature for c in plan.cells if not c.run.is_done}
         open_measurements = [m for m in plan.measurements if m.read() is None]
         print(f"{len({c.signature for c in plan.cells})} runs, {len(open_runs)} missing")
         print(f"{len(plan.measurements)} measurements, {len(open_measurements)} missing")
+        print("".join(f"{line}\n" for line in describe_scope(other)), end="")
         refusal = launcher.refusal(scale, extra)
         if refusal is not None and (open_runs or open_measurements):
             print(f"would be refused: {refusal}")

@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from delta_lora import stored
 from scripts.reporting.results import RESULTS
+from scripts.reporting.scope import words_of_part
+from scripts.runs import weights
 from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files, check_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
@@ -187,18 +189,16 @@ def _write_card(
     base, method = description["base"], dict(description["method"])
     name = str(method.pop("name"))
     is_peft = (folder / "adapter_config.json").exists()
-    known = None if record is None else record["model"]
-    base_name = (known or {}).get("hub_id") or (known or {}).get("name") or base["source"]
+    model = _model_of(base, record)
+    hub_id, _ = weights.hub_weights(model)
     front = ["---", "library_name: peft" if is_peft else "library_name: transformers"]
-    if known is not None and known["hub_id"]:
-        front.append(f"base_model: {known['hub_id']}")
-    front += [
-        "tags:",
-        *[f"- {tag}" for tag in ("delta-lora", "lora", name.replace("_", "-"))],
-        "---",
-    ]
-    lines = [*front, "", f"# {name} on {base_name}", "", f"{facts[0].upper()}{facts[1:]}.", ""]
-    lines += ["## Load it", "", "```python", *_loading(base, is_peft), "```", ""]
+    if hub_id is not None:
+        front.append(f"base_model: {hub_id}")
+    tags = dict.fromkeys(("delta-lora", "lora", name.replace("_", "-")))
+    front += ["tags:", *[f"- {tag}" for tag in tags], "---"]
+    title = f"# {name} on {hub_id or weights.label(model)}"
+    lines = [*front, "", title, "", f"{facts[0].upper()}{facts[1:]}.", ""]
+    lines += ["## Load it", "", "```python", *_loading(base, model, is_peft), "```", ""]
     if record is not None:
         lines += _scores(record)
     lines += ["## Settings", ""]
@@ -215,7 +215,25 @@ def _write_card(
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
+def _model_of(base: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return which base model was loaded: by the record, else by what the adapter says of it."""
+    if record is not None:
+        return weights.facts_of_record(record)
+    from delta_lora import adapter_file
+    from delta_lora.sources import looks_local
+
+    source, revision = base["source"], base["revision"]
+    is_local = source is None or looks_local(source)
+    named = None if source is None else adapter_file.base_name(source)
+    return {
+        "name": base.get("name") or named or "a model of its own",
+        "init": "pretrained",
+        "hub_id": None if is_local else source,
+        "revision": None if is_local else revision,
+    }
+
+
+def _loading(base: Mapping[str, Any], model: Mapping[str, Any], is_peft: bool) -> list[str]:
     from delta_lora.families import FAMILIES
 
     family = FAMILIES.get(base["family"])
@@ -224,43 +242,54 @@ def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
         return [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("FOLDER")']
     labels = base["config_overrides"].get("num_labels")
     extra = f", num_labels={labels}" if labels is not None else ""
+    hub_id, revision = weights.hub_weights(model)
+    pin = f', revision="{revision}"' if revision is not None else ""
+    where = [] if hub_id is not None else ["# the folder of the base model, wherever you keep it"]
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
-        f'base = {auto}.from_pretrained("BASE"{extra})',
+        *where,
+        f"base = {auto}.from_pretrained({json.dumps(hub_id or model['name'])}{pin}{extra})",
         'model = PeftModel.from_pretrained(base, "FOLDER")',
     ]
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:
     task = record["task"]
-    lines = [f"## Scores on `{task['name']}`", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in record["metrics"].items()]
-    lines += [
+    lines = [f"## Scores on `{task['name']}`", ""]
+    values = [f"| {name} | {value:.4f} |" for name, value in record["metrics"].items()]
+    values += [
         f"| {name} | not computed: {why} |" for name, why in record["missing_metrics"].items()
     ]
+    if not values:
+        return [*lines, "The run trained and was not scored.", ""]
+    lines += ["| metric | value |", "|---|---|", *values, ""]
+    if part := task.get("part"):
+        lines += [f"Of a part of the {part['split']} set: {words_of_part(part)}.", ""]
     lines += [
-        "",
         "Fractions of 1 where the metric is one; one run, one seed: no interval.",
         "",
         "## What the paper's claims are worth",
         "",
-        *_verdicts(record["scale"]),
+        *_verdicts(record["scale"], weights.facts_of_record(record)["name"]),
         "",
     ]
     return lines
 
 
-def _verdicts(scale: str) -> list[str]:
-    """Return the suite's verdicts at the scale of the run, from the generated tables."""
+def _verdicts(scale: str, model: str) -> list[str]:
+    """Return the suite's verdicts on a model at a scale, from the generated tables."""
     lines = []
     for path in sorted((RESULTS / scale).glob("*.json")):
-        for claim in stored.read_json(path, "make the table anew").get("claims", []):
+        content = stored.read_json(path, "make the table anew")
+        if model not in content.get("models", ()):
+            continue
+        for claim in content.get("claims", []):
             lines.append(f"- {claim['id']}: {claim['statement']} **{claim['verdict']}**")
     if not lines:
-        return [f"No table was made at scale `{scale}` yet, so no claim is judged."]
-    return [f"Judged by this suite at scale `{scale}`:", "", *sorted(lines)]
+        return [f"No table of `{model}` at scale `{scale}` judges a claim."]
+    return [f"Judged by this suite on `{model}` at scale `{scale}`:", "", *sorted(lines)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,8 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.reporting.plan import describe, describe_costs
+from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
+from scripts.reporting.scope import other_model
 from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch
@@ -81,7 +82,10 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError("a sweep needs statsmodels; install requirements.lock")
     spec = load_sweep(options.sweep, scale, parse_values(options.values))
     cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
-    folder = options.results / scale / "sweeps" / spec.name
+    spec.check_extra(scale, extra)
+    other = other_model(spec.as_table(), cells, scale, extra)
+    results = options.results / scale / ("" if other is None else other.folder)
+    folder = results / "sweeps" / spec.name
     if options.accept or options.check:
         if options.accept:
             keep(cells, options.results / "runs" / scale)
@@ -91,10 +95,12 @@ def _sweep(options: argparse.Namespace) -> int:
         code = _finish(content, folder) if options.accept else _compare(content, folder)
         return max(code, left_out(problems))
     batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers, launcher=launcher)
-    print("\n".join(describe(spec.as_table(), cells, batch.states)))
+    lines = describe(spec.as_table(), cells, batch.states)
+    print("\n".join([*lines, *describe_scope(other)]))
     print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
     print("\n".join(batch.summary()), flush=True)
     if options.plan:
+        print("\n".join(describe_refusals(batch.impossible())), end="")
         return 1 if batch.damaged() else 0
     if batch.todo:
         batch.check_place(options.results / scale)

@@ -34,8 +34,8 @@ from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
-from tasks.predictions import align, own_chunks
-from tasks.sources import Source
+from tasks.predictions import align, chosen, describe_part, own_chunks
+from tasks.sources import MaxInputs, Source
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class DataToText(Task):
         protocol: which texts or scorers are used; recorded.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
 
     Raises:
         ValueError: a setting is not allowed.
@@ -106,11 +107,13 @@ class DataToText(Task):
         protocol: str,
         max_length: int,
         decoding: BeamSearch | None,
+        max_inputs: MaxInputs | None = None,
     ):
         self.source = source
         self.protocol = protocol
         self.max_length = max_length
         self.decoding = BeamSearch() if decoding is None else decoding
+        self.max_inputs = max_inputs
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
         self._store = Store(self.title, source.encoded_folder)
@@ -181,6 +184,7 @@ class DataToText(Task):
             "files": files,
             "rows": {split: len(rows[split]) for split in rows},
             "inputs": {split: len(inputs[split]) for split in rows},
+            **describe_part(self.scored_split, len(inputs[self.scored_split]), self.max_inputs),
         }
         logger.info(
             "%s (%s, %s): %s",
@@ -301,8 +305,11 @@ class DataToText(Task):
     # Decoding
 
     def inputs(self, split: str = "test") -> tuple[Input, ...]:
-        """Return the distinct inputs in order of first occurrence."""
-        return of_split(self._inputs, split)
+        """Return the distinct inputs in order of first occurrence, of a part those that it has."""
+        items = of_split(self._inputs, split)
+        if split == "train":
+            return items
+        return tuple(items[i] for i in chosen(len(items), self.max_inputs))
 
     def predict(
         self,

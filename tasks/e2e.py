@@ -26,7 +26,7 @@ from tasks.data import Document, find_file, listing, read_csv, read_lines, short
 from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import e2e as metrics
-from tasks.sources import Kind, Release, Seed, Sizes, Source
+from tasks.sources import Kind, MaxInputs, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import e2e as embedded
 
 #: split -> file, by protocol; the names of the official releases.
@@ -66,6 +66,7 @@ class E2E(DataToText):
         protocol: ``lora`` or ``challenge``.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         nist: ``python`` (e2e-metrics with -p, as microsoft/LoRA calls it) or ``perl`` (its
             default); only NIST differs.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
@@ -90,6 +91,7 @@ class E2E(DataToText):
         protocol: Annotated[str, OneOf(tuple(FILES))] = "lora",
         max_length: MaxLength = 512,
         decoding: BeamSearch | None = None,
+        max_inputs: MaxInputs | None = None,
         nist: Annotated[str, OneOf(NIST_VARIANTS)] = "python",
         embedded_seed: Seed = 0,
         embedded_sizes: Sizes | None = None,
@@ -111,6 +113,7 @@ class E2E(DataToText):
             protocol=protocol,
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
         self.nist = nist
         self.name = "e2e" if protocol == "lora" else f"e2e_{protocol}"

@@ -31,6 +31,8 @@ KINDS = ("hub", "files", "embedded")
 #: how a task's constructor declares what it hands on.
 Kind = Annotated[str, OneOf(KINDS)]
 Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
+#: how many inputs of a split are decoded.
+MaxInputs = Annotated[int, Range(at_least=1, at_most=10**9)]
 Sizes = Mapping[
     str,
     Annotated[

@@ -37,7 +37,7 @@ from tasks.data import Document, find_file, listing, of_split, read_lines, short
 from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
-from tasks.sources import Kind, Release, Seed, Sizes, Source
+from tasks.sources import Kind, MaxInputs, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import webnlg as embedded
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class WebNLG(DataToText):
         protocol: ``lora`` or ``challenge_2017``; only the scores differ.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> entries of the ``embedded`` corpus; None takes its defaults.
 
@@ -105,6 +106,7 @@ class WebNLG(DataToText):
         protocol: Annotated[str, OneOf(PROTOCOLS)] = "lora",
         max_length: MaxLength = 512,
         decoding: BeamSearch | None = None,
+        max_inputs: MaxInputs | None = None,
         embedded_seed: Seed = 0,
         embedded_sizes: Sizes | None = None,
     ):
@@ -124,6 +126,7 @@ class WebNLG(DataToText):
             protocol=protocol,
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
         self._counts: dict[str, dict[str, int]] = {}
 

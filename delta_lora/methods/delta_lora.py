@@ -167,9 +167,9 @@ class DeltaLora(LowRankMethod):
             for branch in layer.branches
         ]
         if self.update_ratio > 0:
-            self.num_updatable_parameters = sum(
-                target.branch.projection.num_entries for target in self._targets
-            ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
+            # One count for both forms: the entries of W that move, wherever their change is kept.
+            moving = [*self._closed, *(target.branch for target in self._targets)]
+            self.num_updatable_parameters = sum(b.projection.num_entries for b in moving)
         if delta.never_updates(total_steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 

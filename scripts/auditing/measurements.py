@@ -21,6 +21,7 @@ from scripts.runs.composition import ROOT
 from scripts.runs.execution import prepare
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
+from scripts.runs.weights import label
 
 RECORD_SCHEMA = 3
 KNOWN_SCHEMAS = (2, RECORD_SCHEMA)
@@ -116,7 +117,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         "label": measurement.label,
         "start": measurement.start,
         "settings": measurement.settings,
-        "model": run.config.model.name,
+        "model": label(run.model_facts),
         "result": MEASURE[measurement.part](run, measurement.settings),
         "provenance": {
             "git": provenance.git_state(ROOT),

@@ -69,7 +69,7 @@ def fp16(context: Context) -> Finding:
     finding.equal("skipped_steps", straight.skipped_steps, FP16_REPEATS)
     finding.equal("skipped_steps_resumed", resumed.skipped_steps, FP16_REPEATS)
     finding.equal("steps_resumed", resumed.num_steps, straight.num_steps)
-    losses = (straight.final_train_loss, resumed.final_train_loss)
+    losses = [run.final_train_loss or math.nan for run in (straight, resumed)]
     finding.equal("finite_losses", all(map(math.isfinite, losses)), True)
     finding.values["ms_after_resume"] = round(resumed_ms / straight_ms, 3)
     # A clock on a shared host says little; what the host asks of the device can be counted.

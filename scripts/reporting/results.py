@@ -19,6 +19,7 @@ from delta_lora import stored
 from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
+from scripts.reporting.scope import as_shown, check_one_model, shown, words_of_part
 from scripts.reporting.spec import ROOT, Column, TableSpec
 from scripts.reporting.spread import spread_of
 from scripts.runs import checksums
@@ -151,10 +152,12 @@ def build_results(
         entries: from `collect`.
 
     Raises:
-        ValueError: the records must not share a table (scale, data, protocol, task version).
+        ValueError: the records must not share a table (scale, data, protocol, task version, model).
     """
     done = [entry for entry in entries if entry.record is not None]
+    check_one_model(spec.name, [entry.cell for entry in entries])
     facts = facts_of(spec, scale, seeds, extra, entries)
+    spec = shown_spec(spec, scale, extra, entries)[0]
     scores = {row.name: _scores(spec, row.name, done) for row in spec.rows}
     resources = {row.name: _resources(spec, row.name, done) for row in spec.rows}
     return {
@@ -190,15 +193,19 @@ def facts_of(
     _check_comparable(scale, done)
     records = [entry.record for entry in done if entry.record is not None]
     together = max((p.cells_on_device for row in _places(done).values() for p in row), default=1)
+    as_it_is, scope = shown_spec(spec, scale, extra, entries)
+    models = {record["model"]["name"] for record in records}
+    if "other_model" in scope:
+        models = {scope["other_model"]["name"]}
     return {
         "number": spec.number,
-        "title": spec.title,
+        "title": as_it_is.title,
         "scale": scale,
         "seeds": list(seeds),
-        "overrides": list(extra),
+        "overrides": shown(extra),
         "tuning": spec.tuning,
         "tasks": {run: _task_facts(run, done) for run in spec.runs},
-        "models": sorted({record["model"]["name"] for record in records}),
+        "models": sorted(models),
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
         "code": code_of(records),
         "evaluations": _evaluations(records),
@@ -206,7 +213,16 @@ def facts_of(
         "devices": sorted({device_of(record) for record in records}),
         "device_types": sorted({_device_type(record) for record in records}),
         **({"runs_on_a_device": together} if together > 1 else {}),
+        **scope,
     }
+
+
+def shown_spec(
+    spec: TableSpec, scale: str, extra: Sequence[str], entries: Sequence[Entry]
+) -> tuple[TableSpec, dict[str, Any]]:
+    """Return a table as `scope.as_shown` does; arguments as `build_results`."""
+    records = [entry.record for entry in entries if entry.record is not None]
+    return as_shown(spec, scale, extra, [entry.cell for entry in entries], records)
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -448,6 +464,8 @@ def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
             facts = {key: task.get(key) for key in (*keys, "scored_split")}
             for key in ("rows", "max_rows"):
                 facts[key] = " + ".join(f"{n:,} {s}" for s, n in task.get(key, {}).items()) or None
+            if "part" in task:
+                facts["scored"] = words_of_part(task["part"])
             if facts["source"] == "files":
                 facts |= _doubtful_files(task.get("files", []))
             before = entry.record["init_from"]

@@ -185,6 +185,19 @@ class Batch:
             raise OSError(reason) from error
         self.launcher.check(self.scale, self.extra)
 
+    def impossible(self) -> Iterator[tuple[Cell, str]]:
+        """Check rows as `refused` does, but for the device and what only the network can tell."""
+        checked, seen = set(), set[str]()
+        for cell in self.todo:
+            if (cell.row, cell.on) in checked:
+                continue
+            checked.add((cell.row, cell.on))
+            try:
+                checks.check_settings(cell.run)
+                checks.check_local_sources(cell.run, seen)
+            except ValueError as error:
+                yield cell, str(error)
+
     def refused(self) -> Iterator[tuple[Cell, str]]:
         """Check rows one after the other; yield a cell of each that cannot run, and why."""
         checked, sources = set(), set[str]()

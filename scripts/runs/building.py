@@ -236,6 +236,7 @@ def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
         model,
         projections=projections,
         head=task.head,
+        name=run.model_facts["name"],
         family=cfg.model.family,
         source=source,
         revision=revision,

@@ -170,6 +170,30 @@ def check_sources(run: Run, seen: set[str]) -> None:
         check_sources(run.start_run, seen)
 
 
+def check_local_sources(run: Run, seen: set[str]) -> None:
+    """Check as `check_sources`, but only what is in folders of this machine; no network is asked.
+
+    Raises:
+        ConfigError: a folder lacks something.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora.sources import check_source, looks_local
+
+    for source, revision, needs in _model_sources(run):
+        key = f"{source} {sorted(needs.items())}"
+        if looks_local(source) and key not in seen:
+            with as_config_error():
+                check_source(source, revision, **needs)
+            seen.add(key)
+    if run.config.task.get("source") == "files":
+        key = hash_of({"task": OmegaConf.to_container(run.config.task, resolve=True)})
+        if key not in seen:
+            with as_config_error():
+                instantiate(run.config.task).check_source()
+            seen.add(key)
+
+
 def _model_sources(run: Run) -> Iterator[tuple[str, str | None, dict[str, bool]]]:
     """Yield what a run loads: folder or hub id, revision, and what of it is needed."""
     if run.pretraining is not None:  # made by the suite itself, later

@@ -121,7 +121,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     _check_single(overrides)
     check_choices(overrides)
     try:
-        with _hydra():
+        with hydra_ready():
             cfg = hydra_compose("train", overrides, return_hydra_config=True)
         choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
         with open_dict(cfg):
@@ -186,7 +186,7 @@ def check_launch(overrides: Sequence[str]) -> None:
     if not overrides:
         return
     try:
-        with _hydra():
+        with hydra_ready():
             cfg = hydra_compose("train", overrides, return_hydra_config=True)
         launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -252,7 +252,8 @@ def _quoted(override: str) -> str:
 
 
 @contextlib.contextmanager
-def _hydra() -> Iterator[None]:
+def hydra_ready() -> Iterator[None]:
+    """Let Hydra read our configurations within the block, where it does not yet."""
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():
             stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
@@ -384,7 +385,7 @@ def _explain(error: Exception) -> str:
     unknown = re.search(r"Could not override '([\w.]+)'", message)
     if unknown:
         parent, _, key = unknown.group(1).rpartition(".")
-        with contextlib.suppress(Exception), _hydra():
+        with contextlib.suppress(Exception), hydra_ready():
             node = OmegaConf.select(hydra_compose("train"), parent) if parent else None
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
             if key not in known:  # else it is the file that is wrong, not the name

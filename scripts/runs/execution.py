@@ -21,9 +21,11 @@ from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
 from scripts.runs.mirroring import mirror_of, write_references
+from scripts.runs.own_files import own_files
 from scripts.runs.recording import Scored, record_of, write_failure, write_pruned
 from scripts.runs.run import Run
 from scripts.runs.starts import read_start
+from scripts.runs.weights import label
 from scripts.runs.workers import COMMAND_BEGAN, cells_on_device
 
 #: says by the evaluations so far why a run is given up, or None.
@@ -110,6 +112,7 @@ def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
         _ensure(run.start_run, f"first the run that this one starts from: {run.start_run.folder}")
     built = build(run, task, read_start(run))
     _log_start(run, built)
+    own = own_files(run.config)  # as they are now, before hours of training
     if is_main:
         OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
     with _mirrored(run, task, is_main=is_main) as mirrors:
@@ -118,7 +121,7 @@ def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
         scored = _score(run, built, adapter, is_main=is_main)
         if not is_main:
             return {}
-        record = {**record_of(run, built, fitted, scored), "adapter_sha256": adapter}
+        record = {**record_of(run, built, fitted, scored, own), "adapter_sha256": adapter}
         if run.config.save_model:
             record["model"]["saved_weights_sha256"] = _save_model(run, built)
         resources = {**fitted.resources, **scored.resources}
@@ -287,7 +290,7 @@ def _log_start(run: Run, built: Built) -> None:
     logger.info(
         "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
         "%d examples, batch %d, %d steps",
-        run.name, run.choices.method, run.choices.task, run.config.model.name,
+        run.name, run.choices.method, run.choices.task, label(run.model_facts),
         f"{trainable:,}", trainable / 2**20, f"{updatable:,}", updatable / 2**20,
         f"{parameters['total']:,}", len(built.train), built.trainer.batch_size, built.total_steps,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,9 @@ class Scored:
     resources: dict[str, float]
 
 
-def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, Any]:
+def record_of(
+    run: Run, built: Built, fitted: Any, scored: Scored, own: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
     """Return the record of a finished run, all but what it wrote.
 
     Args:
@@ -48,17 +51,15 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
         built: what it was made of.
         fitted: what came of the training (`delta_lora.result.FitResult`).
         scored: what the trained model does.
+        own: files that it used and that are not committed, from `own_files`.
     """
-    task, cfg = built.task, run.config
+    task = built.task
     return {
         **_identity(run),
         "status": "completed",
         "task": {"name": task.name, "version": task.version, **task.provenance()},
         "model": {
-            "name": cfg.model.name,
-            "init": cfg.model.init,
-            "hub_id": cfg.model.hub_id,
-            "revision": cfg.model.revision,
+            **run.model_facts,
             "weights_sha256": built.weights_sha256,
             "pretrained_sha256": _pretrained_sha256(run),
         },
@@ -72,7 +73,7 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
         "training": _training_facts(run, built, fitted),
         "num_predictions": scored.num_predictions,
         "config": config_of(run),
-        "provenance": _provenance_of(built.model),
+        "provenance": _provenance_of(built.model, own),
     }
 
 
@@ -184,10 +185,13 @@ def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, f
     }
 
 
-def _provenance_of(model: Any) -> dict[str, Any]:
+def _provenance_of(model: Any, own: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Return code, packages, and the device that the model is on."""
+    git = provenance.git_state(ROOT)
+    if own:  # the commit lacks what was used
+        git |= {"dirty": True, "untracked": list(own)}
     return {
-        "git": provenance.git_state(ROOT),
+        "git": git,
         "packages": provenance.packages(),
         "device": provenance.device(next(model.parameters()).device),
     }

@@ -28,6 +28,7 @@ from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.composition import ROOT, ConfigError
 from scripts.runs.leaves import check_leaves
 from scripts.runs.meaning import hash_of, meaning_of
+from scripts.runs.weights import model_facts
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,11 @@ class Run:
     def folder(self) -> Path:
         """Its folder."""
         return self.outputs / self.name
+
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """Which model it starts from; see `scripts.runs.weights.model_facts`."""
+        return model_facts(self.config, is_made_here=self.pretraining is not None)
 
     # ------------------------------------------------------------------ how far it is
 

@@ -48,7 +48,7 @@ def read_start(run: Run) -> Start | None:
         checksums.check_record(before / checksums.RECORD, record, checksums.advice_for(before))
     if record is None:
         raise ConfigError(f"init_from: the run in {before} is not finished")
-    mine = (run.choices.method, run.config.model.name)
+    mine = (run.choices.method, run.model_facts["name"])
     theirs = (record["method"], record["model"]["name"])
     if mine != theirs:
         raise ConfigError(

@@ -13,8 +13,11 @@ from typing import Annotated, Any
 
 from delta_lora.checks import NAME, NOT_EMPTY, Matches, check_mapping, check_value, check_values
 from scripts.reporting.spec import ROOT, Row, TableSpec, check_keys, read_yaml
+from scripts.runs import conflicts
 from scripts.runs.cells import Cell, list_cells
+from scripts.runs.run import Run
 from scripts.runs.scale import SCALES
+from scripts.runs.weights import key_of
 
 SWEEPS = ROOT / "configs" / "sweep"
 #: (name of a row, name of what it is trained on) -> why its runs cannot be made.
@@ -106,6 +109,7 @@ class SweepSpec:
         methods: what is run at every value.
         axes: what is varied, the first from left to right in pictures.
         references: what the grid is compared with.
+        model: what the title calls the model, whose place the name of another one takes.
     """
 
     name: str
@@ -115,6 +119,7 @@ class SweepSpec:
     methods: tuple[Method, ...]
     axes: tuple[Axis, ...]
     references: tuple[Method, ...] = ()
+    model: str | None = None
 
     def points(self) -> list[Point]:
         """Return the cells of the grid, method by method, then the references."""
@@ -162,11 +167,10 @@ class SweepSpec:
         Raises:
             ValueError: no point composes, or `extra` sets an axis.
         """
-        keys = {axis.key: axis.name for axis in self.axes}
         for override in extra:
-            key = override.partition("=")[0].lstrip("+~")
-            if key in keys:
-                raise ValueError(f"{override!r} sets the axis {keys[key]} of sweep {self.name}")
+            for axis in self.axes:
+                if conflicts.meet(key_of(override), key_of(axis.key)):
+                    raise ValueError(f"{override!r} sets the axis {axis.name} of sweep {self.name}")
         found: list[Cell] = []
         refused: Refused = {}
         for point in self.points():
@@ -185,13 +189,30 @@ class SweepSpec:
         order = {seed: number for number, seed in enumerate(seeds)}
         return sorted(found, key=lambda cell: order[cell.seed]), refused
 
+    def check_extra(self, scale: str, extra: Sequence[str]) -> None:
+        """Check that no override of all runs undoes what a point is; see `conflicts`.
+
+        Raises:
+            ValueError: one does.
+        """
+        points = {point.name: point.overrides for point in self.points()}
+        free = conflicts.without_methods(extra)
+        on = self.experiments[0].overrides
+        try:
+            conflicts.check_extra(extra, (points, {e.name: e.overrides for e in self.experiments}))
+            conflicts.check_methods(
+                extra, points, lambda own: Run.compose((*on, *own, f"scale={scale}", *free)).config
+            )
+        except ValueError as error:
+            raise ValueError(f"sweep {self.name}: {error}") from error
+
     def as_table(self) -> TableSpec:
         """Return it as a table with a row a point, for what reads tables."""
         rows = [Row(p.name, p.label, p.overrides, p.is_reference) for p in self.points()]
         return TableSpec(
             name=self.name, kind="table", number="", title=self.title, tuning=self.tuning,
             runs={e.name: e.overrides for e in self.experiments}, columns=(), rows=tuple(rows),
-            claims=(), contrasts=(), paper={"title": self.title, "rows": {}},
+            claims=(), contrasts=(), paper={"title": self.title, "rows": {}}, model=self.model,
         )  # fmt: skip
 
 
@@ -251,7 +272,7 @@ def parse_values(text: str) -> dict[str, list[str]]:
 
 def _build(name: str, raw: Mapping[str, Any], scale: str) -> SweepSpec:
     required = ("title", "tuning", "experiments", "methods", "axes")
-    check_keys(raw, "the sweep", required=required, optional=("references",))
+    check_keys(raw, "the sweep", required=required, optional=("references", "model"))
     for key in ("title", "tuning"):
         check_value(key, raw[key], Words)
     for key in ("axes", "methods", "references"):
@@ -290,6 +311,7 @@ def _build(name: str, raw: Mapping[str, Any], scale: str) -> SweepSpec:
         methods=methods,
         axes=axes,
         references=references,
+        model=raw.get("model"),
     )
 
 
