@@ -177,7 +177,7 @@ class Release:
             "a full hash (40 hexadecimal digits); a branch or a short hash does not pin the data",
         ),
     ]
-    url: Annotated[str, Matches(r"https?://[^\s]+", "an address that begins with https://")]
+    url: str
     files: Mapping[str, Annotated[str, Matches("[0-9a-f]{64}", "a sha256, 64 hexadecimal digits")]]
 
     def __post_init__(self) -> None:

@@ -139,7 +139,7 @@ def check_part(key: str, content: Mapping[str, Any], needed: type) -> None:
     check_kind(key, kind, needed)
     settings = {str(name): value for name, value in content.items() if name not in HYDRA_KEYS}
     _check_names(key, kind, settings)
-    declaration = kind if dataclasses.is_dataclass(kind) else kind.__init__
+    declaration: Any = kind if dataclasses.is_dataclass(kind) else kind.__init__
     is_ours = kind.__module__.partition(".")[0] in ("delta_lora", "tasks")
     hints = _hints(declaration, is_ours=is_ours)
     plain = {}
@@ -286,7 +286,8 @@ def _readers(folders: Sequence[str]) -> Mapping[str, list[Any]]:
             if "_target_" not in content:
                 continue
             kind = class_of(content["_target_"], f"{path}: _target_")
-            hints = hints_of(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+            declaration: Any = kind if dataclasses.is_dataclass(kind) else kind.__init__
+            hints = hints_of(declaration)
             for name, value in content.items():
                 read = re.match(r"\$\{(?:oc\.select:)?(recipe\.[\w.]+)[,}]", str(value))
                 if read and name in hints and hints[name] not in found.get(read[1], ()):
