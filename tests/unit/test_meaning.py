@@ -181,6 +181,7 @@ ALLOWED = {
     "dropout": 0.25,
     "targets": "peft",
     "form": "closed_form",
+    "eval_rank": 2,
     "update": "all",
 } | dict.fromkeys(("initial_fraction", "final_fraction", "beta1", "beta2"), 0.25)
 
