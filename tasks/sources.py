@@ -84,7 +84,11 @@ class Source:
         values = {name: getattr(self, name) for name in own}
         check_values(Source, {"source": self.kind, **values}, prefix="task.")
         check_choice("task.source", self.kind, KINDS)
-        if self.embedded_sizes is not None and set(self.embedded_sizes) != set(self.splits):
+        if (
+            self.embedded_sizes is not None
+            and self.splits
+            and set(self.embedded_sizes) != set(self.splits)
+        ):
             raise ValueError(
                 f"task.embedded_sizes={shown(dict(self.embedded_sizes))}: it must have a number "
                 f"for each of {', '.join(self.splits)} and for nothing else; or write null for "
@@ -179,7 +183,7 @@ class Release:
             "a full hash (40 hexadecimal digits); a branch or a short hash does not pin the data",
         ),
     ]
-    url: Annotated[str, Matches(r"https?://[^\s]+", "an address that begins with https://")]
+    url: str
     files: Mapping[str, Annotated[str, Matches("[0-9a-f]{64}", "a sha256, 64 hexadecimal digits")]]
 
     def __post_init__(self) -> None:

@@ -286,8 +286,8 @@ def _readers(folders: Sequence[str]) -> Mapping[str, list[Any]]:
             if "_target_" not in content:
                 continue
             kind = class_of(content["_target_"], f"{path}: _target_")
-            declared: Any = kind if dataclasses.is_dataclass(kind) else kind.__init__
-            hints = hints_of(declared)
+            declaration: Any = kind if dataclasses.is_dataclass(kind) else kind.__init__
+            hints = hints_of(declaration)
             for name, value in content.items():
                 read = re.match(r"\$\{(?:oc\.select:)?(recipe\.[\w.]+)[,}]", str(value))
                 if read and name in hints and hints[name] not in found.get(read[1], ()):
