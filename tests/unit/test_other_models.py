@@ -207,7 +207,7 @@ def test_overrides_are_shown_without_places() -> None:
         "model.path=/home/me/SmolLM2",
         "task.data_dir=~/e2e",
         "recipe.rank=2",
-        "model.path=x/y",
+        "a=x/y",
     ]
     assert shown(given) == [
         "model.path=FOLDER/SmolLM2", "task.data_dir=FOLDER/e2e", "recipe.rank=2", "a=x/y"
