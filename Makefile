@@ -43,7 +43,7 @@ export ARGS LAUNCHER LAUNCHER_ARGS SCALE SEEDS SWEEP VALUES WORKERS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report readme bench gpu-check check-results check-pins clean check-python
+.PHONY: help setup test faults coverage lint plan dry-run tiny-models reproduce-all $(REPRODUCE) audit sweep report readme bench gpu-check check-results check-pins clean check-python
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=auto|tiny|small|paper] [SEEDS=1,2,3] [WORKERS=auto|N] [ARGS='overrides'] [PYTHON=python]"
@@ -59,6 +59,9 @@ setup: $(READY)  ## make the environment .venv from requirements.lock (LAUNCHER=
 
 test: $(READY)  ## run all tests (ARGS go to pytest)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
+
+faults: $(READY)  ## the long tests: kills, broken services, real clusters (many minutes; ARGS go to pytest)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m long -n $(TEST_WORKERS) --dist load $$ARGS
 
 coverage: $(READY)  ## the same, with the lines that no test runs; slower
 	@$(MAKE) --no-print-directory test ARGS="--cov=delta_lora --cov=tasks --cov=scripts --cov-report=term-missing:skip-covered $$ARGS"

@@ -25,7 +25,7 @@ from scripts.runs.run import Run
 from tests.smoke.mirrored import files, limit_files, services_of, warnings_of
 from tests.smoke.wandb_server import KEY, Server
 
-pytestmark = pytest.mark.usefixtures("fresh_mirror")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("fresh_mirror")]
 
 OFFLINE, NOTHING = "offline", "nothing"
 

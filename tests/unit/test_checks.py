@@ -174,7 +174,7 @@ WIDE_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("values", WIDE_GOOD, ids=str)
+@pytest.mark.parametrize("values", WIDE_GOOD, ids=lambda values: "-".join(values))
 def test_wider_declarations_are_understood(values: dict[str, Any]) -> None:
     Wide(**values)
 
