@@ -300,7 +300,9 @@ def load(
     Raises:
         FileNotFoundError: no adapter stands there, or its base is gone.
         RuntimeError: something is attached to the base already.
-        ValueError: the base is another one, a file is damaged, or the method is not known.
+        ValueError: the base is another one, the method is not known, or a file is not what was
+            written: its checksum differs, a tensor is missing, not known, of another shape or not
+            finite, or it is of another run than the record beside it. The message has the path.
     """
     folder = adapter_file.find_folder(path)
     description = adapter_file.read_description(folder)
@@ -344,12 +346,30 @@ def put(
             )
     tensors = adapter_file.read_tensors(folder, description)
     used = {**description["method"], **(settings or {})}
-    adapter = _inject(model, methods.build(used), {**description, "method": used}, None)
+    with _reading(folder / adapter_file.CONFIG):
+        method = methods.build(used)
+    adapter = _inject(model, method, {**description, "method": used}, None)
+    adapter_file.check_tensors(folder, tensors, adapter.method.updated_tensors(model))
     with torch.no_grad():
         checkpoint.restore_weights(model, tensors)
-    adapter.method.load_facts(description["facts"])
-    adapter.step, adapter.is_loaded = int(description.get("step", 0)), True
+    with _reading(folder / adapter_file.CONFIG):
+        adapter.method.load_facts(description["facts"])
+        adapter.step, adapter.is_loaded = int(description.get("step", 0)), True
     return adapter
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the description where it, or a setting given beside it, makes no method.
+
+    Raises:
+        ValueError: for any error of the block.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} describes no method of this version: {what}") from error
 
 
 def _inject(

@@ -13,16 +13,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor, nn
 
-from delta_lora import checkpoint
+from delta_lora import checkpoint, stored
 from delta_lora.families import family_of
 from delta_lora.models import DTYPES, fingerprint, load_model
+from delta_lora.sources import looks_local
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: of the run whose folder holds the adapter's, where it is one of the suite.
+RECORD = "record.json"
 #: of `CONFIG`; raised when an older library could not read it as it is meant.
 FORMAT = 1
+#: what to do where a file is not the one that was written.
+ADVICE = "copy the folder again, or save the adapter again"
+#: keys of a description, and of its base, with the types of their values.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "method": dict, "seed": int, "base": dict, "facts": dict, "tensors_sha256": str,
+}  # fmt: skip
+_BASE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "family": (str, type(None)), "source": (str, type(None)), "revision": (str, type(None)),
+    "architecture": (dict, type(None)), "dtype": str, "attention": str, "config_overrides": dict,
+    "projections": (list, type(None)), "head": list, "sha256": (str, type(None)),
+}  # fmt: skip
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
@@ -55,7 +69,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     digest = checkpoint.sha256_file(temporary)
     (folder / CONFIG).unlink(missing_ok=True)
     temporary.replace(folder / TENSORS)
-    checkpoint.write_json(folder / CONFIG, {**content, "tensors_sha256": digest})
+    checkpoint.write_json(folder / CONFIG, stored.sealed({**content, "tensors_sha256": digest}))
     return digest
 
 
@@ -91,8 +105,8 @@ def describe_base(
         model: the base model before any method.
         projections: as for `adapter.attach`.
         head: as for `adapter.attach`.
-        **known: what is known better than the model tells: ``family``, ``source``, ``revision``,
-            ``architecture``, ``dtype``, ``attention``, ``config_overrides``.
+        **known: what is known better than the model tells: ``name``, ``family``, ``source``,
+            ``revision``, ``architecture``, ``dtype``, ``attention``, ``config_overrides``.
     """
     config = getattr(model, "config", None)
     family = family_of(model)
@@ -101,9 +115,11 @@ def describe_base(
         overrides = {"num_labels": config.num_labels, "problem_type": config.problem_type}
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtypes = {value: key for key, value in DTYPES.items()}
+    source = known.get("source", _source_of(config))
     return {
+        "name": None if source is None else base_name(source),
         "family": family,
-        "source": _source_of(config),
+        "source": source,
         "revision": None,
         "architecture": None,
         "dtype": dtypes.get(first.dtype, "float32") if first is not None else "float32",
@@ -114,6 +130,11 @@ def describe_base(
         "head": list(head),
         "sha256": None if _is_on_meta(model) else fingerprint(model, exclude=head),
     }
+
+
+def base_name(source: str) -> str:
+    """Return how people are told of a base model: its hub id, or the name of its folder alone."""
+    return Path(source).expanduser().absolute().name if looks_local(source) else source
 
 
 def _source_of(config: Any) -> str | None:
@@ -149,13 +170,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the description of the adapter in `folder`.
 
     Raises:
-        ValueError: it is damaged, or one of PEFT's.
+        ValueError: it is damaged, of another run than the record beside it, or one of PEFT's.
     """
     path = folder / CONFIG
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    description = stored.read_json(path, ADVICE)
     if "peft_type" in description:
         raise ValueError(
             f"{folder} holds an adapter of PEFT; load it with peft.PeftModel.from_pretrained"
@@ -167,25 +185,81 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} has format {found!r} and this version reads format {FORMAT}: it was written "
             f"by {age} version; train again, or use that version"
         )
-    keys = ("method", "seed", "base", "facts", "tensors_sha256")
-    if lacking := [key for key in keys if key not in description]:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacking)}")
+    stored.check_seal(path, description, ADVICE)
+    _check_types(path, description, _KEYS)
+    _check_types(path, description["base"], _BASE_KEYS)
+    _check_record(folder.parent / RECORD, path, description)
     return description
+
+
+def _check_types(
+    path: Path, values: Mapping[str, Any], known: Mapping[str, type | tuple[type, ...]]
+) -> None:
+    """Refuse a description without a key, or with a value of another type."""
+    if lacking := [key for key in known if key not in values]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacking)}; {ADVICE}")
+    for key, kinds in known.items():
+        if not isinstance(values[key], kinds) or isinstance(values[key], bool):
+            raise stored.damaged(path, f"{key} is {values[key]!r}", ADVICE)
+
+
+def _check_record(path: Path, own: Path, description: Mapping[str, Any]) -> None:
+    """Refuse the adapter of another run than the one whose record stands beside its folder."""
+    if not path.is_file():
+        return
+    expected = stored.read_json(path, "load the adapter from a folder of its own").get(
+        "adapter_sha256", description["tensors_sha256"]
+    )
+    if description["tensors_sha256"] != expected:
+        raise stored.damaged(own, f"{path} has another adapter_sha256", ADVICE)
 
 
 def read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return every parameter that training changed, by name.
 
     Raises:
-        ValueError: the file is not the one that was written.
+        ValueError: the file is not the one that was written, or holds what is no number.
     """
     path = folder / TENSORS
-    if checkpoint.sha256_file(path) != description["tensors_sha256"]:
-        raise ValueError(
+    if stored.checksum(path, ADVICE) != description["tensors_sha256"]:
+        raise stored.UnreadableError(
             f"{path} is damaged or of another adapter: its checksum is not the one in {CONFIG}; "
-            "copy the folder again, or save the adapter again"
+            f"{ADVICE}"
         )
-    return load_file(path)
+    tensors = stored.read_tensors(path, ADVICE)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise stored.UnreadableError(
+                f"{path} holds infinite or undefined values, in {name} for one: what was trained "
+                "is of no use; train again with a smaller learning rate"
+            )
+    return tensors
+
+
+def check_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Compare the tensors of an adapter with what its method changes of the model.
+
+    Args:
+        folder: of the adapter.
+        tensors: from `read_tensors`.
+        expected: what `Method.updated_tensors` names of the injected model.
+
+    Raises:
+        UnreadableError: one is missing, not known, or of another shape.
+    """
+    path = folder / TENSORS
+    missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((expected, tensors),
+                                                                 (tensors, expected)))  # fmt: skip
+    for names, what in ((missing, "it lacks"), (unknown, "the method does not know")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise stored.damaged(path, f"{what} {names[0]}{more}", ADVICE)
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise stored.damaged(path, f"{name} has the shape {shapes}", ADVICE)
 
 
 def base_source(

@@ -1,10 +1,11 @@
 """Checkpoints that are atomic, verified and complete.
 
 A checkpoint is a folder ``step-00000100`` with one safetensors file per part (weights, optimiser,
-method), one ``state.json`` and a ``manifest.json`` that holds the sha256 of every other file. It is
-written under a temporary name, flushed to disk and renamed, so a folder with the final name is
-always whole. No random state is stored because none is needed: `delta_lora.trainer` derives every
-draw from (seed, step, micro-batch, process), and the data position is the step itself.
+method), one ``state.json`` and a ``manifest.json`` that holds the step and the sha256 of every
+other file. It is written under a temporary name, flushed to disk and renamed, so a folder with the
+final name is always whole. No random state is stored because none is needed:
+`delta_lora.trainer` derives every draw from (seed, step, micro-batch, process), and the data
+position is the step itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,15 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from delta_lora import stored
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+#: of a manifest; raised when an older version could not read a checkpoint as it is meant.
+SCHEMA = 1
 _PREFIX = "step-"
 _TEMPORARY = ".writing-"
+
+
+class NoneIntactError(stored.UnreadableError, RuntimeError):
+    """There are checkpoints, and none of them can be used."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +129,18 @@ def save(
     try:
         for part, content in tensors.items():
             write_tensors(temporary / f"{part}.safetensors", content)
-        write_json(temporary / "state.json", {"step": step, **state})
+        write_json(temporary / STATE, {"step": step, **state})
         checksums = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, checksums)
+        write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": checksums})
         _sync_folder(temporary)
     except BaseException:  # half a checkpoint would only fill the disk further
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():
-        shutil.rmtree(final)
+    _delete(final)
     temporary.replace(final)
     _sync_folder(folder)
     for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return final
 
 
@@ -216,27 +226,36 @@ def drop_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, which a continued run will write again."""
     for path in _folders(folder):
         if int(path.name.removeprefix(_PREFIX)) > step:
-            shutil.rmtree(path)
+            _delete(path)
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose checksums hold, or None where there is no checkpoint.
+def latest(folder: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole and of this run; None where there is none.
 
-    A damaged checkpoint is named in a warning and the one before it is used.
+    One that is damaged or of another run is named in a warning, and the one before it is used.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        identity: what ``state["identity"]`` must be; None takes any.
 
     Raises:
-        RuntimeError: checkpoints exist but none of them is intact.
+        NoneIntactError: checkpoints exist, but none of them can be used.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NoneIntactError(f"{folder} is damaged (a file instead of a folder); remove it")
     candidates = _folders(folder)
+    problem = ""
     for path in reversed(candidates):
-        problem = _damage(path)
-        if problem is None:
-            return _read(path)
-        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
+        try:
+            return _read(path, identity)
+        except stored.UnreadableError as error:
+            problem = str(error)
+            logger.warning("checkpoint %s", problem)
     if candidates:
-        raise RuntimeError(
-            f"none of the {len(candidates)} checkpoints in {folder} is intact; delete that folder "
-            "to train this run again from its start"
+        raise NoneIntactError(
+            f"none of the {len(candidates)} checkpoints in {folder} is intact and of this run "
+            f"({problem.partition('; ')[0]}); delete that folder to train this run again from its "
+            "start"
         )
     return None
 
@@ -292,27 +311,56 @@ def restore_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> No
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
+    """Return the checkpoints of a folder from the first step to the last."""
+    paths = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
+    return sorted(path for path in paths if re.fullmatch(rf"{_PREFIX}\d{{8,}}", path.name))
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is wrong with the checkpoint at `path`, or None."""
+def _delete(path: Path) -> None:
+    """Remove a checkpoint, or what stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path, identity: Mapping[str, Any] | None) -> Checkpoint:
+    """Return the checkpoint at `path`.
+
+    Raises:
+        UnreadableError: a file of it is not the one that was written, or it is of another run.
+    """
+    advice = "trying the one before it"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, checksum in manifest.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256_file(path / name) != checksum:
-            return f"{name} has another checksum"
-    return None
+        manifest = stored.read_json(path / MANIFEST, advice)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise stored.damaged(path, f"{MANIFEST} is missing", advice) from error
+    stored.check_schema(path / MANIFEST, manifest.get("schema"), {SCHEMA})
+    files, step = manifest.get("files"), manifest.get("step")
+    if not isinstance(files, dict) or STATE not in files or not isinstance(step, int):
+        raise stored.damaged(path / MANIFEST, "it names no files or no step", advice)
+    if path.name != f"{_PREFIX}{step:08d}":
+        raise stored.damaged(path, f"it is the checkpoint of step {step}", advice)
+    for name, checksum in files.items():
+        stored.check_checksum(path / name, checksum, MANIFEST, advice)
+    state = stored.read_json(path / STATE, advice)
+    if state.get("step") != step:
+        raise stored.damaged(path / STATE, f"it is not of step {step}", advice)
+    if identity is not None:
+        _check_identity(path, state.get("identity"), identity, advice)
+    parts = sorted(Path(name) for name in files if name.endswith(".safetensors"))
+    tensors = {part.stem: stored.read_tensors(path / part, advice) for part in parts}
+    return Checkpoint(step=step, tensors=tensors, state=state)
 
 
-def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step=state["step"], tensors=tensors, state=state)
+def _check_identity(path: Path, theirs: Any, mine: Mapping[str, Any], advice: str) -> None:
+    """Refuse a checkpoint of another run, other data or another base; say what differs."""
+    mine = json.loads(json.dumps(mine))
+    theirs = theirs if isinstance(theirs, dict) else {}
+    differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+    if differing:
+        changes = "; ".join(f"{k}: {theirs.get(k)} then, {mine.get(k)} now" for k in differing)
+        raise stored.UnreadableError(f"{path} belongs to another run ({changes}); {advice}")
 
 
 def _sync_folder(path: Path) -> None:

@@ -24,7 +24,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ class Loop:
         `optimizer` is accelerate's, around torch's. Training calls `wrapped`, which averages
         gradients over processes; evaluation calls `network`, which waits for nobody.
         """
-        stored = checkpoint.latest(self.folder / "checkpoints")
+        stored = checkpoint.latest(self.folder / "checkpoints", self.identity)
         self._trained = Trained(self.model)
         if self.settings.gradient_checkpointing:
             self._enable_gradient_checkpointing()
@@ -174,7 +174,7 @@ class Loop:
         )
         if stored is not None:
             self._restore_optimizer(stored)
-        self._open_log(position=0 if stored is None else stored.state["log_position"])
+        self._open_log({"log_position": 0, "log": ""} if stored is None else stored.state)
         self.session = Session(self.device, self.result.resources, self.step)
         if self.log is not None:
             self.method.log_values()  # from now on it keeps what they need
@@ -187,7 +187,6 @@ class Loop:
 
     def _restore_model(self, stored: checkpoint.Checkpoint) -> None:
         """Take step, result, weights and method state from a checkpoint of this very run."""
-        _check_identity(stored, self.identity, self.folder)
         self.step = stored.step
         self.result = FitResult(**stored.state["result"])
         checkpoint.restore_weights(self.model, stored.tensors.get("weights", {}))
@@ -206,14 +205,16 @@ class Loop:
         sums, self._num_targets_logged = stored.state.get("unlogged", ([], 0))
         self._loss_sum += _own(sums, self.rank, self.world)
         if self.accelerator.is_main_process:
-            checkpoint.drop_after(self.folder / "best", self.step)
+            for name in ("checkpoints", "best"):
+                checkpoint.drop_after(self.folder / name, self.step)
 
-    def _open_log(self, *, position: int) -> None:
-        """Open log and progress; only the main process has a log."""
+    def _open_log(self, state: Mapping[str, Any]) -> None:
+        """Open log and progress where `state` says; only the main process has a log."""
         is_main = self.accelerator.is_main_process
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        self.log = RunLog(path, position=position, mirrors=self.mirrors) if is_main else None
+        at = {"position": state["log_position"], "known": state["log"]}
+        self.log = RunLog(path, **at, mirrors=self.mirrors) if is_main else None
         self.progress = Progress(
             self.total_steps, initial=self.step, description="train", unit="step", enabled=is_main
         )
@@ -461,6 +462,8 @@ class Loop:
         self.result.resources = self.session.resources()
         if self.log is None:
             return
+        written = self.log.position()
+        position = written if log_position is None else log_position
         with self.session.apart(wait=False):
             optimizer_tensors, optimizer_state = checkpoint.optimizer_tensors(
                 self.optimizer.optimizer
@@ -473,7 +476,8 @@ class Loop:
                 state={
                     "identity": self.identity,
                     "optimizer": optimizer_state,
-                    "log_position": self.log.position() if log_position is None else log_position,
+                    "log_position": position,
+                    "log": self.log.text(position),
                     "result": vars(self.result),
                     "unlogged": [sums, self._num_targets_logged],
                     "loss_scaler": scaler and scaler.state_dict(),
@@ -494,7 +498,7 @@ class Loop:
                 self.folder / "best",
                 self.step,
                 tensors=self._changed_tensors(),
-                state=values,
+                state={**values, "identity": self.identity},
                 keep=2,  # a kill before the next checkpoint needs the one before
             )
 
@@ -508,7 +512,7 @@ class Loop:
             )
         folder = self.folder / "best"
         self.accelerator.wait_for_everyone()  # the main process has written it
-        best = checkpoint.latest(folder)
+        best = checkpoint.latest(folder, self.identity)
         if best is None or best.step != chosen["step"]:
             found = "nothing" if best is None else f"step {best.step}"
             raise RuntimeError(
@@ -585,15 +589,3 @@ def _own(sums: Sequence[float], rank: int, world: int) -> float:
     if len(sums) == world:
         return sums[rank]
     return math.fsum(sums) if rank == 0 else 0.0
-
-
-def _check_identity(stored: checkpoint.Checkpoint, identity: dict[str, Any], folder: Path) -> None:
-    """Refuse a checkpoint of other data or another base; say what differs."""
-    theirs = stored.state["identity"]
-    differing = [key for key in {**theirs, **identity} if theirs.get(key) != identity.get(key)]
-    if differing:
-        changes = "; ".join(f"{k}: {theirs.get(k)} then, {identity.get(k)} now" for k in differing)
-        raise RuntimeError(
-            f"the checkpoint in {folder} belongs to another run ({changes}); delete that folder "
-            "to start again"
-        )

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer, check_real
+from delta_lora.checks import Range, check_integer, check_values
 from delta_lora.low_rank import LowRankBranch, inject_branches, merged_layers
 from delta_lora.projections import Projection, head_parameters
 from delta_lora.protocols import Method
+
+#: what methods share; a value beyond these bounds is a slip of the pen, not a setting.
+Rank = Annotated[int, Range(at_least=1, at_most=65536)]
+Alpha = Annotated[float, Range(above=0, at_most=1e6)]
+Dropout = Annotated[float, Range(at_least=0, below=1)]
+LearningRate = Annotated[float, Range(above=0, at_most=1000)]
+Fraction = Annotated[float, Range(at_least=0, below=1)]
+#: optimiser steps.
+MAX_STEPS = 10**9
+
+
+def check_steps(method: str, total_steps: int) -> int:
+    """Return the number of steps of a training, of which a method needs one at least.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 1.
+    """
+    if check_integer("total_steps", total_steps, at_least=0) == 0:
+        raise ValueError(
+            f"total_steps=0 (trainer.max_steps=0): method={method} needs at least one step; raise "
+            "max_steps, or use method=full for a model that is not trained"
+        )
+    return total_steps
 
 
 class LowRankMethod(Method):
@@ -33,15 +58,16 @@ class LowRankMethod(Method):
     def __init__(
         self,
         *,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        learning_rate: float = 2e-4,
+        rank: Rank = 8,
+        alpha: Alpha = 16.0,
+        dropout: Dropout = 0.0,
+        learning_rate: LearningRate = 2e-4,
     ) -> None:
-        self.rank = check_integer("rank", rank, at_least=1)
-        self.alpha = check_real("alpha", alpha, above=0)
-        self.dropout = check_real("dropout", dropout, at_least=0, below=1)
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+        check_values(LowRankMethod.__init__, locals())
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.dropout = float(dropout)
+        self.learning_rate = float(learning_rate)
         self.branches: dict[str, LowRankBranch] = {}
 
     def inject(
@@ -99,8 +125,9 @@ class WeightsMethod(Method):
         learning_rate: peak learning rate, above 0.
     """
 
-    def __init__(self, *, learning_rate: float = 2e-4) -> None:
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
+    def __init__(self, *, learning_rate: LearningRate = 2e-4) -> None:
+        check_values(WeightsMethod.__init__, locals())
+        self.learning_rate = float(learning_rate)
 
     def inject(
         self,

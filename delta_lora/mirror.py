@@ -31,10 +31,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
-from delta_lora.checks import check_choice, check_text, check_texts
+from delta_lora.checks import NOT_EMPTY, Matches, OneOf, check_choice, check_values
 from delta_lora.runlog import warn_once
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ ENVIRONMENT_MODES = {
     "online": "online", "run": "online", "shared": "online",
     "offline": "offline", "dryrun": "offline", "disabled": "disabled",
 }  # fmt: skip
+#: names that wandb takes.
+WORD = Matches(r"(?!\s)[^/\\#?%:]{1,128}", "a name without any of / \\ # ? % :")
 #: seconds that the runs of a process may wait for mirrors in trouble, all together.
 PATIENCE_S = 20.0
 #: seconds that a connection may take, and the upload of what is left at the end.
@@ -136,17 +138,18 @@ class WandbMirror:
     def __init__(
         self,
         *,
-        project: str | None = None,
-        entity: str | None = None,
-        mode: str | None = None,
-        tags: Sequence[str] | None = None,
+        project: Annotated[str | None, WORD] = None,
+        entity: Annotated[str | None, WORD] = None,
+        mode: Annotated[str | None, OneOf(MODES)] = None,
+        tags: Sequence[Annotated[str, NOT_EMPTY]] | None = None,
     ) -> None:
+        check_values(WandbMirror.__init__, locals(), prefix="logger.")
         environment = os.environ
-        self._project = _text("project", project) or environment.get("WANDB_PROJECT") or PROJECT
-        self._entity = _text("entity", entity) or environment.get("WANDB_ENTITY") or None
+        self._project = project or environment.get("WANDB_PROJECT") or PROJECT
+        self._entity = entity or environment.get("WANDB_ENTITY") or None
         if tags is None:
             tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",")]
-        self._tags = [tag for tag in check_texts("logger.tags", tags) if tag]
+        self._tags = [tag for tag in tags if tag]
         self._mode = _mode_of(environment) if mode is None else mode
         check_choice("logger.mode", self._mode, MODES)
         problem = key_problem(environment)
@@ -318,10 +321,6 @@ class _Child:
 
 
 # ---------------------------------------------------------------------- settings
-
-
-def _text(name: str, value: str | None) -> str | None:
-    return None if value is None else check_text(f"logger.{name}", value)
 
 
 def _mode_of(environment: Mapping[str, str]) -> str:

@@ -8,17 +8,21 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
+from delta_lora.checks import OneOf, Range, check_integer, check_real, check_values, near, shown
 from delta_lora.families import FAMILIES
 from delta_lora.sources import check_source, looks_local
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+#: the largest size in a model's configuration, and the largest number of layers.
+MAX_SIZE, MAX_LAYERS = 2**24, 1024
 #: configuration keys of dropout probabilities, over the supported model types.
 DROPOUT_KEYS = (
     "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout",
@@ -57,15 +61,15 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
 
 
 def load_model(
-    family: str,
+    family: Annotated[str, OneOf(tuple(FAMILIES))],
     *,
     source: str | Path | None = None,
     revision: str | None = None,
     architecture: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    dropout: float | None = None,
+    dtype: Annotated[str, OneOf(tuple(DTYPES))] = "float32",
+    dropout: Annotated[float | None, Range(at_least=0, below=1)] = None,
     config_overrides: Mapping[str, Any] | None = None,
-    attention: str = "sdpa",
+    attention: Annotated[str, OneOf(ATTENTION)] = "sdpa",
     new_modules: Sequence[str] = (),
 ) -> nn.Module:
     """Return a model with pre-trained weights, or with random ones built from a configuration.
@@ -93,10 +97,7 @@ def load_model(
     import transformers
     from transformers import AutoConfig
 
-    if family not in FAMILIES:
-        raise ValueError(f"model.family={family!r}; allowed: {', '.join(FAMILIES)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_values(load_model, dict(locals()), prefix="model.")
     if source is None and architecture is None:
         raise ValueError(
             "the model has neither weights nor an architecture; set model.path, model.hub_id "
@@ -106,11 +107,16 @@ def load_model(
     overrides = dict(config_overrides or {})
     if source is None:
         assert architecture is not None
-        values = {key: value for key, value in architecture.items() if key != "model_type"}
-        config = AutoConfig.for_model(architecture["model_type"], **values)
+        config = _config_of(architecture)
         _override(config, overrides)
         _set_dropout(config, dropout)
-        return auto_class.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+        with _building(
+            f"model.architecture={shown(dict(architecture), 600)} with "
+            f"config_overrides={shown(overrides)}"
+        ):
+            return auto_class.from_config(
+                config, dtype=DTYPES[dtype], attn_implementation=attention
+            )
     if looks_local(source):
         check_source(source, tokenizer=False)
     # No keyword of the caller reaches the loader: one of them would run code from the folder.
@@ -132,6 +138,62 @@ def load_model(
     if family == "sequence_classification":
         _warn_of_untrained_pooler(source, model, new_modules)
     return model
+
+
+def _config_of(architecture: Mapping[str, Any]) -> Any:
+    """Return the configuration of ``{"model_type": "gpt2", "n_layer": 24, ...}``.
+
+    Raises:
+        ValueError: there is no such type of models, or a value is none that it can have.
+    """
+    from transformers import AutoConfig
+
+    check_model_type(architecture)
+    values = {key: value for key, value in architecture.items() if key != "model_type"}
+    _check_sizes("model.architecture", values)
+    with _building(f"model.architecture={shown(dict(architecture))}"):
+        return AutoConfig.for_model(architecture["model_type"], **values)
+
+
+def check_model_type(architecture: Mapping[str, Any]) -> None:
+    """Check the ``model_type`` of an architecture.
+
+    Raises:
+        ValueError: `transformers` knows no such models.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = architecture.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        hint = near(str(model_type), CONFIG_MAPPING)
+        raise ValueError(
+            f"model.architecture.model_type={shown(model_type)} is not known (of "
+            f"{shown(dict(architecture))}); {hint}use a type of transformers, for example gpt2, "
+            "roberta or bart"
+        )
+
+
+@contextlib.contextmanager
+def _building(what: str) -> Iterator[None]:
+    """Say what a model was built from where `transformers` fails, which it does in any way."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{what} makes no model: {shown(reason, 300)}; use values that a model of this type "
+            "can have"
+        ) from error
+
+
+def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
+    """Check that no size is beyond what can be built, which would take hours to find out."""
+    for key, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            most = MAX_LAYERS if "layer" in key and "_id" not in key else MAX_SIZE
+            check_integer(f"{name}.{key}", value, at_most=most)
+        elif isinstance(value, float):
+            check_real(f"{name}.{key}", value)
 
 
 @contextlib.contextmanager
@@ -161,7 +223,8 @@ def _check_loaded(
         raise ValueError(
             f"the weights of {source} lack {len(lacking)} parameters of this model "
             f"({', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}), which would stay "
-            "random; take weights of this architecture, or name new modules in task.head"
+            "random; take weights of this architecture, or name new modules in task.head="
+            f"{list(new_modules)}"
         )
     if missing or report["unexpected_keys"]:
         logger.info(
@@ -195,6 +258,7 @@ def _warn_of_untrained_pooler(
 
 def _override(config: Any, values: Mapping[str, Any]) -> None:
     """Set values of a model's configuration, which must have them."""
+    _check_sizes("model.config_overrides", values)
     for key, value in values.items():
         if not hasattr(config, key):
             raise ValueError(
@@ -202,7 +266,8 @@ def _override(config: Any, values: Mapping[str, Any]) -> None:
                 "value; correct it or leave it out (model.config_overrides={} leaves out all; the "
                 "generic models model=causal_lm, seq2seq_lm, ... bring none)"
             )
-        setattr(config, key, value)
+        with _building(f"model.config_overrides.{key}={shown(value)}"):
+            setattr(config, key, value)
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:

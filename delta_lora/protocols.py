@@ -94,7 +94,8 @@ class Method(ABC):
     not_signed: tuple[str, ...] = ()
     #: peak learning rate of what `param_groups` returns.
     learning_rate: float
-    #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W).
+    #: parameters outside the optimiser that the method itself changes (Delta-LoRA's W, also where
+    #: its closed form keeps the change of W beside it).
     num_updatable_parameters: int = 0
     #: whether `inject` plans by the length of the training.
     needs_total_steps: bool = False
@@ -225,6 +226,17 @@ class Task(ABC):
         Raises:
             FileNotFoundError: a folder or file is missing.
             ValueError: a file is empty, truncated or has the wrong columns (file and line named).
+        """
+
+    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:  # noqa: B027 - a hook
+        """Check that what the settings ask for after the training can be done with a model.
+
+        Args:
+            model: before the training; its weights may be on the meta device.
+            tokenizer: its tokenizer, where the data are read; None where they are not.
+
+        Raises:
+            ValueError: it cannot; the message says which setting to change.
         """
 
     def build_tokenizer(self) -> Any | None:

@@ -97,14 +97,29 @@ class RunLog:
         path: the ``metrics.jsonl`` of the run; what is measured goes to a file beside it.
         position: byte offset to continue at; what stands behind it (written after the last
             checkpoint of an interrupted run) is cut off and will be written again.
+        known: what the file holds up to `position`; where it holds something else it is damaged,
+            and is written again with a warning. None takes the file as it is.
         mirrors: further loggers.
     """
 
     def __init__(
-        self, path: Path, *, position: int = 0, mirrors: Sequence[MetricLogger] = ()
+        self,
+        path: Path,
+        *,
+        position: int = 0,
+        known: str | None = None,
+        mirrors: Sequence[MetricLogger] = (),
     ) -> None:
         self._stream = path.open("r+b" if path.exists() else "w+b")
-        self._stream.truncate(position)
+        self._written = bytearray(self._stream.read(position))
+        if known is not None and self._written != known.encode():
+            logger.warning(
+                "%s is damaged: it is not what the checkpoint says; it is written again", path
+            )
+            self._written = bytearray(known.encode())
+            self._stream.seek(0)
+            self._stream.write(self._written)
+        self._stream.truncate(len(self._written))
         self._stream.seek(0)
         steps = [json.loads(line)["step"] for line in self._stream]
         self._measured = _measured_until(path.with_name(MEASURED), max(steps, default=-1))
@@ -124,7 +139,9 @@ class RunLog:
         if measured:  # before the line that a reader of both waits for
             self._measured.write(_line({"step": step, **measured}))
             self._measured.flush()
-        self._stream.write(_line({"step": step, **values}))
+        line = _line({"step": step, **values})
+        self._written += line
+        self._stream.write(line)
         self._stream.flush()
         for mirror in self._mirrors:
             mirror.log(step, {**values, **(measured or {})})
@@ -133,6 +150,10 @@ class RunLog:
         """Return the byte offset behind the last line, safely on disk."""
         os.fsync(self._stream.fileno())
         return self._stream.tell()
+
+    def text(self, position: int) -> str:
+        """Return what the file holds up to a byte offset, as it was written."""
+        return self._written[:position].decode()
 
     def close(self) -> None:
         """Close the files; the mirrors live on until the record is written."""
@@ -149,16 +170,24 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _measured_until(path: Path, step: int) -> IO[bytes]:
-    """Open the file of measured values behind those of `step`; a last line may be cut off."""
+    """Open the file of measured values behind those of `step`; what is no line ends them."""
     stream = path.open("r+b" if path.exists() else "w+b")
     kept = 0
     for line in stream:
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        if not line.endswith(b"\n") or not _is_until(line, step):
             break
         kept += len(line)
     stream.truncate(kept)
     stream.seek(kept)
     return stream
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    try:
+        found = json.loads(line)["step"]
+    except (ValueError, RecursionError, KeyError, TypeError):  # a damaged line
+        return False
+    return isinstance(found, int) and found <= step
 
 
 class Progress:

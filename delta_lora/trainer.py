@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import nn
 
-from delta_lora import engine
+from delta_lora import engine, processes
 from delta_lora.checks import OneOf, Range, check_values, documented
 from delta_lora.loop import Loop
 from delta_lora.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, split_by_decay
@@ -26,6 +26,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MATMUL_PRECISIONS = {"fp32": "highest", "tf32": "high"}
 CHECKPOINT_RULES = ("last", "best")
 DEVICES = ("auto", "cpu", "cuda")
+#: optimiser steps, and what is counted in them.
+MAX_STEPS = 10**9
+#: examples of one forward pass: far more than any device holds.
+MAX_EXAMPLES = 4096
+_PASS = Range(at_least=1, at_most=MAX_EXAMPLES, why="all are in memory at once")
 
 
 @documented
@@ -45,27 +50,27 @@ class Trainer:
     #: keywords that change no result, so that no run is named by them.
     not_signed: ClassVar[tuple[str, ...]] = ("checkpoint_every_s", "checkpoint_every_steps")
 
-    batch_size: Annotated[int, Range(at_least=1)]
+    batch_size: Annotated[int, Range(at_least=1, at_most=2**20)]
     """Examples of one optimiser step, over all processes and micro-batches."""
 
-    micro_batch_size: Annotated[int | None, Range(at_least=1)] = None
+    micro_batch_size: Annotated[int | None, _PASS] = None
     """Examples of one forward pass on one process; None: no accumulation."""
 
     group_by_length: bool = False
     """Sort a process's examples of a step by length before they are cut into micro-batches: less
     padding, and the same examples in the step."""
 
-    eval_batch_size: Annotated[int, Range(at_least=1)] = 8
+    eval_batch_size: Annotated[int, _PASS] = 8
     """Examples of one forward pass in evaluation; small, because attention over a batch without
     padding is quadratic in its tokens."""
 
-    num_epochs: Annotated[float, Range(above=0)] = 1.0
+    num_epochs: Annotated[float, Range(above=0, at_most=100_000)] = 1.0
     """Passes over the training data; ignored where `max_steps` is given."""
 
-    max_steps: Annotated[int | None, Range(at_least=0)] = None
+    max_steps: Annotated[int | None, Range(at_least=0, at_most=MAX_STEPS)] = None
     """Number of optimiser steps, or None; 0 trains nothing."""
 
-    warmup_steps: Annotated[int | None, Range(at_least=0)] = None
+    warmup_steps: Annotated[int | None, Range(at_least=0, at_most=MAX_STEPS)] = None
     """Steps of linear warm-up; exclusive with `warmup_ratio`."""
 
     warmup_ratio: Annotated[float | None, Range(at_least=0, at_most=1)] = None
@@ -80,7 +85,7 @@ class Trainer:
     momentum: Annotated[float, Range(at_least=0, below=1)] = 0.0
     """Of ``sgd`` and ``rmsprop``."""
 
-    weight_decay: Annotated[float, Range(at_least=0)] = 0.0
+    weight_decay: Annotated[float, Range(at_least=0, at_most=1000)] = 0.0
     """Decoupled decay (torch's AdamW: before the update, by the learning rate); ``sgd`` and
     ``rmsprop`` add it to the gradient instead."""
 
@@ -93,10 +98,10 @@ class Trainer:
     adam_beta2: Annotated[float, Range(at_least=0, below=1)] = 0.999
     """Decay of AdamW's second moment."""
 
-    adam_epsilon: Annotated[float, Range(above=0)] = 1e-8
+    adam_epsilon: Annotated[float, Range(above=0, at_most=1)] = 1e-8
     """AdamW's epsilon; the other optimisers keep torch's."""
 
-    max_grad_norm: Annotated[float | None, Range(above=0)] = None
+    max_grad_norm: Annotated[float | None, Range(above=0, at_most=1e30)] = None
     """Clip the global gradient norm to this; None: no clipping."""
 
     label_smoothing: Annotated[float, Range(at_least=0, below=1)] = 0.0
@@ -116,17 +121,17 @@ class Trainer:
     `selection_metric` on the validation split (without one: by validation loss); of equal ones
     the first."""
 
-    evaluate_every_epochs: Annotated[int | None, Range(at_least=1)] = 1
+    evaluate_every_epochs: Annotated[int | None, Range(at_least=1, at_most=MAX_STEPS)] = 1
     """Evaluations happen at these ends of epochs and at the last step; None: never."""
 
-    log_every_steps: Annotated[int, Range(at_least=1)] = 10
+    log_every_steps: Annotated[int, Range(at_least=1, at_most=MAX_STEPS)] = 10
     """Distance of log lines."""
 
-    checkpoint_every_s: Annotated[float, Range(above=0)] = 600.0
+    checkpoint_every_s: Annotated[float, Range(above=0, at_most=1e9)] = 600.0
     """Seconds between checkpoints; each waits for the next log step, and is written while training
     goes on."""
 
-    checkpoint_every_steps: Annotated[int | None, Range(at_least=1)] = None
+    checkpoint_every_steps: Annotated[int | None, Range(at_least=1, at_most=MAX_STEPS)] = None
     """A further checkpoint every so many steps; None: by time alone."""
 
     device: Annotated[str, OneOf(DEVICES)] = "auto"
@@ -136,7 +141,7 @@ class Trainer:
     """Of float32 matrix products on CUDA; ``tf32`` rounds their inputs to 10 bits behind the point
     and is several times faster."""
 
-    num_threads: Annotated[int | None, Range(at_least=1)] = None
+    num_threads: Annotated[int | None, Range(at_least=1, at_most=1024)] = None
     """CPU threads for torch; None leaves torch's choice. Sums depend on it in the last bits, so it
     is part of a run's identity."""
 
@@ -145,6 +150,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         check_values(Trainer, vars(self), prefix="trainer.")
+        most = MAX_EXAMPLES * processes.share()[1]
+        if self.micro_batch_size is None and self.batch_size > most:
+            raise ValueError(
+                f"trainer.batch_size={self.batch_size} without trainer.micro_batch_size: all "
+                "examples of a step would be in memory at once; set micro_batch_size, at most "
+                f"{MAX_EXAMPLES}, or a batch_size of at most {most}"
+            )
         if self.momentum > 0 and self.optimizer not in ("sgd", "rmsprop"):
             raise ValueError(
                 f"trainer.momentum={self.momentum} has no meaning for "

@@ -220,7 +220,8 @@ class Writer:
         values = {f"test/{name}": v for name, v in record.get("metrics", {}).items()}
         summary = {name: self._shown(name, value) for name, value in values.items()}
         summary |= {f"parameters/{k}": v for k, v in record.get("parameters", {}).items()}
-        summary |= {f"cost/{k}": v for k, v in _read_json(self._folder / "resources.json").items()}
+        measured = _read_json(self._folder / "resources.json")
+        summary |= {f"cost/{k}": v for k, v in measured.items() if isinstance(v, (int, float))}
         missing = record.get("missing_metrics", {})
         summary |= {f"missing/test/{name}": reason for name, reason in missing.items()}
         facts = record.get("training", {}).get("method", {})

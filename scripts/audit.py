@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
-from scripts.auditing.plan import AuditPlan, load_settings, make_plan
+from scripts.auditing.plan import AuditPlan, as_table, load_settings, make_plan
+from scripts.reporting.plan import describe_scope
 from scripts.reporting.results import (
     RESULTS,
     accept,
@@ -34,6 +35,7 @@ from scripts.reporting.results import (
     read_accepted,
     write_text,
 )
+from scripts.reporting.scope import other_model
 from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch, run_jobs
@@ -42,7 +44,7 @@ from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.jobs import Job
 from scripts.runs.launchers import Here, Launcher
 from scripts.runs.scale import resolve_scale
-from scripts.tables import differences
+from scripts.tables import differences, left_out
 
 #: what a worker does with a measurement.
 MEASURE = "scripts.auditing.measurements:measure"
@@ -193,27 +195,32 @@ def _audit(options: argparse.Namespace) -> int:
     parse_workers(options.workers)  # a bad number is said before the planning
     launcher = launchers.load(options.launcher, options.launcher_args)
     plan = make_plan(scale, seeds, extra, load_settings(scale))
-    folder, kept = options.results / scale, options.results / "runs"
+    other = other_model(as_table(plan), plan.cells, scale, extra)
+    folder = options.results / scale / ("" if other is None else other.folder)
+    kept = options.results / "runs"
     if options.plan:
         open_runs = {c.signature for c in plan.cells if not c.run.is_done}
         open_measurements = [m for m in plan.measurements if m.read() is None]
         print(f"{len({c.signature for c in plan.cells})} runs, {len(open_runs)} missing")
         print(f"{len(plan.measurements)} measurements, {len(open_measurements)} missing")
+        print("".join(f"{line}\n" for line in describe_scope(other)), end="")
         refusal = launcher.refusal(scale, extra)
         if refusal is not None and (open_runs or open_measurements):
             print(f"would be refused: {refusal}")
-        return 0
+        states = (cell.run.status() for cell in plan.cells)
+        return left_out([state.reason for state in states if state.state == "damaged"])
+    problems: list[str] = []
     if options.check:
-        content = build(read_records(plan, read_accepted(kept)))
+        content = build(read_records(plan, read_accepted(kept, problems)))
         with tempfile.TemporaryDirectory() as temporary:
             write(content, Path(temporary))
-            problems = differences(Path(temporary), folder)
+            problems += differences(Path(temporary), folder)
         print("\n".join(problems) or f"{folder}/audit.md follows from its records, byte for byte")
         return 1 if problems else 0
     if options.accept:
         keep(plan, kept / scale)
-        content = build(read_records(plan, read_accepted(kept)))
-        is_done = True
+        content = build(read_records(plan, read_accepted(kept, problems)))
+        is_done = left_out(problems) == 0
     else:
         is_done = run_missing(plan, options.workers, folder, launcher)
         content = build(read_records(plan))

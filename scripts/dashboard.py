@@ -35,14 +35,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from delta_lora import mirror
 from delta_lora.mirror import RunFacts, WandbMirror
+from delta_lora.stored import UnreadableError, damaged, read_json
 from scripts.dashboards import reports, views
 from scripts.dashboards.subjects import Subject, load_subject, membership, subject_names
 from scripts.reporting.spec import table_names
-from scripts.runs.folder import RECORD, read_record
+from scripts.runs.checksums import RECORD, check_files, check_places, read_record
 from scripts.runs.mirroring import facts_of, write_references
 from scripts.runs.run import Run
 from scripts.runs.scale import SCALES
@@ -94,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sync_runs(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int:
     """Write runs from their folders; return the exit code."""
     folders = asked.runs or sorted(p.parent for p in (ROOT / "outputs").glob(f"*/{CONFIG}"))
-    for folder in folders:
-        if not (folder / CONFIG).is_file():
+    for folder in asked.runs:
+        if not (folder / CONFIG).exists():
             parser.error(f"{folder} is no folder of a run: it has no {CONFIG}")
     try:
         settings = {key: getattr(asked, key) for key in ("mode", "project", "entity", "tags")}
@@ -103,15 +104,40 @@ def sync_runs(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> int
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     mirror.be_patient()
-    runs = {folder: Run(_read_config(folder)) for folder in folders}
+    runs = {folder: run for folder in folders if (run := _read_run(folder)) is not None}
     parts = _parts(list(runs.values()))
-    failed = [folder for folder, run in runs.items() if not _sync(folder, run, parts, settings)]
-    print(f"{len(folders) - len(failed)} of {len(folders)} runs written")
-    return 1 if failed else 0
+    written = [folder for folder, run in runs.items() if _sync(folder, run, parts, settings)]
+    print(f"{len(written)} of {len(folders)} runs written")
+    return 0 if len(written) == len(folders) else 1
+
+
+def _read_run(folder: Path) -> Run | None:
+    """Return the run in a folder; None, with a message, where a file is not the one it wrote."""
+    try:
+        check_places(folder)
+        if (folder / RECORD).exists() and read_record(folder).get("status") == "completed":
+            check_files(folder)
+        return Run(_read_config(folder))
+    except UnreadableError as error:
+        print(f"{'FAILED':>8}  {folder.name}: {error}")
+        return None
 
 
 def _read_config(folder: Path) -> Any:
-    return OmegaConf.load(folder / CONFIG)
+    """Return the configuration of a run.
+
+    Raises:
+        UnreadableError: it is damaged.
+    """
+    advice = "remove it, and the command of the run writes it again"
+    try:
+        config = OmegaConf.load(folder / CONFIG)
+    except Exception as error:  # of a file in which anything may stand
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise damaged(folder / CONFIG, what, advice) from error
+    if not isinstance(config, DictConfig) or not {"choices", "task", "method"} <= config.keys():
+        raise damaged(folder / CONFIG, "it is no configuration of a run", advice)
+    return config
 
 
 def _parts(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -182,19 +208,28 @@ def write_summary(parser: argparse.ArgumentParser, asked: argparse.Namespace) ->
     tables = {name: path for name, path in tables.items() if path.is_file()}
     if not tables:
         parser.error(f"{folder} holds no table; make one with make reproduce-all SCALE={scale}")
+    sweeps = {name: folder / "sweeps" / name / "sweep.json" for name in sweep_names()}
+    try:
+        contents = {name: read_json(path, "make the table anew") for name, path in tables.items()}
+        views_of = {
+            name: read_json(path, "make the sweep anew")
+            for name, path in sweeps.items()
+            if path.is_file()
+        }
+    except UnreadableError as error:
+        parser.error(str(error))
     verdicts = {
         f"verdict/{claim['id']} ({name})": claim["verdict"]
-        for name, path in tables.items()
-        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", ())
+        for name, content in contents.items()
+        for claim in content.get("claims", ())
     }
     media = {name: folder / f"{name}.csv" for name in tables}
     media |= {f"pictures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
     chosen: dict[str, str] = {}
-    for name in sweep_names():
+    for name, view in views_of.items():
         place = folder / "sweeps" / name
-        if (place / "sweep.json").is_file():
-            media |= {name: place / "sweep.csv", f"pictures/{name}": place / "sweep.png"}
-            chosen |= _chosen(json.loads((place / "sweep.json").read_text(encoding="utf-8")))
+        media |= {name: place / "sweep.csv", f"pictures/{name}": place / "sweep.png"}
+        chosen |= _chosen(view)
     facts = RunFacts(
         folder=folder, outputs=ROOT / "outputs", id=f"results--{scale}", name=f"results at {scale}",
         group=reports.RESULTS_GROUP, job_type="report", tags=["results", scale],

@@ -23,8 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from delta_lora import stored
 from scripts.reporting.results import RESULTS
-from scripts.runs.folder import RECORD, read_record
+from scripts.reporting.scope import words_of_part
+from scripts.runs import weights
+from scripts.runs.checksums import ADAPTER, MODEL, RECORD, check_files, check_record
 
 PAPER = "https://arxiv.org/abs/2309.02411"
 #: of how many tokens the comparison of outputs is made.
@@ -53,7 +56,8 @@ def export(
         is_merged_wanted: whether the merged model is written.
 
     Raises:
-        ValueError: nothing of it can be exported, or a rank is not allowed.
+        ValueError: nothing of it can be exported, a rank is not allowed, or a file of the run, of
+            its adapter or of its base is not the one that was written.
         FileNotFoundError: the folder holds no finished run.
     """
     from delta_lora import adapter_file, export
@@ -65,7 +69,7 @@ def export(
     settings = None if eval_rank is None else {"eval_rank": eval_rank}
     source = adapter_file.find_folder(run)
     description = adapter_file.read_description(source)
-    record = read_record(source.parent) if (source.parent / RECORD).is_file() else None
+    record = _record_of(source)
     lines, problems = [], []
     written: list[Path] = []
     try:
@@ -100,6 +104,19 @@ def export(
         raise ValueError("; ".join(problems))
     _copy_tokenizer(description, source, base, written)
     return lines + problems
+
+
+def _record_of(source: Path) -> dict[str, Any] | None:
+    """Return the record of the run whose adapter stands in `source`; None for one without a run.
+
+    Raises:
+        UnreadableError: it is damaged, or the adapter is not the one that it names.
+    """
+    if not (source.parent / RECORD).exists():
+        return None
+    record = check_files(source.parent, [ADAPTER])
+    check_record(source.parent / RECORD, record, "export the folder of the adapter elsewhere")
+    return record if record["status"] == "completed" else None
 
 
 def _difference(
@@ -148,6 +165,8 @@ def _copy_tokenizer(
     origin, revision = adapter_file.base_source(description, source, base)
     if origin is None:
         return
+    if Path(origin).name == MODEL and (Path(origin).parent / RECORD).exists():
+        check_files(Path(origin).parent, [MODEL])  # one that the suite pre-trained
     try:
         tokenizer = load_tokenizer(origin, revision)
     except OSError as error:
@@ -170,18 +189,16 @@ def _write_card(
     base, method = description["base"], dict(description["method"])
     name = str(method.pop("name"))
     is_peft = (folder / "adapter_config.json").exists()
-    known = None if record is None else record["model"]
-    base_name = (known or {}).get("hub_id") or (known or {}).get("name") or base["source"]
+    model = _model_of(base, record)
+    hub_id, _ = weights.hub_weights(model)
     front = ["---", "library_name: peft" if is_peft else "library_name: transformers"]
-    if known is not None and known["hub_id"]:
-        front.append(f"base_model: {known['hub_id']}")
-    front += [
-        "tags:",
-        *[f"- {tag}" for tag in ("delta-lora", "lora", name.replace("_", "-"))],
-        "---",
-    ]
-    lines = [*front, "", f"# {name} on {base_name}", "", f"{facts[0].upper()}{facts[1:]}.", ""]
-    lines += ["## Load it", "", "```python", *_loading(base, is_peft), "```", ""]
+    if hub_id is not None:
+        front.append(f"base_model: {hub_id}")
+    tags = dict.fromkeys(("delta-lora", "lora", name.replace("_", "-")))
+    front += ["tags:", *[f"- {tag}" for tag in tags], "---"]
+    title = f"# {name} on {hub_id or weights.label(model)}"
+    lines = [*front, "", title, "", f"{facts[0].upper()}{facts[1:]}.", ""]
+    lines += ["## Load it", "", "```python", *_loading(base, model, is_peft), "```", ""]
     if record is not None:
         lines += _scores(record)
     lines += ["## Settings", ""]
@@ -198,7 +215,25 @@ def _write_card(
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
+def _model_of(base: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return which base model was loaded: by the record, else by what the adapter says of it."""
+    if record is not None:
+        return weights.facts_of_record(record)
+    from delta_lora import adapter_file
+    from delta_lora.sources import looks_local
+
+    source, revision = base["source"], base["revision"]
+    is_local = source is None or looks_local(source)
+    named = None if source is None else adapter_file.base_name(source)
+    return {
+        "name": base.get("name") or named or "a model of its own",
+        "init": "pretrained",
+        "hub_id": None if is_local else source,
+        "revision": None if is_local else revision,
+    }
+
+
+def _loading(base: Mapping[str, Any], model: Mapping[str, Any], is_peft: bool) -> list[str]:
     from delta_lora.families import FAMILIES
 
     family = FAMILIES.get(base["family"])
@@ -207,43 +242,54 @@ def _loading(base: Mapping[str, Any], is_peft: bool) -> list[str]:
         return [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("FOLDER")']
     labels = base["config_overrides"].get("num_labels")
     extra = f", num_labels={labels}" if labels is not None else ""
+    hub_id, revision = weights.hub_weights(model)
+    pin = f', revision="{revision}"' if revision is not None else ""
+    where = [] if hub_id is not None else ["# the folder of the base model, wherever you keep it"]
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
-        f'base = {auto}.from_pretrained("BASE"{extra})',
+        *where,
+        f"base = {auto}.from_pretrained({json.dumps(hub_id or model['name'])}{pin}{extra})",
         'model = PeftModel.from_pretrained(base, "FOLDER")',
     ]
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:
     task = record["task"]
-    lines = [f"## Scores on `{task['name']}`", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in record["metrics"].items()]
-    lines += [
+    lines = [f"## Scores on `{task['name']}`", ""]
+    values = [f"| {name} | {value:.4f} |" for name, value in record["metrics"].items()]
+    values += [
         f"| {name} | not computed: {why} |" for name, why in record["missing_metrics"].items()
     ]
+    if not values:
+        return [*lines, "The run trained and was not scored.", ""]
+    lines += ["| metric | value |", "|---|---|", *values, ""]
+    if part := task.get("part"):
+        lines += [f"Of a part of the {part['split']} set: {words_of_part(part)}.", ""]
     lines += [
-        "",
         "Fractions of 1 where the metric is one; one run, one seed: no interval.",
         "",
         "## What the paper's claims are worth",
         "",
-        *_verdicts(record["scale"]),
+        *_verdicts(record["scale"], weights.facts_of_record(record)["name"]),
         "",
     ]
     return lines
 
 
-def _verdicts(scale: str) -> list[str]:
-    """Return the suite's verdicts at the scale of the run, from the generated tables."""
+def _verdicts(scale: str, model: str) -> list[str]:
+    """Return the suite's verdicts on a model at a scale, from the generated tables."""
     lines = []
     for path in sorted((RESULTS / scale).glob("*.json")):
-        for claim in json.loads(path.read_text(encoding="utf-8")).get("claims", []):
+        content = stored.read_json(path, "make the table anew")
+        if model not in content.get("models", ()):
+            continue
+        for claim in content.get("claims", []):
             lines.append(f"- {claim['id']}: {claim['statement']} **{claim['verdict']}**")
     if not lines:
-        return [f"No table was made at scale `{scale}` yet, so no claim is judged."]
-    return [f"Judged by this suite at scale `{scale}`:", "", *sorted(lines)]
+        return [f"No table of `{model}` at scale `{scale}` judges a claim."]
+    return [f"Judged by this suite on `{model}` at scale `{scale}`:", "", *sorted(lines)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

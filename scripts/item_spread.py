@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import OmegaConf
 
+from delta_lora.stored import UnreadableError
 from scripts.runs import item_spread
 from scripts.runs.building import load_task
 from scripts.runs.composition import ConfigError
@@ -62,7 +63,11 @@ def _measure(folder: Path, tasks: dict[str, Any], *, is_named: bool) -> str:
         tasks: those that are loaded, by their settings; one is kept, for the runs that follow.
         is_named: whether somebody asked for this very run, so that a lack is a failure.
     """
-    record = read_record(folder)
+    try:
+        record = read_record(folder)
+    except UnreadableError as error:
+        print(f"FAILED    {folder.name}: {error}", file=sys.stderr)
+        return "failed"
     is_scored = record["status"] == "completed" and bool(record["metrics"])
     if not is_named and not (is_scored and (folder / PREDICTIONS).is_file()):
         return "without"

@@ -5,7 +5,8 @@
 
 It is made of the tables, figures, pictures and sweeps of ``results/<scale>``, of run records, and
 of ``report/samples.json``, to which this command first copies a few points of the curves and a few
-predictions of every run folder at hand. ``--check`` reads no run folder.
+predictions of every run folder at hand. ``--check`` reads no run folder. A file that is damaged is
+named and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from scripts.htmlreport.sources import PAGE, REPORT, SAMPLES, read_sources
 from scripts.reporting.results import RESULTS, write_text
 from scripts.runs.composition import ROOT
 from scripts.runs.scale import CHOICES, resolve_scale
+from scripts.tables import left_out
 
 
-def make(results: Path, scale: str, outputs: Path) -> Path:
+def make(results: Path, scale: str, outputs: Path, problems: list[str] | None = None) -> Path:
     """Write the report of a scale; return its file.
 
     Args:
         results: the folder ``results``.
         scale: tiny, small or paper.
         outputs: folder of the run folders.
+        problems: gets a message for every file that was left out.
 
     Raises:
         ValueError: there is no table at this scale, or the page is too large.
@@ -39,9 +42,12 @@ def make(results: Path, scale: str, outputs: Path) -> Path:
     folder = sources.folder / REPORT
     folder.mkdir(exist_ok=True)
     found = samples.collect(sources, outputs)
+    known = sources.problems
     if found != sources.samples:
         write_text(folder / SAMPLES, samples.to_text(found))
         sources = read_sources(results, scale, outputs)
+    if problems is not None:
+        problems += dict.fromkeys([*known, *sources.problems])
     return write_text(folder / PAGE, page.write(sources))
 
 
@@ -72,11 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problem = check(options.results, scale)
             print(problem or f"{options.results / scale / REPORT / PAGE} follows from its records")
             return 1 if problem else 0
-        print(f"wrote {make(options.results, scale, options.outputs)}")
+        problems: list[str] = []
+        print(f"wrote {make(options.results, scale, options.outputs, problems)}")
+        return left_out(problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

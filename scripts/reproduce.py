@@ -33,8 +33,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.reporting.page import write_page
-from scripts.reporting.plan import describe, describe_costs
+from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, Entry, collect
+from scripts.reporting.scope import Other, check_one_model, folder_of, other_model
 from scripts.reporting.spec import TableSpec, load_table
 from scripts.reporting.summary import summary
 from scripts.runs import launchers
@@ -81,12 +82,16 @@ def _reproduce(options: argparse.Namespace) -> int:
     specs = [load_table(name) for name in dict.fromkeys(options.tables)]
     plans = {spec.name: spec.cells(scale=scale, seeds=seeds, extra=extra) for spec in specs}
     everything = [cell for cells in plans.values() for cell in cells]
+    for spec in specs:
+        check_one_model(spec.name, plans[spec.name])
+    others = {spec.name: other_model(spec, plans[spec.name], scale, extra) for spec in specs}
     batch = Batch.plan(
         everything, scale=scale, extra=extra, workers=options.workers, launcher=launcher
     )
     if options.plan:
-        _print_plan(specs, plans, batch)
-        return 0
+        _print_plan(specs, plans, batch, others)
+        print("\n".join(describe_refusals(batch.impossible())), end="")
+        return 1 if batch.damaged() else 0
     if options.prepare:
         batch.check(options.results / scale)
         batch.prepare("-".join(plans))
@@ -94,7 +99,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         return 0
     if batch.todo and batch.refusal is not None:
         raise ValueError(batch.refusal)
-    _print_plan(specs, plans, batch)
+    _print_plan(specs, plans, batch, others)
     if batch.todo:
         batch.check(options.results / scale)
     failures = batch.run("-".join(plans))
@@ -102,13 +107,17 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _print_plan(
-    specs: Sequence[TableSpec], plans: Mapping[str, Sequence[Cell]], batch: Batch
+    specs: Sequence[TableSpec],
+    plans: Mapping[str, Sequence[Cell]],
+    batch: Batch,
+    others: Mapping[str, Other | None],
 ) -> None:
     """Print what every table still needs, and what that costs."""
     for spec in specs:
         mine = {cell.signature for cell in plans[spec.name]}
         todo = [cell for cell in batch.todo if cell.signature in mine]
         lines = describe(spec, plans[spec.name], batch.states)
+        lines += describe_scope(others[spec.name])
         print("\n".join([*lines, *describe_costs(todo, batch.num_workers, batch.durations)]))
     shared = sum(map(len, plans.values())) - len(batch.cells)
     if shared:
@@ -131,17 +140,21 @@ def _finish(
     """Write and print the tables; return the exit code."""
     is_complete = True
     every: list[Entry] = []
+    pages: dict[Path, str | None] = {}
     for spec in specs:
         entries = collect(plans[spec.name], failures=failures)
         content, paths = make(spec, scale, seeds, extra, entries, results_folder / scale)
         print(f"\n{summary(content, paths)}", end="")
+        folder = folder_of(results_folder / scale, content)
+        pages[folder] = content.get("other_model", {}).get("name")
         every += entries
         absent = [entry for entry in entries if entry.record is None]
         for entry in absent:
             state = "not run" if entry.state == "missing" else entry.state
             print(f"{entry.cell.label}: {state}: {entry.reason}", file=sys.stderr)
         is_complete = is_complete and not absent
-    print(f"wrote {write_page(results_folder / scale)}")
+    for folder, model in pages.items():
+        print(f"wrote {write_page(folder, scale, model=model)}")
     unscored = [
         entry.cell.run.folder / "record.json"
         for entry in every

@@ -30,8 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.reporting.plan import describe, describe_costs
+from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
+from scripts.reporting.scope import other_model
 from scripts.runs import launchers
 from scripts.runs.allotment import parse_workers
 from scripts.runs.batch import Batch
@@ -40,10 +41,10 @@ from scripts.runs.command import add_arguments, exit_code
 from scripts.runs.scale import resolve_scale
 from scripts.runs.space import check_disk_space
 from scripts.sweeping.content import build
-from scripts.sweeping.page import last_line, terminal
+from scripts.sweeping.page import damaged_lines, last_line, terminal
 from scripts.sweeping.spec import Refused, load_sweep, parse_values
 from scripts.sweeping.view import collect_runs, keep, write
-from scripts.tables import differences
+from scripts.tables import differences, left_out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,19 +82,26 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError("a sweep needs statsmodels; install requirements.lock")
     spec = load_sweep(options.sweep, scale, parse_values(options.values))
     cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
-    folder = options.results / scale / "sweeps" / spec.name
+    spec.check_extra(scale, extra)
+    other = other_model(spec.as_table(), cells, scale, extra)
+    results = options.results / scale / ("" if other is None else other.folder)
+    folder = results / "sweeps" / spec.name
     if options.accept or options.check:
         if options.accept:
             keep(cells, options.results / "runs" / scale)
-        entries = collect_accepted(cells, read_accepted(options.results / "runs"))
+        problems: list[str] = []
+        entries = collect_accepted(cells, read_accepted(options.results / "runs", problems))
         content = build(spec, scale, seeds, extra, entries, refused)
-        return _finish(content, folder) if options.accept else _compare(content, folder)
+        code = _finish(content, folder) if options.accept else _compare(content, folder)
+        return max(code, left_out(problems))
     batch = Batch.plan(cells, scale=scale, extra=extra, workers=options.workers, launcher=launcher)
-    print("\n".join(describe(spec.as_table(), cells, batch.states)))
+    lines = describe(spec.as_table(), cells, batch.states)
+    print("\n".join([*lines, *describe_scope(other)]))
     print("\n".join(describe_costs(batch.todo, batch.num_workers, batch.durations)))
     print("\n".join(batch.summary()), flush=True)
     if options.plan:
-        return 0
+        print("\n".join(describe_refusals(batch.impossible())), end="")
+        return 1 if batch.damaged() else 0
     if batch.todo:
         batch.check_place(options.results / scale)
         batch, refused = _without_refused(batch, refused)
@@ -111,6 +119,7 @@ def _finish(content: Mapping[str, Any], folder: Path) -> int:
     print(f"\n{terminal(content)}")
     print("\n".join(f"wrote {path}" for path in paths), flush=True)
     is_complete = all(not row["absent"] for row in content["rows"])
+    left_out(damaged_lines(content))
     print(last_line(content), file=sys.stdout if is_complete else sys.stderr)
     return 0 if is_complete else 1
 

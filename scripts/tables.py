@@ -6,7 +6,7 @@
 
 Without names: everything in configs/table, of the optional ones what is complete. ``--accept`` and
 ``--check`` are for maintainers: what is committed must follow, byte for byte, from the records that
-are committed.
+are committed. A record that is damaged is named and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from scripts.reporting.results import (
     build_results,
     collect,
     collect_accepted,
+    damaged,
     read_accepted,
     write_results,
 )
+from scripts.reporting.scope import folder_of
 from scripts.reporting.spec import TableSpec, load_table, table_names
 from scripts.reporting.summary import summary
 from scripts.runs.cells import parse_overrides, parse_seeds
@@ -52,10 +54,14 @@ def make(
     *,
     has_pictures: bool = True,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Write a table or figure to `folder`, with its picture; return its content and the files."""
+    """Write a table or figure, with its picture; return its content and the files.
+
+    They stand in `folder`, those of another model than the table's in a folder of its own below.
+    """
     is_figure = spec.kind == "similarity"
     build = build_figure if is_figure else build_results
     content = build(spec, scale, seeds, extra, entries)
+    folder = folder_of(folder, content)
     paths = (write_figure if is_figure else write_results)(content, folder)
     if has_pictures:
         draw = draw_figure if is_figure else draw_forest
@@ -68,13 +74,20 @@ def differences(found: Path, committed: Path) -> list[str]:
     problems = []
     for path in sorted(found.iterdir()):
         other = committed / path.name
-        if path.suffix in PICTURES:
+        if path.suffix in PICTURES or path.is_dir():
             continue
         if not other.exists():
             problems.append(f"{other} is missing")
         elif other.read_bytes() != path.read_bytes():
             problems.append(f"{other} differs from what its records give")
     return problems
+
+
+def left_out(problems: Sequence[str]) -> int:
+    """Say which records were left out, each once; return the exit code that this makes."""
+    for problem in dict.fromkeys(problems):
+        print(f"left out: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale, reason = resolve_scale(options.scale)
         print(f"scale: {scale} ({reason})")
         seeds, extra = parse_seeds(options.seeds), parse_overrides(options.overrides)
-        accepted = read_accepted(options.results / "runs")
+        problems: list[str] = []
+        accepted = read_accepted(options.results / "runs", problems)
         folder = options.results / scale
         with tempfile.TemporaryDirectory() as temporary:
             written = Path(temporary) if options.check else folder
+            pages: dict[Path, str | None] = {}
             for spec in [load_table(name) for name in options.tables or table_names()]:
                 is_asked = not spec.is_optional or options.tables
                 if not is_asked and not (folder / f"{spec.name}.json").exists():
@@ -107,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     entries = collect_accepted(cells, accepted)
                 else:
                     entries = collect(cells, accepted=accepted)
+                    problems += damaged(entries)
                 if not is_asked and not all(entry.record for entry in entries):
                     continue
                 if not any(entry.record for entry in entries):
@@ -119,20 +135,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 content, paths = make(
                     spec, scale, seeds, extra, entries, written, has_pictures=not options.check
                 )
+                pages[folder_of(Path(), content)] = content.get("other_model", {}).get("name")
                 if not options.check:
                     print(f"\n{summary(content, paths)}")
-            if options.check:
+            differing: list[str] = []
+            for place, model in pages.items():
+                if not options.check:
+                    print(f"wrote {write_page(folder / place, scale, model=model)}")
+                    continue
                 if not options.tables:
-                    has_audit = (folder / "audit.md").exists()
-                    write_page(written, scale, has_audit=has_audit, has_pictures=False)
-                problems = differences(written, folder)
+                    has_audit = (folder / place / "audit.md").exists()
+                    write_page(
+                        written / place, scale, model=model, has_audit=has_audit, has_pictures=False
+                    )
+                differing += differences(written / place, folder / place)
+            if options.check:
+                problems = [*dict.fromkeys(problems), *differing]
                 print("\n".join(problems) or f"{folder} follows from its records, byte for byte")
                 return 1 if problems else 0
-            print(f"wrote {write_page(folder)}")
+            return left_out(problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from delta_lora.stored import UnreadableError
 from scripts.runs import composition
 from scripts.runs.command import exit_code
 from scripts.runs.composition import ConfigError
@@ -68,7 +69,7 @@ def main(_: DictConfig) -> float | None:
             _stop(str(error))
         logger.warning("skipped: %s", error)
         return None
-    except ConfigError as error:
+    except (ConfigError, UnreadableError) as error:
         if is_sweep:  # Hydra notes it and goes on
             raise
         _stop(str(error))
@@ -112,11 +113,14 @@ def check_arguments(arguments: Sequence[str]) -> Multirun | None:
         if ("=" in a or a.startswith("~")) and not a.startswith("-")
         and (not a.startswith(("hydra.", "hydra/")) or a.startswith(composition.SEARCH_PATH))
     ]  # fmt: skip
+    launch = ("hydra.launcher", "hydra/launcher", "hydra.mode")
+    composition.check_launch([a for a in arguments if a.startswith(launch) and "=" in a])
     sweepers = [a for a in arguments if a.startswith("hydra/sweeper=")]
     grid = read_grid(overrides, has_sampler=bool(sweepers) and sweepers != ["hydra/sweeper=basic"])
-    if set(MULTIRUN) & set(arguments) and not _is_asking(arguments):
+    is_sweep = set(MULTIRUN) & set(arguments)
+    if is_sweep and not _is_asking(arguments):
         return Multirun.check(grid)
-    composition.compose(grid.firsts)
+    composition.compose(grid.firsts if is_sweep else overrides)
     return None
 
 
@@ -135,7 +139,8 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
             if name == flag and (is_joined or place + 1 < len(found)):
                 folder = Path(value if is_joined else found[place + 1]).resolve()
                 taken = 1 if is_joined else 2
-                found[place : place + taken] = [f"{composition.SEARCH_PATH}=[file://{folder}]"]
+                quoted = str(folder).replace('"', '\\"')
+                found[place : place + taken] = [f'{composition.SEARCH_PATH}=["file://{quoted}"]']
     return found
 
 

@@ -24,21 +24,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer
+from delta_lora.checks import Range
 from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
-from tasks.predictions import align, own_chunks
-from tasks.sources import Source
+from tasks.predictions import align, chosen, describe_part, own_chunks
+from tasks.sources import MaxInputs, Source
 
 logger = logging.getLogger(__name__)
 
+#: tokens of a sequence: context, separator, target.
+MaxLength = Annotated[int, Range(at_least=3, at_most=2**20)]
 #: name of the scores of one reference against the others.
 ONE_REFERENCE = "one reference against the others"
 _BLANK_LINE = "\n\n"
@@ -86,6 +88,7 @@ class DataToText(Task):
         protocol: which texts or scorers are used; recorded.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
 
     Raises:
         ValueError: a setting is not allowed.
@@ -104,12 +107,13 @@ class DataToText(Task):
         protocol: str,
         max_length: int,
         decoding: BeamSearch | None,
+        max_inputs: MaxInputs | None = None,
     ):
         self.source = source
         self.protocol = protocol
-        # Context, separator, target.
-        self.max_length = check_integer("task.max_length", max_length, at_least=3)
+        self.max_length = max_length
         self.decoding = BeamSearch() if decoding is None else decoding
+        self.max_inputs = max_inputs
         self._rows: dict[str, list[Row]] = {}
         self._inputs: dict[str, tuple[Input, ...]] = {}
         self._store = Store(self.title, source.encoded_folder)
@@ -180,6 +184,7 @@ class DataToText(Task):
             "files": files,
             "rows": {split: len(rows[split]) for split in rows},
             "inputs": {split: len(inputs[split]) for split in rows},
+            **describe_part(self.scored_split, len(inputs[self.scored_split]), self.max_inputs),
         }
         logger.info(
             "%s (%s, %s): %s",
@@ -300,8 +305,11 @@ class DataToText(Task):
     # Decoding
 
     def inputs(self, split: str = "test") -> tuple[Input, ...]:
-        """Return the distinct inputs in order of first occurrence."""
-        return of_split(self._inputs, split)
+        """Return the distinct inputs in order of first occurrence, of a part those that it has."""
+        items = of_split(self._inputs, split)
+        if split == "train":
+            return items
+        return tuple(items[i] for i in chosen(len(items), self.max_inputs))
 
     def predict(
         self,
@@ -345,6 +353,17 @@ class DataToText(Task):
                     for index, text in zip(chunk, texts, strict=True)
                     if items[index].id not in finished
                 ]
+
+    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """See `Task.check_model`: prompt and output must find room in the model."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        limits = [self.max_length, *filter(None, [positions])]
+        self.decoding.check_room(min(limits))
+        if tokenizer is None or positions is None:
+            return
+        contexts = [item.context for item in self.inputs(self.scored_split)]
+        prompts = self._shorten(self._prompts(contexts, tokenizer), tokenizer)
+        self.decoding.check_prompt(max(map(len, prompts)), positions)
 
     def _shorten(self, prompts: list[list[int]], tokenizer: Any) -> list[list[int]]:
         """Keep the end of prompts that leave no room for the output, as the recipe does."""

@@ -16,17 +16,17 @@ output gains about 1 BLEU by tokenised references). They are two tasks in every 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from delta_lora.checks import check_choice
+from delta_lora.checks import OneOf, check_values
 from delta_lora.protocols import ItemScores, MetricSpec, Scores
 from tasks.data import Document, find_file, listing, read_csv, read_lines, shorten
-from tasks.data_to_text import DataToText, Input, Row
+from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import e2e as metrics
-from tasks.sources import Release, Source
+from tasks.sources import Kind, MaxInputs, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import e2e as embedded
 
 #: split -> file, by protocol; the names of the official releases.
@@ -66,6 +66,7 @@ class E2E(DataToText):
         protocol: ``lora`` or ``challenge``.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         nist: ``python`` (e2e-metrics with -p, as microsoft/LoRA calls it) or ``perl`` (its
             default); only NIST differs.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
@@ -82,19 +83,20 @@ class E2E(DataToText):
     def __init__(
         self,
         *,
-        source: str = "hub",
+        source: Kind = "hub",
         release_lora: Release | None = None,
         release_challenge: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        protocol: str = "lora",
-        max_length: int = 512,
+        protocol: Annotated[str, OneOf(tuple(FILES))] = "lora",
+        max_length: MaxLength = 512,
         decoding: BeamSearch | None = None,
-        nist: str = "python",
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
+        max_inputs: MaxInputs | None = None,
+        nist: Annotated[str, OneOf(NIST_VARIANTS)] = "python",
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
     ):
-        check_choice("task.protocol", protocol, tuple(FILES))
+        check_values(E2E.__init__, locals(), prefix="task.")
         super().__init__(
             source=Source(
                 kind=source,
@@ -104,14 +106,16 @@ class E2E(DataToText):
                 cache_dir=cache_dir,
                 embedded_seed=embedded_seed,
                 embedded_sizes=embedded_sizes,
+                splits=tuple(embedded.DEFAULT_SIZES),
                 needed=FILES[protocol].values(),
                 key=f"release_{protocol}",
             ),
             protocol=protocol,
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
-        self.nist = check_choice("task.nist", nist, NIST_VARIANTS)
+        self.nist = nist
         self.name = "e2e" if protocol == "lora" else f"e2e_{protocol}"
         suffix = "" if protocol == "lora" else f" ({protocol})"
         self.metrics = (

@@ -28,13 +28,20 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from delta_lora.checks import check_integer
+from delta_lora.checks import OneOf, Range, check_values
+
+NumBeams = Annotated[int, Range(at_least=1, at_most=256, why="each is a whole text in memory")]
+#: of a text's length: beyond 10 a score overflows.
+LengthPenalty = Annotated[float, Range(at_least=-10, at_most=10)]
+NGramSize = Annotated[int, Range(at_least=0, at_most=1024)]
+EarlyStopping = Annotated[bool | str, OneOf((True, False, "never"))]
+NumSequences = Annotated[int, Range(at_least=1, at_most=4096, why="all are in memory at once")]
 
 
 class RepeatedNGramBlock(LogitsProcessor):
@@ -90,22 +97,42 @@ class BeamSearch:
     #: key in the names of runs.
     name: ClassVar[str] = "beam_search"
 
-    num_beams: int = 10
-    length_penalty: float = 0.9
-    no_repeat_ngram_size: int = 4
-    max_new_tokens: int = 64
-    early_stopping: bool | str = "never"
-    batch_size: int = 32
+    num_beams: NumBeams = 10
+    length_penalty: LengthPenalty = 0.9
+    no_repeat_ngram_size: NGramSize = 4
+    max_new_tokens: Annotated[int, Range(at_least=1, at_most=2**20)] = 64
+    early_stopping: EarlyStopping = "never"
+    batch_size: NumSequences = 32
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("num_beams", 1),
-            ("no_repeat_ngram_size", 0),
-            ("max_new_tokens", 1),
-            ("batch_size", 1),
-        ):
-            check_integer(f"decoding.{name}", getattr(self, name), at_least=least)
-        _check_early_stopping(self.early_stopping)
+        check_values(BeamSearch, vars(self), prefix="task.decoding.")
+
+    def check_room(self, positions: int) -> None:
+        """Check that a model of so many positions has room for a prompt and an output.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.max_new_tokens >= positions:
+            raise ValueError(
+                f"task.decoding.max_new_tokens={self.max_new_tokens} leaves no room for a prompt "
+                f"within {positions} tokens; use at most {positions - 1}, less by the longest "
+                "prompt"
+            )
+
+    def check_prompt(self, longest: int, positions: int) -> None:
+        """Check that the longest prompt and an output find room.
+
+        Raises:
+            ValueError: they do not.
+        """
+        needed = longest + self.max_new_tokens
+        if needed > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and task.decoding.max_new_tokens="
+                f"{self.max_new_tokens} need {needed} positions but the model has {positions}; "
+                "lower max_new_tokens or max_length"
+            )
 
     def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the indices that are decoded together: neighbours in length, longest first."""
@@ -135,12 +162,8 @@ class BeamSearch:
             raise ValueError("a prompt is empty; give it at least one token")
         longest = max(len(prompt) for prompt in prompts)
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and longest + self.max_new_tokens > positions:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} need "
-                f"{longest + self.max_new_tokens} positions but the model has {positions}; lower "
-                "max_new_tokens or max_length"
-            )
+        if positions is not None:
+            self.check_prompt(longest, positions)
         padding = [longest - len(prompt) for prompt in prompts]
         pad = end_tokens[0]  # masked on the left; on the right it only follows an end token
         input_ids = torch.tensor(
@@ -191,22 +214,41 @@ class Seq2SeqBeamSearch:
     #: key in the names of runs.
     name: ClassVar[str] = "seq2seq_beam_search"
 
-    num_beams: int = 8
-    max_length: int = 64
-    length_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    early_stopping: bool | str | None = None
+    num_beams: NumBeams = 8
+    max_length: Annotated[int, Range(at_least=2, at_most=2**20)] = 64
+    length_penalty: LengthPenalty | None = None
+    no_repeat_ngram_size: NGramSize | None = None
+    early_stopping: EarlyStopping | None = None
     forced_bos: bool | None = None
     forced_eos: bool | None = None
-    batch_size: int = 16
+    batch_size: NumSequences = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("num_beams", 1), ("max_length", 2), ("batch_size", 1)):
-            check_integer(f"decoding.{name}", getattr(self, name), at_least=least)
-        if self.no_repeat_ngram_size is not None:
-            check_integer("decoding.no_repeat_ngram_size", self.no_repeat_ngram_size, at_least=0)
-        if self.early_stopping is not None:
-            _check_early_stopping(self.early_stopping)
+        check_values(Seq2SeqBeamSearch, vars(self), prefix="task.decoding.")
+
+    def check_room(self, positions: int) -> None:
+        """Check that a decoder of so many positions has room for an output.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.max_length > positions:
+            raise ValueError(
+                f"task.decoding.max_length={self.max_length}, but the model has {positions} "
+                f"positions; use at most {positions}"
+            )
+
+    def check_source(self, longest: int, positions: int) -> None:
+        """Check that an encoder of so many positions has room for the longest source.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if longest > positions:
+            raise ValueError(
+                f"a source of {longest} tokens, but the model has {positions} positions; lower "
+                "task.max_source_length"
+            )
 
     def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the indices that are decoded together: neighbours in length, longest first."""
@@ -297,11 +339,9 @@ class Seq2SeqBeamSearch:
             raise ValueError("a source is empty; give it at least one token")
         longest = max(len(source) for source in sources)
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and max(longest, self.max_length) > positions:
-            raise ValueError(
-                f"a source of {longest} tokens and max_length={self.max_length}, but the model has "
-                f"{positions} positions; lower max_source_length or decoding.max_length"
-            )
+        if positions is not None:
+            self.check_room(positions)
+            self.check_source(longest, positions)
         settings, _ = self.settings(model)
         input_ids = torch.zeros(len(sources), longest, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -348,11 +388,6 @@ _NOT_SETTINGS = frozenset(
         "top_p",
     }
 )
-
-
-def _check_early_stopping(value: Any) -> None:
-    if value not in (True, False, "never"):
-        raise ValueError(f"decoding.early_stopping={value!r}; allowed: 'never', false, true")
 
 
 def _chunks(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

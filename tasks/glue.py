@@ -25,24 +25,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.checks import check_choice, check_integer
+from delta_lora.checks import NAME, NOT_EMPTY, OneOf, Range, check_values
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.bag_of_words import classify, regress
 from tasks.data import of_split
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
+from tasks.generation import NumSequences
 from tasks.glue_files import SPLITS, GlueFiles, Row, text_columns
 from tasks.metrics import glue as metrics
 from tasks.metrics.items import mean
-from tasks.predictions import align, own_chunks
+from tasks.predictions import align, chosen, describe_part, own_chunks
 from tasks.rows import Rows
-from tasks.sources import Release, Source
+from tasks.sources import Kind, MaxInputs, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import glue as embedded
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class Glue(Task):
         max_length: tokens of an example; the longer sentence is cut first, which is logged.
         scored_split: ``validation``, as papers do, or ``test``, whose labels may be hidden.
         predict_batch_size: examples at once when predicting; changes nothing but speed.
+        max_inputs: rows of a split that are predicted and scored, evenly spaced over it, also those
+            that choose the best epoch; the loss there is of all rows. None: all.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> rows of the ``embedded`` corpus; None takes its defaults.
         head: modules of the model that are new.
@@ -97,23 +100,43 @@ class Glue(Task):
     def __init__(
         self,
         *,
-        task: str,
-        columns: Sequence[str],
-        labels: Sequence[str] | None,
-        metrics: Sequence[str],
-        num_rows: Mapping[str, int] = MappingProxyType({}),
+        task: Annotated[str, NAME],
+        columns: Sequence[Annotated[str, NOT_EMPTY]],
+        labels: Sequence[Annotated[str, NOT_EMPTY]] | None,
+        metrics: Sequence[Annotated[str, OneOf(tuple(METRIC_LABELS))]],
+        num_rows: Mapping[str, Annotated[int, Range(at_least=1, at_most=10**9)]] = MappingProxyType(
+            {}
+        ),
         release: Release | None = None,
-        parts: Sequence[str] = (),
-        source: str = "hub",
+        parts: Sequence[Annotated[str, NAME]] = (),
+        source: Kind = "hub",
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        max_length: int = 256,
-        scored_split: str = "validation",
-        predict_batch_size: int = 64,
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
-        head: Sequence[str] = ("classifier",),
+        max_length: Annotated[int, Range(at_least=6, at_most=2**20)] = 256,
+        scored_split: Annotated[str, OneOf(SPLITS[1:])] = "validation",
+        predict_batch_size: NumSequences = 64,
+        max_inputs: MaxInputs | None = None,
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
+        head: Sequence[Annotated[str, NOT_EMPTY]] = ("classifier",),
     ) -> None:
+        check_values(Glue.__init__, locals(), prefix="task.")
+        for name, names in (
+            ("columns", columns), ("labels", labels or ()), ("metrics", metrics), ("parts", parts),
+            ("head", head),
+        ):  # fmt: skip
+            if len(set(names)) < len(names):
+                raise ValueError(f"task.{name}={list(names)} has one twice; name each once")
+        if labels is not None and len(labels) < 2:
+            raise ValueError(
+                f"task.labels={list(labels)}: a class needs another one beside it; write at least "
+                "two labels, or null for a regression"
+            )
+        if source == "embedded" and task not in embedded.LAYOUTS:
+            raise ValueError(
+                f"task.task={task!r} has no embedded corpus; use one of "
+                f"{', '.join(embedded.LAYOUTS)}, or task.source=files"
+            )
         self.source = Source(
             kind=source,
             write=partial(embedded.write, task=task),
@@ -122,18 +145,25 @@ class Glue(Task):
             cache_dir=cache_dir,
             embedded_seed=embedded_seed,
             embedded_sizes=embedded_sizes,
+            splits=tuple(embedded.LAYOUTS[task].sizes) if task in embedded.LAYOUTS else (),
         )
-        self.scored_split = check_choice("task.scored_split", scored_split, SPLITS[1:])
+        self.scored_split = scored_split
         if scored_split == "test" and source != "files":
             raise ValueError(
                 f"task.scored_split=test with task.source={source}: only your own files can have a "
                 "test set; use task.source=files, or task.scored_split=validation"
             )
         if len(columns) not in (1, 2):
-            raise ValueError(f"task.columns={list(columns)}; a task has one or two sentences")
+            raise ValueError(
+                f"task.columns={list(columns)}: a task has one or two sentences; write the names "
+                "of their columns"
+            )
         allowed = CLASSIFICATION if labels is not None else REGRESSION
         if not metrics or any(name not in allowed for name in metrics):
-            raise ValueError(f"task.metrics={list(metrics)}; allowed: {', '.join(allowed)}")
+            kind = "a regression (task.labels=None)" if labels is None else "classes (task.labels)"
+            raise ValueError(
+                f"task.metrics={list(metrics)} for {kind}; allowed: {', '.join(allowed)}"
+            )
         self.task = task
         self.name = f"glue_{task}"
         self.columns = tuple(columns)
@@ -149,10 +179,9 @@ class Glue(Task):
             splits=SPLITS if scored_split == "test" else SPLITS[:2],
         )
         # Two special tokens round one sentence, up to four with a pair, and one token of each.
-        self.max_length = check_integer("task.max_length", max_length, at_least=6)
-        self.predict_batch_size = check_integer(
-            "task.predict_batch_size", predict_batch_size, at_least=1
-        )
+        self.max_length = max_length
+        self.predict_batch_size = predict_batch_size
+        self.max_inputs = max_inputs
         self.head = tuple(head)
         self.selection_metric = metrics[0]
         self.metrics = _metric_specs(metrics, self.parts)
@@ -178,6 +207,7 @@ class Glue(Task):
             "scored_split": self.scored_split,
             "files": files,
             "rows": {split: len(rows) for split, rows in self._rows.items()},
+            **describe_part(self.scored_split, len(self._rows[self.scored_split]), self.max_inputs),
         }
         logger.info(
             "GLUE %s (%s): %s", self.task, self.source.kind,
@@ -199,7 +229,7 @@ class Glue(Task):
             tokenizer: a fast tokenizer with a padding token; its `model_max_length` limits the
                 length as `max_length` does.
         """
-        table = self.inputs(split).table
+        table = of_split(self._rows, split).table
         encoded = self._tokens(split, tokenizer)
         names = tuple(encoded.columns)
         ids, labels = table["id"].combine_chunks(), table["label"].to_pylist()
@@ -216,7 +246,7 @@ class Glue(Task):
 
     def _tokens(self, split: str, tokenizer: Any) -> EncodedSplit:
         """Return the fields of all examples of a split."""
-        rows = self.inputs(split)
+        rows = of_split(self._rows, split)
         limit = min(self.max_length, tokenizer.model_max_length)
 
         def encode(texts: Sequence[Texts], start: int) -> Block:
@@ -290,8 +320,11 @@ class Glue(Task):
     # Prediction
 
     def inputs(self, split: str = "validation") -> Rows[Row]:
-        """Return the rows of a split."""
-        return of_split(self._rows, split)
+        """Return the rows of a split, of a part those that it has."""
+        rows = of_split(self._rows, split)
+        if split == "train" or self.max_inputs is None:
+            return rows
+        return rows.take(chosen(len(rows), self.max_inputs))
 
     @torch.no_grad()
     def predict(
@@ -309,8 +342,9 @@ class Glue(Task):
             regression; see `Task.predict` for `done` and `share`.
         """
         rows, examples = list(self.inputs(split)), self.examples(split, tokenizer)
+        places = chosen(len(examples), self.max_inputs)
         finished = {prediction["id"] for prediction in done}
-        lengths = self._tokens(split, tokenizer).lengths("input_ids")
+        lengths = self._tokens(split, tokenizer).lengths("input_ids")[list(places)]
         order = np.argsort(-lengths, kind="stable").tolist()
         size = self.predict_batch_size
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
@@ -318,7 +352,8 @@ class Glue(Task):
         for chunk in own_chunks(chunks, share):
             if all(rows[i].id in finished for i in chunk):
                 continue
-            logits_BC = self._logits(model, self.collate([examples[i] for i in chunk]).to(device))
+            batch = self.collate([examples[places[i]] for i in chunk]).to(device)
+            logits_BC = self._logits(model, batch)
             values = logits_BC[:, 0] if self.labels is None else logits_BC.argmax(1)
             yield [
                 {"id": rows[i].id, "input": _joined(rows[i]), "prediction": value}
@@ -348,10 +383,8 @@ class Glue(Task):
         right = found.values.get("accuracy")
         if right is None:
             return found
-        of_parts = {
-            f"accuracy_{part}": mean(right, [i for i, row in enumerate(rows) if row.part == part])
-            for part in self.parts
-        }
+        places = {p: [i for i, row in enumerate(rows) if row.part == p] for p in self.parts}
+        of_parts = {f"accuracy_{p}": mean(right, own) for p, own in places.items() if own}
         return replace(found, of_sets={**found.of_sets, **of_parts})
 
     def _aligned(
@@ -389,9 +422,12 @@ class Glue(Task):
             return Scores({}, {spec.name: reason for spec in self.metrics})
         scores = metrics.score(values, labels, metrics=self._scores)
         for part in self.parts if "accuracy" in self._scores else ():
-            chosen = [index for index, row in enumerate(rows) if row.part == part]
+            own = [index for index, row in enumerate(rows) if row.part == part]
+            if not own:
+                scores.missing[f"accuracy_{part}"] = f"no row is of the part {part}"
+                continue
             found = metrics.score(
-                [values[i] for i in chosen], [labels[i] for i in chosen], metrics=("accuracy",)
+                [values[i] for i in own], [labels[i] for i in own], metrics=("accuracy",)
             )
             scores.values[f"accuracy_{part}"] = found.values["accuracy"]
         return scores

@@ -165,7 +165,8 @@ class GlueFiles:
         if path is None:
             raise FileNotFoundError(
                 f"{folder} has no {name}.tsv or {name}_subset.tsv (plain or .gz), which "
-                f"GLUE {self.task} needs; it holds {listing(folder)}"
+                f"GLUE {self.task} with task.parts={list(self.parts)} needs; it holds "
+                f"{listing(folder)}"
             )
         return path
 

@@ -1,6 +1,6 @@
 """Bring predictions and inputs together: exactly one prediction for each input, in its order.
 
-Also which chunks of the inputs one of several processes predicts.
+Also which inputs a part of a split has, and which chunks of them one of several processes predicts.
 """
 
 from __future__ import annotations
@@ -53,6 +53,34 @@ def align(
                 f"{expected!r}: it was made from other data"
             )
     return [by_id[name] for name in ids]
+
+
+def chosen(count: int, wanted: int | None) -> range | list[int]:
+    """Return the places of the inputs of a split that are predicted and scored.
+
+    They are evenly spaced over the split, first input included: test sets stand in an order (by
+    category, by length), so that the first ones would be of one kind.
+
+    Args:
+        count: inputs of the split.
+        wanted: how many are predicted; None, or no less than there are: all.
+    """
+    if wanted is None or wanted >= count:
+        return range(count)
+    return [number * count // wanted for number in range(wanted)]
+
+
+def describe_part(split: str, count: int, wanted: int | None) -> dict[str, Any]:
+    """Return what a record says of a split of which a part is scored; nothing where all is.
+
+    Args:
+        split: its name.
+        count: its inputs.
+        wanted: as for `chosen`.
+    """
+    if wanted is None or wanted >= count:
+        return {}
+    return {"part": {"split": split, "used": wanted, "of": count}}
 
 
 def own_chunks(chunks: Sequence[T], share: tuple[int, int]) -> Iterator[T]:

@@ -47,6 +47,10 @@ class Rows(Sequence[T], Generic[T]):
         at = range(len(self))[index]
         return self._make(*(column[at].as_py() for column in self.table.columns))
 
+    def take(self, places: Sequence[int]) -> Rows[T]:
+        """Return the rows at some places, in their order."""
+        return Rows(self.table.take(list(places)), self._make)
+
     def __iter__(self) -> Iterator[T]:
         for batch in self.table.to_batches(max_chunksize=BLOCK):
             columns = [column.to_pylist() for column in batch.columns]

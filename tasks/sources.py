@@ -18,15 +18,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import pooch
 import requests
 from requests.exceptions import RequestException
 
-from delta_lora.checks import check_choice
+from delta_lora.checks import Matches, OneOf, Range, check_choice, check_values, shown
 from tasks.data import listing
 
 KINDS = ("hub", "files", "embedded")
+#: how a task's constructor declares what it hands on.
+Kind = Annotated[str, OneOf(KINDS)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
+#: how many inputs of a split are decoded.
+MaxInputs = Annotated[int, Range(at_least=1, at_most=10**9)]
+Sizes = Mapping[
+    str,
+    Annotated[
+        int, Range(at_least=1, at_most=5000, why="the grammar has no more texts that differ")
+    ],
+]
 _HUB = "https://huggingface.co"
 _ADVICE = (
     "where there is no network, take a copy of the files and use task.source=files "
@@ -47,6 +59,7 @@ class Source:
         cache_dir: where downloads and encoded data are kept; None takes the user's cache folder.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> rows of the ``embedded`` corpus; None takes its defaults.
+        splits: of the ``embedded`` corpus.
         needed: names that `release` must have.
         key: the setting that `release` stands in, for messages.
 
@@ -55,18 +68,32 @@ class Source:
             the release is missing or lacks a file.
     """
 
-    kind: str
+    kind: Kind
     write: Callable[..., None]
     release: Release | None = None
     data_dir: str | Path | None = None
     cache_dir: str | Path | None = None
-    embedded_seed: int = 0
-    embedded_sizes: Mapping[str, int] | None = None
+    embedded_seed: Seed = 0
+    embedded_sizes: Sizes | None = None
+    splits: Collection[str] = ()
     needed: Collection[str] = ()
     key: str = "release"
 
     def __post_init__(self) -> None:
+        own = ("release", "data_dir", "cache_dir", "embedded_seed", "embedded_sizes")
+        values = {name: getattr(self, name) for name in own}
+        check_values(Source, {"source": self.kind, **values}, prefix="task.")
         check_choice("task.source", self.kind, KINDS)
+        if (
+            self.embedded_sizes is not None
+            and self.splits
+            and set(self.embedded_sizes) != set(self.splits)
+        ):
+            raise ValueError(
+                f"task.embedded_sizes={shown(dict(self.embedded_sizes))}: it must have a number "
+                f"for each of {', '.join(self.splits)} and for nothing else; or write null for "
+                "the usual sizes"
+            )
         if (self.data_dir is not None) != (self.kind == "files"):
             raise ValueError(
                 f"task.source={self.kind} with task.data_dir={self.data_dir}: "
@@ -148,22 +175,25 @@ class Release:
         files: file name -> sha256 of the unpacked file.
     """
 
-    repository: str
-    commit: str
+    repository: Annotated[str, Matches(r"[\w.-]+/[\w.-]+", "OWNER/NAME, as microsoft/LoRA")]
+    commit: Annotated[
+        str,
+        Matches(
+            "[0-9a-f]{40}",
+            "a full hash (40 hexadecimal digits); a branch or a short hash does not pin the data",
+        ),
+    ]
     url: str
-    files: Mapping[str, str]
+    files: Mapping[str, Annotated[str, Matches("[0-9a-f]{64}", "a sha256, 64 hexadecimal digits")]]
 
     def __post_init__(self) -> None:
+        check_values(Release, vars(self), prefix="release.")
         object.__setattr__(self, "files", dict(self.files))
-        if not re.fullmatch("[0-9a-f]{40}", self.commit):
-            raise ValueError(
-                f"commit={self.commit!r} of {self.repository} is not a full hash (40 hexadecimal "
-                "digits); a branch or a short hash does not pin the data"
-            )
-        for name, sha256 in self.files.items():
-            if not re.fullmatch("[0-9a-f]{64}", sha256):
+        for name in self.files:
+            if not re.fullmatch(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", name):
                 raise ValueError(
-                    f"{self.repository}: sha256 of {name} is {sha256!r}, not 64 hexadecimal digits"
+                    f"release.files={name!r} is no name of a file within the repository; write "
+                    "names of letters, digits and any of _ . + -, with / between folders"
                 )
 
     @property

@@ -25,19 +25,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from delta_lora.checks import check_choice
+from delta_lora.checks import OneOf, check_values
 from delta_lora.protocols import ItemScores, MetricSpec, Scores
 from tasks.data import Document, find_file, listing, of_split, read_lines, shorten
-from tasks.data_to_text import DataToText, Input, Row
+from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
-from tasks.sources import Release, Source
+from tasks.sources import Kind, MaxInputs, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import webnlg as embedded
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class WebNLG(DataToText):
         protocol: ``lora`` or ``challenge_2017``; only the scores differ.
         max_length: tokens of a sequence; longer ones lose their end, which is logged.
         decoding: settings of the beam search; None takes its defaults.
+        max_inputs: inputs of a split that are decoded and scored, evenly spaced over it; None: all.
         embedded_seed: seed of the ``embedded`` corpus; not the seed of the run.
         embedded_sizes: split -> entries of the ``embedded`` corpus; None takes its defaults.
 
@@ -98,16 +99,18 @@ class WebNLG(DataToText):
     def __init__(
         self,
         *,
-        source: str = "hub",
+        source: Kind = "hub",
         release: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        protocol: str = "lora",
-        max_length: int = 512,
+        protocol: Annotated[str, OneOf(PROTOCOLS)] = "lora",
+        max_length: MaxLength = 512,
         decoding: BeamSearch | None = None,
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
+        max_inputs: MaxInputs | None = None,
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
     ):
+        check_values(WebNLG.__init__, locals(), prefix="task.")
         super().__init__(
             source=Source(
                 kind=source,
@@ -117,11 +120,13 @@ class WebNLG(DataToText):
                 cache_dir=cache_dir,
                 embedded_seed=embedded_seed,
                 embedded_sizes=embedded_sizes,
+                splits=tuple(embedded.DEFAULT_SIZES),
                 needed=[f"{name}.json" for name in FILES.values()],
             ),
-            protocol=check_choice("task.protocol", protocol, PROTOCOLS),
+            protocol=protocol,
             max_length=max_length,
             decoding=decoding,
+            max_inputs=max_inputs,
         )
         self._counts: dict[str, dict[str, int]] = {}
 

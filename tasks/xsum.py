@@ -20,13 +20,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from delta_lora.checks import check_choice, check_integer
+from delta_lora.checks import OneOf, Range, check_values
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
@@ -44,11 +44,13 @@ from tasks.metrics import rouge
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows, gather
 from tasks.seq2seq import Pair, collate, seq2seq_loss
-from tasks.sources import Release, Source
+from tasks.sources import Kind, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import xsum as embedded
 
 logger = logging.getLogger(__name__)
 
+#: tokens: begin token, text, end token.
+MaxLength = Annotated[int, Range(at_least=3, at_most=2**20)]
 #: rows of the official splits.
 OFFICIAL_ROWS: dict[str, int] = {"train": 204_045, "validation": 11_332, "test": 11_334}
 #: split -> file of the hub's Parquet conversion.
@@ -118,18 +120,19 @@ class XSum(Task):
     def __init__(
         self,
         *,
-        source: str = "hub",
+        source: Kind = "hub",
         release: Release | None = None,
         data_dir: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        max_source_length: int = 768,
-        max_target_length: int = 64,
+        max_source_length: MaxLength = 768,
+        max_target_length: MaxLength = 64,
         decoding: Seq2SeqBeamSearch | None = None,
-        aggregate: str = "mean",
-        max_rows: Mapping[str, int] | None = None,
-        embedded_seed: int = 0,
-        embedded_sizes: Mapping[str, int] | None = None,
+        aggregate: Annotated[str, OneOf(rouge.AGGREGATES)] = "mean",
+        max_rows: Mapping[str, Annotated[int, Range(at_least=1, at_most=10**9)]] | None = None,
+        embedded_seed: Seed = 0,
+        embedded_sizes: Sizes | None = None,
     ):
+        check_values(XSum.__init__, locals(), prefix="task.")
         self.source = Source(
             kind=source,
             write=embedded.write,
@@ -138,21 +141,19 @@ class XSum(Task):
             cache_dir=cache_dir,
             embedded_seed=embedded_seed,
             embedded_sizes=embedded_sizes,
+            splits=tuple(embedded.DEFAULT_SIZES),
             needed=HUB_FILES.values(),
         )
-        # Begin token, text, end token.
-        self.max_source_length = check_integer(
-            "task.max_source_length", max_source_length, at_least=3
-        )
-        self.max_target_length = check_integer(
-            "task.max_target_length", max_target_length, at_least=3
-        )
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
         self.decoding = Seq2SeqBeamSearch() if decoding is None else decoding
-        self.aggregate = check_choice("task.aggregate", aggregate, rouge.AGGREGATES)
+        self.aggregate = aggregate
         self.max_rows = dict(max_rows or {})
-        for split, count in self.max_rows.items():
-            check_choice("split of task.max_rows", split, tuple(OFFICIAL_ROWS))
-            check_integer(f"task.max_rows.{split}", count, at_least=1)
+        if unknown := set(self.max_rows) - set(OFFICIAL_ROWS):
+            raise ValueError(
+                f"task.max_rows={self.max_rows} names {', '.join(sorted(unknown))}; it may name "
+                f"{', '.join(OFFICIAL_ROWS)}"
+            )
         self._rows: dict[str, Rows[Row]] = {}
         self._store = Store("XSum", self.source.encoded_folder)
         self._provenance: dict[str, Any] = {}
@@ -405,6 +406,17 @@ class XSum(Task):
                 for index in group
                 if ids[index] not in finished
             ]
+
+    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """See `Task.check_model`: source and output must find room, and have tokens that end."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None:
+            self.decoding.check_room(positions)
+        if tokenizer is not None:
+            self.decoding.settings(model)
+            if positions is not None:
+                lengths = self._documents(self.scored_split, tokenizer).lengths("tokens")
+                self.decoding.check_source(int(lengths.max()), positions)
 
     def describe(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Return how many texts lose their end, and the settings of decoding with their origin."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from delta_lora.checkpoint import sha256_file, write_json, write_tensors
+from delta_lora.stored import UnreadableError, checksum, damaged, read_json, read_tensors
 
 #: folder of the callback in a checkpoint, where PEFT writes adapters into folders of their names;
 #: no adapter has a dot in its name. `Trainer` takes a folder that itself holds an adapter for one
@@ -63,12 +62,12 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} lacks {STATE} or {TENSORS}, so the state of Delta-LoRA is unknown; {advice}"
         )
     try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RuntimeError(f"{folder / STATE} is damaged ({error}); {advice}") from error
-    if sha256_file(folder / TENSORS) != content["tensors_sha256"]:
-        raise RuntimeError(f"{folder / TENSORS} is damaged (its checksum differs); {advice}")
-    return content, load_file(folder / TENSORS)
+        content = read_json(folder / STATE, advice)
+        if checksum(folder / TENSORS, advice) != content.get("tensors_sha256"):
+            raise damaged(folder / TENSORS, "its checksum differs", advice)
+        return content, read_tensors(folder / TENSORS, advice)
+    except UnreadableError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

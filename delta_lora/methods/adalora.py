@@ -40,14 +40,23 @@ Details:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer, check_real
+from delta_lora.checks import Range, check_values
 from delta_lora.low_rank import LowRankBranch
-from delta_lora.method_bases import LowRankMethod
+from delta_lora.method_bases import (
+    MAX_STEPS,
+    Alpha,
+    Dropout,
+    Fraction,
+    LearningRate,
+    LowRankMethod,
+    Rank,
+    check_steps,
+)
 from delta_lora.projections import Projection
 
 INIT_STD = 0.02
@@ -115,20 +124,21 @@ class AdaLora(LowRankMethod):
     def __init__(
         self,
         *,
-        init_rank: int = 12,
-        target_rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        learning_rate: float = 2e-4,
-        orth_reg_weight: float = 0.1,
-        initial_fraction: float = 0.1,
-        final_fraction: float = 0.4,
-        interval: int = 10,
-        beta1: float = 0.85,
-        beta2: float = 0.85,
+        init_rank: Rank = 12,
+        target_rank: Rank = 8,
+        alpha: Alpha = 16.0,
+        dropout: Dropout = 0.0,
+        learning_rate: LearningRate = 2e-4,
+        orth_reg_weight: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.1,
+        initial_fraction: Fraction = 0.1,
+        final_fraction: Fraction = 0.4,
+        interval: Annotated[int, Range(at_least=1, at_most=MAX_STEPS)] = 10,
+        beta1: Annotated[float, Range(above=0, below=1)] = 0.85,
+        beta2: Annotated[float, Range(above=0, below=1)] = 0.85,
     ) -> None:
-        self.init_rank = check_integer("init_rank", init_rank, at_least=1)
-        self.target_rank = check_integer("target_rank", target_rank, at_least=1)
+        check_values(AdaLora.__init__, locals())
+        self.init_rank = init_rank
+        self.target_rank = target_rank
         if self.target_rank > self.init_rank:
             raise ValueError(
                 f"target_rank={target_rank} is larger than init_rank={init_rank}; AdaLoRA only "
@@ -137,14 +147,12 @@ class AdaLora(LowRankMethod):
         super().__init__(
             rank=self.init_rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate
         )
-        self.orth_reg_weight = check_real("orth_reg_weight", orth_reg_weight, at_least=0)
-        self.initial_fraction = check_real(
-            "initial_fraction", initial_fraction, at_least=0, below=1
-        )
-        self.final_fraction = check_real("final_fraction", final_fraction, at_least=0, below=1)
-        self.interval = check_integer("interval", interval, at_least=1)
-        self.beta1 = check_real("beta1", beta1, above=0, below=1)
-        self.beta2 = check_real("beta2", beta2, above=0, below=1)
+        self.orth_reg_weight = float(orth_reg_weight)
+        self.initial_fraction = float(initial_fraction)
+        self.final_fraction = float(final_fraction)
+        self.interval = interval
+        self.beta1 = float(beta1)
+        self.beta2 = float(beta2)
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
         self._total_steps = 0
@@ -158,7 +166,7 @@ class AdaLora(LowRankMethod):
         Raises:
             ValueError: it leaves no step to cut ranks in.
         """
-        self._total_steps = check_integer("total_steps", total_steps, at_least=1)
+        self._total_steps = check_steps(self.name, total_steps)
         self._t_init = round(self.initial_fraction * total_steps)
         self._t_final = round(self.final_fraction * total_steps)
         if self._t_init + self._t_final >= total_steps:

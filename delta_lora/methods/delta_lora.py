@@ -53,18 +53,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from delta_lora import delta
-from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.checks import OneOf, Range, check_values
 from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
-from delta_lora.method_bases import LowRankMethod
+from delta_lora.method_bases import (
+    MAX_STEPS,
+    Alpha,
+    Dropout,
+    LearningRate,
+    LowRankMethod,
+    Rank,
+    check_steps,
+)
 from delta_lora.projections import Projection
 
 logger = logging.getLogger(__name__)
+
+#: lambda and K.
+UpdateRatio = Annotated[float, Range(at_least=0, at_most=1e6)]
+StartStep = Annotated[int, Range(at_least=-1, at_most=MAX_STEPS)]
 
 
 class DeltaLora(LowRankMethod):
@@ -88,20 +100,21 @@ class DeltaLora(LowRankMethod):
     def __init__(
         self,
         *,
-        rank: int = 8,
-        alpha: float = 16.0,
-        learning_rate: float = 2e-4,
-        update_ratio: float = delta.UPDATE_RATIO,
-        start_step: int = delta.START_STEP,
-        dropout: float = 0.0,
+        rank: Rank = 8,
+        alpha: Alpha = 16.0,
+        learning_rate: LearningRate = 2e-4,
+        update_ratio: UpdateRatio = delta.UPDATE_RATIO,
+        start_step: StartStep = delta.START_STEP,
+        dropout: Dropout = 0.0,
         allow_dropout: bool = False,
-        form: str = delta.FORM,
+        form: Annotated[str, OneOf(delta.FORMS)] = delta.FORM,
     ) -> None:
+        check_values(DeltaLora.__init__, locals())
         super().__init__(rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate)
-        self.update_ratio = check_real("update_ratio", update_ratio, at_least=0)
-        self.start_step = check_integer("start_step", start_step, at_least=-1)
-        self.form = check_choice("form", form, delta.FORMS)
-        if not check_bool("allow_dropout", allow_dropout) and self.dropout > 0:
+        self.update_ratio = float(update_ratio)
+        self.start_step = start_step
+        self.form = form
+        if not allow_dropout and self.dropout > 0:
             raise ValueError(
                 f"dropout={self.dropout:g} is not allowed in Delta-LoRA: with dropout in the "
                 "branch the gradient of W is not that of B @ A, which the method rests on; "
@@ -127,7 +140,7 @@ class DeltaLora(LowRankMethod):
 
     def plan(self, total_steps: int, seed: int) -> None:
         """Check that there is a step at all."""
-        check_integer("total_steps", total_steps, at_least=1)
+        check_steps(self.name, total_steps)
 
     def make_branch(
         self, projection: Projection, *, weight: Tensor, generator: torch.Generator
@@ -154,9 +167,9 @@ class DeltaLora(LowRankMethod):
             for branch in layer.branches
         ]
         if self.update_ratio > 0:
-            self.num_updatable_parameters = sum(
-                target.branch.projection.num_entries for target in self._targets
-            ) + sum(branch.kept_A.numel() + branch.kept_B.numel() for branch in self._closed)
+            # One count for both forms: the entries of W that move, wherever their change is kept.
+            moving = [*self._closed, *(target.branch for target in self._targets)]
+            self.num_updatable_parameters = sum(b.projection.num_entries for b in moving)
         if delta.never_updates(total_steps, self.update_ratio, self.start_step):
             logger.warning(delta.NEVER_UPDATES, self.start_step, total_steps, total_steps - 2)
 

@@ -36,14 +36,14 @@ Details:
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from delta_lora.checks import check_choice, check_integer, check_real
+from delta_lora.checks import OneOf, check_integer, check_values
 from delta_lora.low_rank import LowRankBranch, factor_dtype
-from delta_lora.method_bases import LowRankMethod
+from delta_lora.method_bases import Alpha, Dropout, LearningRate, LowRankMethod, Rank
 from delta_lora.projections import Projection
 
 
@@ -154,19 +154,19 @@ class DyLora(LowRankMethod):
     def __init__(
         self,
         *,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        learning_rate: float = 2e-4,
-        update: str = "frozen",
-        eval_rank: int | None = None,
+        rank: Rank = 8,
+        alpha: Alpha = 16.0,
+        dropout: Dropout = 0.0,
+        learning_rate: LearningRate = 2e-4,
+        update: Annotated[str, OneOf(("frozen", "all"))] = "frozen",
+        eval_rank: Rank | None = None,
     ) -> None:
+        check_values(DyLora.__init__, locals())
         super().__init__(rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate)
-        self.update = check_choice("update", update, ("frozen", "all"))
+        self.update = update
         self.eval_rank = self.rank
         if eval_rank is not None:
-            self.eval_rank = check_integer("eval_rank", eval_rank, at_least=1)
-            check_real("eval_rank", eval_rank, at_most=self.rank)
+            self.eval_rank = check_integer("eval_rank", eval_rank, at_most=self.rank)
         self._seed = 0
         self._active_rank: ActiveRank | None = None
 

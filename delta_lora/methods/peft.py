@@ -36,23 +36,36 @@ Details:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import enum
 import hashlib
 import logging
 import re
+import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from delta_lora.checks import check_choice, check_real, near
+from delta_lora.checks import (
+    OneOf,
+    Range,
+    UnknownHintError,
+    check_mapping,
+    check_value,
+    check_values,
+    near,
+    shown,
+)
 from delta_lora.families import FAMILIES, family_of
 from delta_lora.low_rank import replace_module
+from delta_lora.method_bases import Alpha, Dropout, LearningRate, Rank
 from delta_lora.peft_folder import import_peft
 from delta_lora.projections import find_projections, head_parameters
 from delta_lora.protocols import Method
@@ -107,13 +120,14 @@ class Peft(Method):
         self,
         *,
         peft: Mapping[str, Any],
-        learning_rate: float = 2e-4,
-        targets: str = "projections",
+        learning_rate: LearningRate = 2e-4,
+        targets: Annotated[str, OneOf(TARGETS)] = "projections",
     ) -> None:
-        self.learning_rate = check_real("learning_rate", learning_rate, above=0)
-        self.targets = check_choice("targets", targets, TARGETS)
         if not isinstance(peft, Mapping):
             raise TypeError(f"peft={peft!r} is no mapping; write peft: {{peft_type: LORA, r: 4}}")
+        check_values(Peft.__init__, locals())
+        self.learning_rate = float(learning_rate)
+        self.targets = targets
         self.settings: dict[str, Any] = _plain(peft)
         self.peft_type = check_settings(self.settings)
         self._model: nn.Module | None = None
@@ -150,7 +164,7 @@ class Peft(Method):
             if is_prompt:
                 _attach_prompts(model, config)
             else:
-                _attach_tuner(model, config)
+                _attach_tuner(model, config, self.settings)
         adapter = [p for p in model.parameters() if p.requires_grad]
         if not adapter:
             raise ValueError(
@@ -259,9 +273,13 @@ def check_settings(settings: Mapping[str, Any]) -> str:
     mapping = import_peft().PEFT_TYPE_TO_CONFIG_MAPPING
     known = sorted(str(getattr(name, "value", name)) for name in mapping)
     allowed = ", ".join(name for name in known if name not in REFUSED)
+    check_mapping("peft", settings)
     name = settings.get("peft_type")
     if not isinstance(name, str):
-        raise TypeError(f"peft.peft_type={name!r} is no text; use one of {allowed}")
+        raise TypeError(
+            f"peft.peft_type={name!r} of peft={shown(dict(settings))} is no text; use one of "
+            f"{allowed}"
+        )
     peft_type = name.upper()
     if peft_type not in known:
         raise ValueError(f"unknown peft.peft_type={name!r}; {near(peft_type, known)}use {allowed}")
@@ -278,11 +296,55 @@ def check_settings(settings: Mapping[str, Any]) -> str:
                 f"known: {', '.join(usable)}"
             )
     values = {key: value for key, value in settings.items() if key != "peft_type"}
-    try:
+    _check_types(peft_type, values)
+    with _refusing(peft_type, values):
         _config_class(peft_type)(**copy.deepcopy(values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"peft: {peft_type} refuses {values}: {error}") from error
     return peft_type
+
+
+@contextmanager
+def _refusing(peft_type: str, values: Mapping[str, Any], model: str = "") -> Iterator[None]:
+    """Say what was refused where PEFT fails, which it does in any way."""
+    try:
+        yield
+    except Exception as error:
+        what = f"does not fit {model} with" if model else "refuses"
+        reason = shown(" ".join(f"{error}".split()), 400).strip("'\"")
+        raise ValueError(
+            f"peft: {peft_type} {what} {shown(dict(values), 300)}: {reason}; correct method.peft"
+        ) from error
+
+
+def _check_types(peft_type: str, values: Mapping[str, Any]) -> None:
+    """Check values by the types of PEFT's fields, and numbers by what their names mean."""
+    hints = typing.get_type_hints(_config_class(peft_type))
+    for field in dataclasses.fields(_config_class(peft_type)):
+        if field.name not in values or (values[field.name] is None and field.default is None):
+            continue
+        hint, rule = _declared(field.name, hints[field.name], field.default)
+        with contextlib.suppress(UnknownHintError):
+            check_value(f"peft.{field.name}", values[field.name], hint, rule)
+
+
+def _declared(name: str, hint: Any, default: Any) -> tuple[Any, Any]:
+    """Return type and range of a field of PEFT's, of which it declares the type at most."""
+    kinds = typing.get_args(hint)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return str, OneOf(tuple(str(member.value) for member in kind))
+    if any("[" in str(option) for kind in kinds for option in typing.get_args(kind)):
+        return Any, None  # a pattern among the words: pissa_niter_[number of iters]
+    if name.endswith("dropout"):
+        return Dropout, None
+    if name.endswith("alpha"):
+        return Alpha, None  # declared as an integer, and a number in use
+    if name == "r":
+        return Rank, None
+    if name == "num_virtual_tokens":
+        return int, Range(at_least=1, at_most=65536)
+    if hint is int:  # some have -1 as a word
+        return int, Range(at_least=min(0, default or 0), at_most=2**20)
+    return hint, Range(at_least=-1e6, at_most=1e6) if hint is float else None
 
 
 def _config_class(peft_type: str) -> Any:
@@ -302,7 +364,7 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------- tuners
 
 
-def _attach_tuner(model: nn.Module, config: Any) -> None:
+def _attach_tuner(model: nn.Module, config: Any, settings: Mapping[str, Any]) -> None:
     """Let PEFT replace the layers that `config` names; only what it adds trains then.
 
     Raises:
@@ -312,14 +374,10 @@ def _attach_tuner(model: nn.Module, config: Any) -> None:
     model.requires_grad_(False)
     # The class itself: `inject_adapter_in_model` refuses tuners whose layers share tensors, because
     # it drops the tuner. The layers hold the shared tensors too, so the model is complete.
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You have passed exclude_modules")
-            tuner = tuner_class(model, config, ADAPTER)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{config.peft_type.value} does not fit {type(model).__name__}: {error}"
-        ) from error
+    name = type(model).__name__
+    with _refusing(config.peft_type.value, settings, name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")
+        tuner = tuner_class(model, config, ADAPTER)
     if hasattr(tuner, "_cast_adapter_dtype"):
         tuner._cast_adapter_dtype(adapter_name=ADAPTER, autocast_adapter_dtype=True)
 
@@ -436,6 +494,11 @@ def _attach_prompts(model: nn.Module, config: Any) -> None:
     wrapper.prompt_encoder.requires_grad_(True)
     model.add_module("prompt_encoder", wrapper.prompt_encoder)
     room = _room(model, config.num_virtual_tokens)
+    if room is not None and room < 1:
+        raise ValueError(
+            f"method.peft.num_virtual_tokens={config.num_virtual_tokens} leaves the model no "
+            f"position for a text; use at most {config.num_virtual_tokens + room - 1}"
+        )
     is_prefix = str(config.peft_type.value) == "PREFIX_TUNING"
 
     def check_room(length: int) -> None:

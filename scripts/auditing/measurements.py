@@ -8,22 +8,27 @@ all, and asked for again it is not repeated. `measure` is what a worker process 
 from __future__ import annotations
 
 import copy
-import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from delta_lora import stored
 from scripts.runs import provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
 from scripts.runs.execution import prepare
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
+from scripts.runs.weights import label
 
-RECORD_SCHEMA = 2
+RECORD_SCHEMA = 3
+KNOWN_SCHEMAS = (2, RECORD_SCHEMA)
 #: raised whenever a measurement can give other values from the same settings.
 VERSIONS = {"rank": 1, "gradients": 1, "equivalence": 1, "precision": 1, "memory": 1}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,22 @@ class Measurement:
         return self.run.outputs / "audit" / f"{self.signature}.json"
 
     def read(self) -> dict[str, Any] | None:
-        """Return the record, or None where there is none (or a file that is no record)."""
+        """Return the record, or None where there is none; one that is damaged is measured again."""
+        advice = "measuring again"
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = stored.read_json(self.path, advice)
+            stored.check_schema(self.path, record.get("schema"), KNOWN_SCHEMAS)
+            stored.check_seal(self.path, record, advice)
+            if record.get("signature") != self.signature:
+                raise stored.damaged(self.path, "it is of another measurement", advice)
+            if not isinstance(record.get("result"), dict):
+                raise stored.damaged(self.path, "it has no result", advice)
+        except FileNotFoundError:
             return None
-        is_mine = isinstance(record, dict) and record.get("signature") == self.signature
-        return record if is_mine else None
+        except stored.UnreadableError as error:
+            logger.warning("%s", error)
+            return None
+        return record
 
 
 def measure(measurement: Measurement) -> dict[str, Any]:
@@ -93,6 +107,8 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     run = measurement.run
     if measurement.needs_run and not run.is_done:
         raise ValueError(f"{measurement.label}: the run {measurement.start} is not finished")
+    if measurement.path.is_dir():
+        raise ValueError(f"{measurement.path} is a folder instead of a file; remove it")
     record = {
         "schema": RECORD_SCHEMA,
         "signature": measurement.signature,
@@ -101,7 +117,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         "label": measurement.label,
         "start": measurement.start,
         "settings": measurement.settings,
-        "model": run.config.model.name,
+        "model": label(run.model_facts),
         "result": MEASURE[measurement.part](run, measurement.settings),
         "provenance": {
             "git": provenance.git_state(ROOT),
@@ -110,7 +126,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         },
     }
     measurement.path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(measurement.path, record)
+    checkpoint.write_json(measurement.path, stored.sealed(record))
     return record
 
 

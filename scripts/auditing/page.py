@@ -23,6 +23,7 @@ from scripts.auditing.sections import (
 from scripts.auditing.words import Content, Record, Section
 from scripts.reporting.formats import md_table
 from scripts.reporting.results import code_of, device_of
+from scripts.reporting.scope import shown
 
 NEAR = (
     "A verdict near its limit says so and gives both figures: it may turn with another processor, "
@@ -59,7 +60,7 @@ def build(records: Content) -> dict[str, Any]:
         "page": "audit",
         "scale": records["scale"],
         "seeds": list(records["seeds"]),
-        "overrides": list(records["extra"]),
+        "overrides": shown(records["extra"]),
         "models": sorted(
             {
                 r["model"]["name"] if isinstance(r["model"], Mapping) else r["model"]

@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.auditing.measurements import Measurement
+from scripts.reporting.spec import TableSpec
+from scripts.runs import conflicts
 from scripts.runs.cells import Cell, list_cells
 from scripts.runs.composition import CONFIGS
 from scripts.runs.run import Run
@@ -96,19 +98,32 @@ def make_plan(
     )
 
 
+def as_table(plan: AuditPlan) -> TableSpec:
+    """Return an audit as a table, for what asks which model its runs start from."""
+    experiment = plan.settings["experiment"]
+    title = "Audit of Delta-LoRA"
+    return TableSpec(
+        name="audit", kind="table", number="", title=title, tuning="", columns=(), rows=(),
+        runs={experiment: (f"experiment={experiment}",)}, claims=(), contrasts=(),
+        paper={"title": title, "rows": {}},
+    )  # fmt: skip
+
+
 def list_measurements(
     scale: str, seeds: Sequence[int], extra: Sequence[str], settings: Mapping[str, Any]
 ) -> list[Measurement]:
     """Return the measurements of an audit that are no ordinary runs."""
     composed: dict[tuple[str, ...], Run] = {}
     changing = tuple(override for override in extra if not override.startswith("paths."))
-    found = []
-    for wanted in (
+    all_wanted = (
         *_of_finished_runs(seeds, settings),
         *_of_equivalence(seeds[0], settings["equivalence"]),
         *_of_precision(seeds[0], settings["precision"]),
         *_of_memory(seeds[0], settings["memory"]),
-    ):
+    )
+    conflicts.check_extra(extra, ({wanted.label: wanted.overrides for wanted in all_wanted},))
+    found = []
+    for wanted in all_wanted:
         if wanted.overrides not in composed:
             whole = (
                 f"experiment={settings['experiment']}",

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora.stored import UnreadableError
 from scripts.htmlreport.runs import on_of, overrides_of
 from scripts.htmlreport.sources import Sources
 from scripts.reporting.results import device_of
-from scripts.runs.folder import RECORD
+from scripts.runs import checksums
+from scripts.runs.folder import read_lines
 
 #: most points of a curve; predictions of a run; letters of a text; references of a prediction.
 NUM_POINTS, NUM_PREDICTIONS, NUM_LETTERS, NUM_REFERENCES = 40, 4, 280, 2
@@ -41,7 +43,7 @@ def collect(sources: Sources, outputs: Path) -> dict[str, dict[str, Any]]:
         for row in content["rows"]:
             for run in row["runs"]:
                 record = sources.records.get(run)
-                own = _completed(outputs / run)
+                own = _completed(outputs / run, sources.problems)
                 if record is None or own is None:
                     continue
                 repeated = _repetition(own, record)
@@ -60,11 +62,24 @@ def collect(sources: Sources, outputs: Path) -> dict[str, dict[str, Any]]:
     return {name: dict(found[name]) for name in sorted(found)}
 
 
-def _completed(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a finished run folder, else None."""
-    path = folder / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    is_done = record.get("status") == "completed" and record["signature"] == folder.name
+def _completed(folder: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Return the record of a finished run folder, else None.
+
+    Args:
+        folder: of the run; the files that are read of it must be those that it wrote.
+        problems: gets what is damaged.
+    """
+    try:
+        names = [checksums.METRICS, checksums.PREDICTIONS]
+        checksums.read_record(folder, is_whole=True)
+        record = checksums.check_files(folder, names)
+    except FileNotFoundError:
+        return None
+    except UnreadableError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return None
+    is_done = record["status"] == "completed" and record["signature"] == folder.name
     return record if is_done else None
 
 
@@ -88,7 +103,7 @@ def _loss(folder: Path) -> list[list[float]]:
     """Return step and training loss of at most `NUM_POINTS` steps, the last one always."""
     points = [
         [line["step"], float(f"{line['train/loss']:.4g}")]
-        for line in _lines(folder / "metrics.jsonl")
+        for line in read_lines(folder / "metrics.jsonl")
         if line.get("train/loss") is not None
     ]
     stride = -(-len(points) // NUM_POINTS) or 1
@@ -99,7 +114,7 @@ def _predictions(
     folder: Path, reader: _References, overrides: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """Return the first predictions with their references, where these can be read."""
-    lines = _lines(folder / "predictions.jsonl")[:NUM_PREDICTIONS]
+    lines = read_lines(folder / "predictions.jsonl")[:NUM_PREDICTIONS]
     known = reader.read(overrides) if lines else {}
     return [
         {
@@ -153,12 +168,3 @@ def _texts(item: Any) -> tuple[Any, ...]:
 def _short(value: Any) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     return text if len(text) <= NUM_LETTERS else text[: NUM_LETTERS - 1] + "…"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]

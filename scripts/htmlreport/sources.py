@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from delta_lora.stored import UnreadableError
 from scripts.reporting.results import read_accepted
 from scripts.reporting.spec import PAPER, TableSpec, load_table, read_yaml
-from scripts.runs.folder import RECORD, read_record
+from scripts.runs.checksums import RECORD, read_record
 
 Content = Mapping[str, Any]
 
@@ -147,11 +148,14 @@ def _read_json(sources: Sources, path: Path) -> Any:
 
 
 def _read_records(sources: Sources, results: Path, outputs: Path | None) -> None:
-    accepted = read_accepted(results / "runs")
+    accepted = read_accepted(results / "runs", sources.problems)
     for name in sources.run_names():
         record = accepted.get(name)
         if record is None and outputs is not None and (outputs / name / RECORD).exists():
-            record = read_record(outputs / name)
+            try:
+                record = read_record(outputs / name, name, is_whole=True)
+            except UnreadableError as error:
+                sources.problems.append(str(error))
         if record is not None and record["status"] == "completed":
             sources.records[name] = record
 

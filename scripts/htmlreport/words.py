@@ -33,6 +33,8 @@ def facts_of(content: Content) -> list[str]:
         f"checkpoint: {', '.join(content['checkpoint_rules'])}",
         f"tuning: {content['tuning']}",
     ]
+    if "part" in content:
+        facts.append(f"a part of the test set: {content['part']}")
     if content["overrides"]:
         facts.append(f"with {' '.join(content['overrides'])}")
     return facts

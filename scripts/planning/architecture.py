@@ -156,6 +156,21 @@ def _raw(cfg: Any) -> dict[str, Any]:
     return dict(known)
 
 
+def is_configured_one(cfg: Any) -> bool:
+    """Return whether the model of a run is the one that its file describes, and no other one.
+
+    A folder (``model.path``) may hold a copy of it, which has its architecture, or anything else.
+    """
+    if cfg.model.get("path") is None:
+        return True
+    wanted = _plain(cfg.model.get("architecture"))
+    try:
+        found = _raw(cfg)
+    except UnknownCostError:
+        return False
+    return bool(wanted) and all(found.get(key) == value for key, value in wanted.items())
+
+
 def _trained_by(overrides: Iterable[str]) -> Iterator[str]:
     """Yield the model that a run of these overrides trains, named or by its experiment."""
     chosen = {key: value for key, _, value in (each.partition("=") for each in overrides)}

@@ -60,7 +60,8 @@ def run_disk(cfg: Any, ledger: Ledger, workload: Workload, predictions: int) -> 
     adaptation = ledger.adaptation
     tensors = ledger.trained_tensors + (ledger.num_branches if ledger.written else 0)
     # In place, whole layers are kept, though of a fused one only slices change.
-    beside = ledger.written if adaptation.writes_weight else ledger.updatable
+    kept = ledger.adapters if adaptation.kept_factors == 1 else 0  # A_k and B_k
+    beside = ledger.written if adaptation.writes_weight else kept
     adapter = (ledger.trained + beside) * FLOAT + tensors * HEADER_BYTES
     state = adaptation.states * ledger.trained * FLOAT + adaptation.states * tensors * HEADER_BYTES
     if adaptation.method == "adalora":

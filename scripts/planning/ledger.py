@@ -104,13 +104,12 @@ class Ledger:
 
     @property
     def updatable(self) -> int:
-        """Parameters outside the optimiser that the method changes or keeps with what it learned.
+        """Parameters outside the optimiser that the method changes: Delta-LoRA's W_Q and W_V.
 
-        W_Q and W_V of Delta-LoRA in place, A_k and B_k of its closed form.
+        In the closed form too, where their change is kept beside them.
         """
-        if self.adaptation.writes_weight:
-            return self.dense
-        return self.adapters if self.adaptation.kept_factors == 1 else 0
+        changes = self.adaptation.writes_weight or self.adaptation.kept_factors == 1
+        return self.dense if changes else 0
 
     # ------------------------------------------------------------------ bookkeeping
 

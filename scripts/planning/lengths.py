@@ -109,6 +109,8 @@ def read_lengths(cfg: Any) -> TaskLengths:
     for split, number in (cfg.task.get("max_rows") or {}).items():
         for key in {"test": ("scored",)}.get(split, (split,)):
             rows[key] = min(rows[key], number)
+    if (wanted := cfg.task.get("max_inputs")) is not None:
+        rows["scored"] = min(rows["scored"], wanted)
     is_part = "measured" in entry
     if "source" in entry:
         source = _lengths(entry["source"], cfg.task.max_source_length, is_part)

@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from scripts.planning.adaptation import Adaptation
-from scripts.planning.architecture import ROOT, Architecture, UnknownCostError, read_plan_file
+from scripts.planning.architecture import (
+    ROOT,
+    Architecture,
+    UnknownCostError,
+    is_configured_one,
+    read_plan_file,
+)
 from scripts.planning.forward import Batch
 from scripts.planning.ledger import FLOAT, Ledger
 from scripts.planning.workload import Decoding
@@ -151,6 +157,7 @@ def measured_steps(cfg: Any, sequences: int, device: Device) -> list[Mapping[str
         try:
             fits = (
                 entry["model"] == cfg.choices.model == cfg.model.name
+                and is_configured_one(cfg)
                 and entry["method"] in (method, SAME_WORK.get(method))
                 and entry["precision"] == cfg.trainer.precision
                 and entry["matmul_precision"] == cfg.trainer.get("matmul_precision", "fp32")
@@ -178,6 +185,7 @@ def measured_decoding(cfg: Any, decoding: Decoding, device: Device) -> tuple[flo
         try:
             fits = (
                 entry["model"] == cfg.choices.model == cfg.model.name
+                and is_configured_one(cfg)
                 and entry["batch_size"] == decoding.inputs
                 and entry["num_beams"] == decoding.num_beams
                 and abs(entry["new_tokens"] - decoding.new_tokens) <= 1

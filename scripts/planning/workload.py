@@ -69,7 +69,7 @@ def read_workload(cfg: Any, shape: Architecture, lengths: TaskLengths) -> Worklo
     scored = 0
     if shape.family == "roberta":
         # The metric of an epoch takes a second pass over the split, and so do the final scores.
-        scored = math.ceil(lengths.rows["validation"] / cfg.task.predict_batch_size)
+        scored = math.ceil(lengths.rows["scored"] / cfg.task.predict_batch_size)
     return Workload(
         steps=steps,
         micro_batches=math.ceil(trainer.batch_size / micro),

@@ -18,7 +18,8 @@ from typing import Any
 
 from scripts.reporting import stats
 from scripts.reporting.formats import UNDECIDED, claims_table, head_lines, md_table
-from scripts.reporting.results import Entry, absent, facts_of, write_text
+from scripts.reporting.results import Entry, absent, facts_of, shown_spec, write_text
+from scripts.reporting.scope import check_one_model
 from scripts.reporting.spec import SERIES, Part, TableSpec
 
 #: role -> block -> seed -> cosine similarity.
@@ -36,6 +37,9 @@ def build_figure(
     entries: Sequence[Entry],
 ) -> dict[str, Any]:
     """Return the content of ``results/<scale>/<figure>.json``; arguments as `build_results`."""
+    check_one_model(spec.name, [entry.cell for entry in entries])
+    facts = facts_of(spec, scale, seeds, extra, entries)
+    spec = shown_spec(spec, scale, extra, entries)[0]
     curves = {row.name: _curves(row.name, entries) for row in spec.rows}
     rows = []
     for row in spec.rows:
@@ -54,7 +58,7 @@ def build_figure(
         )
     return {
         "figure": spec.name,
-        **facts_of(spec, scale, seeds, extra, entries),
+        **facts,
         "rows": rows,
         "claims": [
             _judge(claim.id, claim.statement, claim.status, claim.parts, spec, curves)
@@ -277,7 +281,8 @@ def _draw_series(panel: Any, rows: Sequence[Mapping[str, Any]], role: str) -> No
 def scale_note(results: Mapping[str, Any]) -> str:
     """Return what a picture says of the scale of its runs."""
     if results["scale"] == "paper":
-        return "(scale: paper)"
+        other = ", not the paper's model" if "other_model" in results else ""
+        return f"(scale: paper{other})"
     return f"(scale: {results['scale']}, not the paper's numbers)"
 
 

@@ -86,16 +86,16 @@ def to_markdown(results: Results) -> str:
     notes = _Notes()
     lines = head_lines(results)
     lines += ["", *_main_table(results, notes), ""]
-    lines.append(
-        f'Cells: {LEGEND}. Rows "↳ paper": the paper\'s own numbers, never mixed with ours'
-    )
+    lines.append(f"Cells: {LEGEND}")
+    if not stands_alone(results):
+        lines[-1] += '. Rows "↳ paper": the paper\'s own numbers, never mixed with ours'
     statuses = _statuses(results)
-    lines[-1] += "".join(f"; {_md(STATUS_NOTES[status])}" for status in statuses) + "."
+    lines[-1] += "".join(f"; {md_text(STATUS_NOTES[status])}" for status in statuses) + "."
     if "cpu" in results["device_types"]:
         lines += ["", CPU_MEMORY]
     if notes.texts:
         lines.append("")
-        lines += [f"[{number}] {_md(text)}  " for text, number in notes.texts.items()]
+        lines += [f"[{number}] {md_text(text)}  " for text, number in notes.texts.items()]
     if results["side_column_specs"]:
         lines += ["", "## Other scores of the same runs", "", *_side_table(results)]
     if results["claims"]:
@@ -115,8 +115,8 @@ def to_markdown(results: Results) -> str:
 
 def head_lines(results: Results) -> list[str]:
     """Return title, warning and facts of a table or figure as lines of Markdown."""
-    lines = [f"# {_md(_title(results))}", "", *map(_md, _warning(results))]
-    return lines + [f"- {_md(line)}" for line in _facts(results)]
+    lines = [f"# {md_text(_title(results))}", "", *map(md_text, _warning(results))]
+    return lines + [f"- {md_text(line)}" for line in _facts(results)]
 
 
 def to_latex(results: Results) -> str:
@@ -175,7 +175,27 @@ def _title(results: Results) -> str:
     return f"{name}: {results['title']} (scale: {results['scale']})"
 
 
+def stands_alone(results: Results) -> bool:
+    """Return whether a table is not to be compared with the paper's; see `scope`."""
+    return "other_model" in results or "part" in results
+
+
+def scope_lines(results: Results) -> list[str]:
+    """Return in words why a table stands alone; nothing where it does not."""
+    lines = []
+    if "other_model" in results:
+        lines.append(f"Another model than the paper's: {results['other_model']['name']}.")
+    if "part" in results:
+        lines.append(f"A part of the test set: {results['part']}.")
+    if lines:
+        lines.append("No number of the paper stands beside these, none of its claims is judged.")
+    return lines
+
+
 def _warning(results: Results) -> list[str]:
+    if stands_alone(results):
+        first, *rest = scope_lines(results)
+        return [" ".join([f"**{first}**", *rest]), ""]
     if results["scale"] == "paper" and not results["overrides"]:
         return []
     if results["scale"] == "paper":
@@ -391,7 +411,7 @@ def _contrasts_table(results: Results) -> list[str]:
 def _spread_lines(results: Results) -> list[str]:
     """Return what is uncertain by seeds and by test items, or why it is not known."""
     spread = results["spread"]
-    reasons = "; ".join(map(_md, spread["not_measured"])) or "no run is finished"
+    reasons = "; ".join(map(md_text, spread["not_measured"])) or "no run is finished"
     if not spread["rows"]:
         return [f"Test items: not measured ({reasons}). {HOW_TO_MEASURE}"]
     lines = [WHAT_IT_IS]
@@ -443,7 +463,7 @@ def _comparison_cells(item: Mapping[str, Any], decimals: Mapping[str, int]) -> l
 
 def md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a Markdown table, padded so that it reads in a terminal as well."""
-    content = [[_md(text) for text in line] for line in [head, *rows]]
+    content = [[md_text(text) for text in line] for line in [head, *rows]]
     widths = [max(3, *(len(line[i]) for line in content)) for i in range(len(head))]
 
     def join(line: Sequence[str]) -> str:
@@ -454,7 +474,7 @@ def md_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [join(content[0]), rule, *map(join, content[1:])]
 
 
-def _md(text: str) -> str:
+def md_text(text: str) -> str:
     """Return `text` safe in a Markdown table cell: no HTML, no pipes, one line."""
     return html.escape(" ".join(text.split("\n")), quote=False).replace("|", "\\|")
 

@@ -7,15 +7,16 @@ repository shows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora import stored
 from scripts.reporting import key_rows
 from scripts.reporting.figures import try_to_draw
-from scripts.reporting.formats import md_table
+from scripts.reporting.formats import md_table, md_text
 from scripts.reporting.results import write_text
+from scripts.reporting.scope import MODELS
 from scripts.reporting.spec import PAPER, paper_table_names, read_yaml
 
 Results = Mapping[str, Any]
@@ -28,6 +29,7 @@ def write_page(
     folder: Path,
     scale: str | None = None,
     *,
+    model: str | None = None,
     has_audit: bool | None = None,
     has_pictures: bool = True,
 ) -> Path:
@@ -36,6 +38,8 @@ def write_page(
     Args:
         folder: ``results/<scale>``.
         scale: its scale; None takes the folder's name.
+        model: the model that all of it is of, where it is another than the paper's; `folder` is
+            then one of ``results/<scale>/models``.
         has_audit: whether to link the audit; None: where it stands in `folder`.
         has_pictures: whether to draw the picture of the key rows.
 
@@ -48,23 +52,35 @@ def write_page(
     for name in known:
         path = folder / f"{name}.json"
         if path.exists():
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = stored.read_json(path, f"make it anew: make reproduce-{name}")
     if has_audit is None:
         has_audit = (folder / "audit.md").exists()
-    _write_key_rows(found, folder, has_pictures)
-    lines = [f"# Results at scale {scale}", ""]
-    if scale != "paper":
+    if model is None:
+        _write_key_rows(found, folder, has_pictures)
+    of_model = "" if model is None else f" with {md_text(model)}"
+    lines = [f"# Results at scale {scale}{of_model}", ""]
+    if model is not None:
+        lines += ["**Not the paper's model.** None of the paper's claims is judged here.", ""]
+    elif scale != "paper":
         lines += ["**These are not the paper's numbers.** Other models learn on other data.", ""]
     lines += [f"Generated from run records by {_command(found, scale)}; never edited.", ""]
-    lines += ["[How to read tables, pictures and verdicts](../README.md)", ""]
-    lines += ["## Contents", "", "- [Verdicts](#verdicts)"]
+    up = ".." if model is None else "../../.."
+    lines += [f"[How to read tables, pictures and verdicts]({up}/README.md)", ""]
+    lines += ["## Contents", ""]
+    if model is None:
+        lines.append("- [Verdicts](#verdicts)")
     lines += [f"- [{_title(found[name])}](#{_anchor(found[name])})" for name in found]
     if has_audit:
         lines.append("- [The audit](audit.md): what follows from the method")
     missing = [_spoken(name) for name in known if name not in found]
     if missing:
         lines += ["", f"Not made at this scale: {', '.join(missing)}."]
-    lines += ["", "## Verdicts", "", *_verdicts(found), ""]
+    if others := sorted(folder.glob(f"{MODELS}/*/README.md")):
+        links = [f"[{p.parent.name}]({MODELS}/{p.parent.name}/README.md)" for p in others]
+        lines += ["", f"Other models, in folders of their own: {', '.join(links)}."]
+    if model is None:
+        lines += ["", "## Verdicts", "", *_verdicts(found)]
+    lines.append("")
     for name, results in found.items():
         lines += [*_section(name, results), ""]
     return write_text(folder / "README.md", "\n".join(lines))

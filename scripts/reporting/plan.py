@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from scripts.reporting.scope import Other
 from scripts.reporting.spec import TableSpec
 from scripts.runs.cells import Cell
 from scripts.runs.costs import Cost, estimate
@@ -25,7 +26,9 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, Status
         states: state by signature.
     """
     counts = Counter(states[cell.signature].state for cell in cells)
-    order = ("done", "partial", "stale", "failed", "missing")
+    order = ["done", "partial", "stale", "failed", "missing"]
+    if counts["damaged"]:
+        order.append("damaged")
     totals = ", ".join(f"{counts[state]} {state}" for state in order)
     lines = [f"{spec.name}: {len(cells)} runs: {totals}"]
     for row in spec.rows:
@@ -39,9 +42,36 @@ def describe(spec: TableSpec, cells: Sequence[Cell], states: Mapping[str, Status
         lines.append(f"  {row.name}: {len(mine) - len(open_cells)} of {len(mine)} done")
         for cell in open_cells:
             status = states[cell.signature]
-            reason = f" ({' '.join(status.reason.split())[:200]})" if status.reason else ""
+            reason = " ".join(status.reason.split())
+            if status.state != "damaged":  # there the path and what to do must be whole
+                reason = reason[:200]
+            reason = f" ({reason})" if reason else ""
             lines.append(f"    {cell.on}, seed {cell.seed}: {status.state}{reason}")
     return lines
+
+
+def describe_scope(other: Other | None) -> list[str]:
+    """Return what is said of a table of another model than its own; nothing of its own."""
+    if other is None:
+        return []
+    text = (
+        f"{other.name}, not the paper's model: without the paper's numbers and verdicts, in the "
+        f"folder {other.folder} of the scale"
+    )
+    return _wrapped("model", text)
+
+
+def describe_refusals(refused: Iterable[tuple[Cell, str]]) -> list[str]:
+    """Return which rows can only fail, one line each reason, with a last empty one.
+
+    Args:
+        refused: a cell of each such row, and why.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for cell, reason in refused:
+        by_reason.setdefault(" ".join(reason.split()), []).append(f"{cell.row} on {cell.on}")
+    lines = [f"would be refused: {', '.join(rows)}: {why}" for why, rows in by_reason.items()]
+    return [*lines, ""] if lines else []
 
 
 def describe_costs(todo: Sequence[Cell], num_workers: int, durations: Durations) -> list[str]:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from delta_lora import stored
 from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
+from scripts.reporting.scope import as_shown, check_one_model, shown, words_of_part
 from scripts.reporting.spec import ROOT, Column, TableSpec
 from scripts.reporting.spread import spread_of
+from scripts.runs import checksums
 from scripts.runs.cells import Cell
 from scripts.runs.jobs import Outcome
 
@@ -36,8 +39,12 @@ class Entry:
     reason: str
 
 
-def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
+def read_accepted(folder: Path, problems: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return the accepted records below `folder` by signature.
+
+    Args:
+        folder: as a rule ``results/runs``.
+        problems: gets a message for every file that is left out; None refuses the first.
 
     Raises:
         ValueError: a file is no record, is named differently from its signature, or is there twice.
@@ -45,16 +52,37 @@ def read_accepted(folder: Path) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            signature = record["signature"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no run record ({error}); remove it") from error
-        if signature != path.stem:
-            raise ValueError(f"{path} holds the record of {signature}; name it {signature}.json")
-        if signature in records:
-            raise ValueError(f"two accepted records of {signature} below {folder}; keep one")
-        records[signature] = record
+            record = _read_accepted(path)
+            if record["signature"] in records:
+                raise ValueError(
+                    f"two accepted records of {record['signature']} below {folder}; keep one"
+                )
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            continue
+        records[record["signature"]] = record
     return records
+
+
+def _read_accepted(path: Path) -> dict[str, Any]:
+    """Return one accepted record: of a run, or of a measurement of the audit."""
+    try:
+        record = stored.read_json(path, "remove it")
+        if "signature" not in record:
+            raise stored.UnreadableError("it has no signature")
+    except stored.UnreadableError as error:
+        raise ValueError(f"{path} is no run record ({error}); remove it") from error
+    if record["signature"] != path.stem:
+        name = record["signature"]
+        raise ValueError(f"{path} holds the record of {name}; name it {name}.json")
+    advice = "take it from the repository again, or remove it"
+    if "part" in record:  # a measurement
+        stored.check_seal(path, record, advice)
+    else:
+        checksums.check_record(path, record, advice)
+    return record
 
 
 def collect(
@@ -74,7 +102,9 @@ def collect(
     for item in cells:
         status = item.run.status()
         copy = (accepted or {}).get(item.signature)
-        if status.state == "done":
+        if status.state == "damaged":
+            entries.append(Entry(item, None, status.state, status.reason))
+        elif status.state == "done":
             entries.append(Entry(item, item.run.record(), "done", ""))
         elif status.state == "missing" and copy is not None and copy["status"] == "completed":
             entries.append(Entry(item, copy, "done", "accepted copy"))
@@ -85,6 +115,11 @@ def collect(
         else:
             entries.append(Entry(item, None, status.state, status.reason))
     return entries
+
+
+def damaged(entries: Sequence[Entry]) -> list[str]:
+    """Return what is damaged, and what to do, of each run whose record cannot be read."""
+    return list(dict.fromkeys(entry.reason for entry in entries if entry.state == "damaged"))
 
 
 def collect_accepted(cells: Sequence[Cell], accepted: Mapping[str, dict[str, Any]]) -> list[Entry]:
@@ -117,10 +152,12 @@ def build_results(
         entries: from `collect`.
 
     Raises:
-        ValueError: the records must not share a table (scale, data, protocol, task version).
+        ValueError: the records must not share a table (scale, data, protocol, task version, model).
     """
     done = [entry for entry in entries if entry.record is not None]
+    check_one_model(spec.name, [entry.cell for entry in entries])
     facts = facts_of(spec, scale, seeds, extra, entries)
+    spec = shown_spec(spec, scale, extra, entries)[0]
     scores = {row.name: _scores(spec, row.name, done) for row in spec.rows}
     resources = {row.name: _resources(spec, row.name, done) for row in spec.rows}
     return {
@@ -156,15 +193,19 @@ def facts_of(
     _check_comparable(scale, done)
     records = [entry.record for entry in done if entry.record is not None]
     together = max((p.cells_on_device for row in _places(done).values() for p in row), default=1)
+    as_it_is, scope = shown_spec(spec, scale, extra, entries)
+    models = {record["model"]["name"] for record in records}
+    if "other_model" in scope:
+        models = {scope["other_model"]["name"]}
     return {
         "number": spec.number,
-        "title": spec.title,
+        "title": as_it_is.title,
         "scale": scale,
         "seeds": list(seeds),
-        "overrides": list(extra),
+        "overrides": shown(extra),
         "tuning": spec.tuning,
         "tasks": {run: _task_facts(run, done) for run in spec.runs},
-        "models": sorted({record["model"]["name"] for record in records}),
+        "models": sorted(models),
         "checkpoint_rules": sorted({r["training"]["checkpoint_rule"] for r in records}),
         "code": code_of(records),
         "evaluations": _evaluations(records),
@@ -172,7 +213,16 @@ def facts_of(
         "devices": sorted({device_of(record) for record in records}),
         "device_types": sorted({_device_type(record) for record in records}),
         **({"runs_on_a_device": together} if together > 1 else {}),
+        **scope,
     }
+
+
+def shown_spec(
+    spec: TableSpec, scale: str, extra: Sequence[str], entries: Sequence[Entry]
+) -> tuple[TableSpec, dict[str, Any]]:
+    """Return a table as `scope.as_shown` does; arguments as `build_results`."""
+    records = [entry.record for entry in entries if entry.record is not None]
+    return as_shown(spec, scale, extra, [entry.cell for entry in entries], records)
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -414,6 +464,8 @@ def _task_facts(run: str, done: Sequence[Entry]) -> dict[str, Any]:
             facts = {key: task.get(key) for key in (*keys, "scored_split")}
             for key in ("rows", "max_rows"):
                 facts[key] = " + ".join(f"{n:,} {s}" for s, n in task.get(key, {}).items()) or None
+            if "part" in task:
+                facts["scored"] = words_of_part(task["part"])
             if facts["source"] == "files":
                 facts |= _doubtful_files(task.get("files", []))
             before = entry.record["init_from"]

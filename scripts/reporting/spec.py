@@ -101,7 +101,8 @@ class TableSpec:
     """A table or figure: what runs, what is shown, what is judged.
 
     `side_columns` are further scores of the same runs, shown below the table and never judged.
-    `is_optional` marks what is no part of the paper and of no command but its own.
+    `is_optional` marks what is no part of the paper and of no command but its own. `model` is what
+    the title calls the model, whose place the name of another one takes.
     """
 
     name: str
@@ -117,6 +118,7 @@ class TableSpec:
     paper: Mapping[str, Any]
     side_columns: tuple[Column, ...] = ()
     is_optional: bool = False
+    model: str | None = None
 
     def row(self, name: str) -> Row:
         """Return the row called `name`."""
@@ -180,9 +182,11 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
     keys: tuple[str, ...] = ("number", "title", "tuning", "runs", "rows")
     if kind == "table":
         keys += ("paper", "columns")
-    optional = ("kind", "claims", "contrasts", "optional", "side_columns")
+    optional = ("kind", "claims", "contrasts", "optional", "side_columns", "model")
     check_keys(raw, "the table", required=keys, optional=optional)
     check_names([raw.get("optional", False)], (True, False), "optional")
+    if raw.get("model", "") not in raw["title"]:
+        raise ValueError(f"the title {raw['title']!r} does not name model: {raw['model']}")
     runs = {str(run): tuple(overrides) for run, overrides in raw["runs"].items()}
     columns = _build_columns(raw["columns"], tuple(runs)) if kind == "table" else ()
     side_columns = _build_columns(raw.get("side_columns", []), tuple(runs))
@@ -216,6 +220,7 @@ def _build_table(name: str, raw: dict[str, Any]) -> TableSpec:
         paper=paper,
         side_columns=side_columns,
         is_optional=raw.get("optional", False),
+        model=raw.get("model"),
     )
     strangers = sorted(paper["rows"].keys() - {row.name for row in rows})
     if strangers:
@@ -342,10 +347,10 @@ def check_keys(
         ValueError: one lacks or is unknown; the message says which are allowed.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{what} must be a mapping, got {raw!r}")
+        raise ValueError(f"{what} must be a mapping of {', '.join(required)}, got {raw!r}")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}")
+        raise ValueError(f"{what} lacks {', '.join(missing)}; it needs {', '.join(required)}")
     strangers = sorted(map(str, raw.keys() - {*required, *optional}))
     if strangers:
         allowed = ", ".join([*required, *optional])

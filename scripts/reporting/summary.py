@@ -15,6 +15,7 @@ from typing import Any
 
 from scripts.reporting import stats
 from scripts.reporting.figures import SERIES_LABELS
+from scripts.reporting.formats import scope_lines, stands_alone
 from scripts.reporting.marks import BEST, TIED, mark_best
 from scripts.reporting.spec import SERIES
 
@@ -84,7 +85,10 @@ def _head(content: Results, width: int) -> list[str]:
     kind = "Figure" if "figure" in content else "Table"
     title = f"{kind} {content['number']}: {content['title']} (scale: {content['scale']})"
     lines = _wrap(title, width)
-    if content["scale"] != "paper":
+    if stands_alone(content):
+        for line in scope_lines(content):
+            lines += _wrap(line, width)
+    elif content["scale"] != "paper":
         lines += _wrap("These are not the paper's numbers: other models on other data.", width)
     elif content["overrides"]:
         lines += _wrap("Settings differ from the paper's.", width)

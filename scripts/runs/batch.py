@@ -134,6 +134,11 @@ class Batch:
         """Folder of what the workers print."""
         return self.cells[0].run.outputs / "logs"
 
+    def damaged(self) -> list[str]:
+        """Return what is damaged, and what to do, of the runs whose record cannot be read."""
+        found = (state.reason for state in self.states.values() if state.state == "damaged")
+        return list(dict.fromkeys(found))
+
     def summary(self) -> list[str]:
         """Return in words what is to do, how long it takes and where."""
         if not self.todo:
@@ -179,6 +184,19 @@ class Batch:
             reason = f"cannot write to the results folder {results}: {error.strerror}"
             raise OSError(reason) from error
         self.launcher.check(self.scale, self.extra)
+
+    def impossible(self) -> Iterator[tuple[Cell, str]]:
+        """Check rows as `refused` does, but for the device and what only the network can tell."""
+        checked, seen = set(), set[str]()
+        for cell in self.todo:
+            if (cell.row, cell.on) in checked:
+                continue
+            checked.add((cell.row, cell.on))
+            try:
+                checks.check_settings(cell.run)
+                checks.check_local_sources(cell.run, seen)
+            except ValueError as error:
+                yield cell, str(error)
 
     def refused(self) -> Iterator[tuple[Cell, str]]:
         """Check rows one after the other; yield a cell of each that cannot run, and why."""

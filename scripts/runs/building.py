@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from scripts.runs import checksums
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.folder import read_adapter
 from scripts.runs.run import Run
@@ -90,9 +91,9 @@ def build(run: Run, task: Any, start: Start | None) -> Built:
     trainer.prepare_backend()
     method = instantiate(cfg.method)
     tokenizer = build_tokenizer(run, task)
-    train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
-    num_available = len(train)
     with as_config_error():
+        train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+        num_available = len(train)
         train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
     with as_config_error():
@@ -101,6 +102,8 @@ def build(run: Run, task: Any, start: Start | None) -> Built:
         num_total = sum(p.numel() for p in model.parameters())
         originals = similarity.snapshot(model, cfg.model.projections, exclude=task.head)
         base = _describe_base(run, task, model)
+        if cfg.predict:
+            task.check_model(model, tokenizer)  # not only when the training is done
         method.inject(
             model,
             projections=cfg.model.projections,
@@ -162,7 +165,7 @@ def build_tokenizer(run: Run, task: Any) -> Any:
     with as_config_error():
         if model.tokenizer_path is not None:
             return load_tokenizer(model.tokenizer_path, None)
-        return load_tokenizer(*weights_of(run))
+        return load_tokenizer(*_checked_weights(run))
 
 
 def base_model(run: Run, task: Any, train: Any) -> Any:
@@ -176,7 +179,7 @@ def base_model(run: Run, task: Any, train: Any) -> Any:
         model = random_model(cfg, task)
         task.initialise(model, train)
         return model
-    path, revision = weights_of(run)
+    path, revision = _checked_weights(run)
     return load_model(
         cfg.model.family,
         source=path,
@@ -233,6 +236,7 @@ def _describe_base(run: Run, task: Any, model: Any) -> dict[str, Any]:
         model,
         projections=projections,
         head=task.head,
+        name=run.model_facts["name"],
         family=cfg.model.family,
         source=source,
         revision=revision,
@@ -255,6 +259,17 @@ def weights_of(run: Run) -> tuple[str, str | None]:
             "model.hub_id=NAME and model.revision=COMMIT"
         )
     return run.weights
+
+
+def _checked_weights(run: Run) -> tuple[str, str | None]:
+    """Return `weights_of` a run; of a model that the suite pre-trained every file is compared.
+
+    Raises:
+        UnreadableError: one is not the file that the pre-training wrote.
+    """
+    if run.pretraining is not None:
+        checksums.check_files(run.pretraining.folder, [checksums.MODEL])
+    return weights_of(run)
 
 
 def _config_overrides(cfg: DictConfig, task: Any) -> dict[str, Any]:

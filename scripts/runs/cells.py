@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scripts.runs import conflicts
 from scripts.runs.run import Run
 
 #: keys that a table sets itself, with what to use instead.
@@ -16,6 +17,8 @@ RESERVED = {
     "seed": "--seeds (SEEDS= with make)",
     "scale": "--scale (SCALE= with make)",
     "method": "the rows of configs/table",
+    "experiment": "what the file in configs says is trained on",
+    "task": "what the file in configs says is trained on",
 }
 
 
@@ -71,8 +74,10 @@ def list_cells(
         extra: overrides of every run, applied last.
 
     Raises:
-        ValueError: an override does not compose; the row is named.
+        ValueError: an override does not compose, or one of `extra` would undo what a row sets; the
+            row is named.
     """
+    _check_extra(name, runs, rows, scale=scale, extra=extra)
     composed: dict[tuple[str, str], Run] = {}
     cells = []
     for seed in seeds:
@@ -88,6 +93,26 @@ def list_cells(
                     raise ValueError(f"{name}, row {row}: {error}") from error
                 cells.append(Cell(row, on, run, name))
     return cells
+
+
+def _check_extra(
+    name: str,
+    runs: Mapping[str, Sequence[str]],
+    rows: Mapping[str, Sequence[str]],
+    *,
+    scale: str,
+    extra: Sequence[str],
+) -> None:
+    """Refuse overrides of all runs that would undo what a row is; arguments as `list_cells`."""
+    free = conflicts.without_methods(extra)
+    first = next(iter(runs.values()), ())
+    try:
+        conflicts.check_extra(extra, (rows, runs))
+        conflicts.check_methods(
+            extra, rows, lambda own: Run.compose((*first, *own, f"scale={scale}", *free)).config
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def parse_seeds(text: str) -> list[int]:

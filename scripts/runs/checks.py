@@ -5,7 +5,6 @@ Nothing of size is read, and what a check finds is a message that says what to c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from delta_lora.checks import check_choice
-from delta_lora.families import FAMILIES
+from delta_lora import stored
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
@@ -57,7 +55,6 @@ def check_settings(run: Run) -> None:
                 parts[part] = instantiate(cfg[part])
     with as_config_error():
         describe_method(run, parts["method"])  # else a finished run could not be loaded
-        check_choice("model.family", cfg.model.family, tuple(FAMILIES))
     family = parts["task"].family
     if family not in (None, cfg.model.family):
         raise ConfigError(
@@ -81,14 +78,16 @@ def check_settings(run: Run) -> None:
 def _architecture(run: Run) -> Any:
     """Return what the model of a run is built from, where that is known before its weights are."""
     model = run.config.model
+    if run.pretraining is not None:
+        return run.pretraining.config.model.architecture
     if model.path is None:
         return model.architecture
     described = Path(model.path).expanduser() / "config.json"
     if not described.is_file():
         return None  # `check_sources` says what the folder lacks
     with as_config_error():
-        content = json.loads(described.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) and "model_type" in content else None
+        content = stored.read_json(described, "copy the model's folder again")
+    return content if "model_type" in content else None
 
 
 def _check_device(run: Run) -> None:
@@ -126,11 +125,15 @@ def _check_fits(run: Run, architecture: Any) -> None:
     with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
         model = random_model(cfg, task, architecture)
-        instantiate(cfg.method).inject(
+        if cfg.predict:
+            task.check_model(model)
+        method, most = instantiate(cfg.method), cfg.trainer.max_steps
+        is_short = most is not None and (most == 0 or method.needs_total_steps)
+        method.inject(
             model,
             projections=cfg.model.projections,
             head=task.head,
-            total_steps=10**9,
+            total_steps=most if is_short else 10**9,
             seed=cfg.seed,
         )
 
@@ -165,6 +168,30 @@ def check_sources(run: Run, seen: set[str]) -> None:
         seen.add(key)
     if run.start_run is not None:
         check_sources(run.start_run, seen)
+
+
+def check_local_sources(run: Run, seen: set[str]) -> None:
+    """Check as `check_sources`, but only what is in folders of this machine; no network is asked.
+
+    Raises:
+        ConfigError: a folder lacks something.
+    """
+    from hydra.utils import instantiate
+
+    from delta_lora.sources import check_source, looks_local
+
+    for source, revision, needs in _model_sources(run):
+        key = f"{source} {sorted(needs.items())}"
+        if looks_local(source) and key not in seen:
+            with as_config_error():
+                check_source(source, revision, **needs)
+            seen.add(key)
+    if run.config.task.get("source") == "files":
+        key = hash_of({"task": OmegaConf.to_container(run.config.task, resolve=True)})
+        if key not in seen:
+            with as_config_error():
+                instantiate(run.config.task).check_source()
+            seen.add(key)
 
 
 def _model_sources(run: Run) -> Iterator[tuple[str, str | None, dict[str, bool]]]:

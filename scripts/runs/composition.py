@@ -11,24 +11,53 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from delta_lora.checks import near
+from delta_lora.checks import (
+    NAME,
+    NOT_EMPTY,
+    Range,
+    check_mapping,
+    check_path,
+    check_values,
+    near,
+    shown,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 GROUPS = ("experiment", "task", "recipe", "model", "method", "trainer", "logger", "scale")
+#: what of a recipe is no value but holds some, which other values refer to.
+NESTED = {"learning_rate", "dylora", "adalora", "variants"}
+#: the folder of all run folders.
+OUTPUTS = "paths.outputs"
 #: names further folders of configurations: hydra.searchpath=[file:///home/me/configs]
 SEARCH_PATH = "hydra.searchpath"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    """The values of a configuration that belong to none of its parts, see configs/train.yaml."""
+
+    seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
+    predict: bool
+    train_fraction: Annotated[float | None, Range(above=0, at_most=1)]
+    init_from: Annotated[str | None, NOT_EMPTY]
+    score_references: bool
+    save_model: bool
+    scale: Annotated[str, NAME]
 
 
 class ConfigError(ValueError):
@@ -42,14 +71,20 @@ def as_config_error(*more: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, (ValueError, TypeError, OSError, *more)):
-            raise ConfigError(str(error)) from error
+            raise ConfigError(_in_one_line(str(error))) from error
         if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-            raise ConfigError(str(error.__cause__)) from error
+            raise ConfigError(_in_one_line(str(error.__cause__))) from error
         raise
+
+
+def _in_one_line(message: str) -> str:
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def _scaled_alpha(alpha: float, update_ratio: float) -> float:
     """Return alpha x (1 + lambda): the LoRA that Delta-LoRA equals under Adam with K = -1."""
+    if not isinstance(alpha, (int, float)) or not isinstance(update_ratio, (int, float)):
+        return alpha  # which is refused by its key, or the other one is
     return float(alpha) * (1.0 + float(update_ratio))
 
 
@@ -58,11 +93,18 @@ OmegaConf.register_new_resolver("scaled_alpha", _scaled_alpha, replace=True)
 
 def _outputs_folder(chosen: str | None) -> str:
     """Return the folder of all run folders; `chosen` is ``paths.outputs``."""
-    return str(ROOT / "outputs" if chosen is None else Path(chosen).resolve())
+    return str(ROOT / "outputs" if chosen is None else check_path(OUTPUTS, chosen).resolve())
 
 
 OmegaConf.register_new_resolver("outputs_folder", _outputs_folder, replace=True)
-OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
+
+
+def _times(a: float, b: float) -> float:
+    """Return the product; what is no number is handed on, and refused by its key."""
+    return float(a) * float(b) if isinstance(b, (int, float)) else b
+
+
+OmegaConf.register_new_resolver("times", _times, replace=True)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -76,27 +118,142 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             a model or recipe that no experiment pairs it with and that was not named.
     """
     overrides = list(overrides)
+    _check_single(overrides)
     check_choices(overrides)
     try:
-        with _hydra():
+        with hydra_ready():
             cfg = hydra_compose("train", overrides, return_hydra_config=True)
         choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
         with open_dict(cfg):
             del cfg["hydra"]
             cfg.choices = choices
             cfg.overrides = overrides
-        OmegaConf.resolve(cfg)  # finds what cannot be; and reading it is five times faster after
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ConfigError(f"seed={cfg.seed!r} must be an integer of 0 or more")
-    check_pairing(choices, overrides)
+    return checked(cfg)
+
+
+def checked(cfg: DictConfig) -> DictConfig:
+    """Return a configuration with its references resolved and its outermost values checked.
+
+    Raises:
+        ConfigError: see `compose`.
+    """
+    with as_config_error():
+        for group in ("task", "recipe", "model", "method", "trainer", "logger", "paths"):
+            check_mapping(group, cfg[group])
+        for key in NESTED & set(cfg.recipe):
+            for name, value in check_mapping(f"recipe.{key}", cfg.recipe[key]).items():
+                if key == "variants":
+                    check_mapping(f"recipe.variants.{name}", value)
+        if "variants" in cfg.recipe:
+            names = tuple(cfg.recipe.variants)
+            if cfg.recipe.variant not in names:
+                raise ValueError(
+                    f"recipe.variant={shown(cfg.recipe.variant)} is none of recipe.variants="
+                    f"{shown(OmegaConf.to_container(cfg.recipe.variants))}; choose one of "
+                    f"{', '.join(map(repr, names)) or 'them'}"
+                )
+    try:
+        OmegaConf.resolve(cfg)  # finds what cannot be; and reading it is five times faster after
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{_blamed(error, cfg)}: {str(error).splitlines()[0]}; ${{KEY}} takes the value of "
+            "another key, and ${oc.env:NAME} that of a variable: write one that there is, or a "
+            "plain value"
+        ) from error
+    with as_config_error():
+        check_values(Root, cfg)
+        if set(cfg.paths) != {"outputs"}:
+            raise ValueError(
+                f"paths={shown(OmegaConf.to_container(cfg.paths))}: it has outputs and nothing "
+                "else; write paths.outputs=FOLDER"
+            )
+        if cfg.paths.outputs is not None:
+            check_path(OUTPUTS, cfg.paths.outputs)
+    check_pairing(cfg.choices, cfg.overrides)
     check_files(cfg)
     return cfg
 
 
+def check_launch(overrides: Sequence[str]) -> None:
+    """Check overrides of Hydra's own settings, such as those of a launcher.
+
+    Raises:
+        ConfigError: one cannot be read, is unknown, or has another type than the launcher's.
+    """
+    overrides = [override for override in overrides if not parse(override).is_sweep_override()]
+    if not overrides:
+        return
+    try:
+        with hydra_ready():
+            cfg = hydra_compose("train", overrides, return_hydra_config=True)
+        launcher = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{'; '.join(overrides)}: {'; '.join(_causes(error))}; `--cfg hydra` shows what can be "
+            "set, and values of the right type"
+        ) from error
+    if isinstance(launcher, dict) and launcher.get("n_jobs") == 0:
+        raise ConfigError(
+            "hydra.launcher.n_jobs=0 starts nothing; write the number of runs at a time, or -1 for "
+            "one on every core"
+        )
+
+
+def _blamed(error: Exception, cfg: DictConfig) -> str:
+    """Return the overrides that an error about a reference is about, or all."""
+    found, overrides = [], cast(list[str], OmegaConf.to_container(cfg.overrides, resolve=False))
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if "${" in value or key in str(error) or key.partition(".")[2] in str(error) != "":
+            found.append(override)
+    return "; ".join(found or overrides)
+
+
+def parse(override: str) -> Override:
+    """Return an override as Hydra reads it.
+
+    Raises:
+        ConfigError: it cannot; the message says how a value with special characters is written.
+    """
+    try:
+        [parsed] = OverridesParser.create().parse_overrides([override])
+    except HydraException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cannot read the override {override!r}: {reason}; {_quoted(override)}"
+        ) from error
+    return parsed
+
+
+def _check_single(overrides: Iterable[str]) -> None:
+    """Check that each of `overrides` is one value that Hydra can read.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for override in overrides:
+        if parse(override).is_sweep_override():
+            raise ConfigError(
+                f"the override {override!r} has several values, which only a sweep may have (-m); "
+                f"{_quoted(override)}"
+            )
+
+
+def _quoted(override: str) -> str:
+    """Return how a value with special characters is written, for a message."""
+    key, _, value = override.partition("=")
+    inner = value.strip("'\"").replace('"', '\\"')
+    return (
+        "a text with any of # ( ) [ ] { } , = : ' \" or letters beyond ASCII stands in quotes, for "
+        f"the shell and for Hydra: {key}='\"{inner}\"'"
+    )
+
+
 @contextlib.contextmanager
-def _hydra() -> Iterator[None]:
+def hydra_ready() -> Iterator[None]:
+    """Let Hydra read our configurations within the block, where it does not yet."""
     with contextlib.ExitStack() as stack:
         if not GlobalHydra.instance().is_initialized():
             stack.enter_context(initialize_config_dir(str(CONFIGS), version_base="1.3"))
@@ -203,12 +360,11 @@ def check_choices(overrides: Sequence[str]) -> None:
         group, separator, value = override.partition("=")
         if not separator or group not in GROUPS:
             continue
-        known = options(group, overrides)
-        for name in value.split(","):
-            if name not in known:
-                raise ConfigError(
-                    f"unknown {group} {name!r}; {near(name, known)}known: {', '.join(known)}"
-                )
+        known, name = options(group, overrides), value.strip("'\"")
+        if name not in known:
+            raise ConfigError(
+                f"unknown {group} {name!r}; {near(name, known)}known: {', '.join(known)}"
+            )
 
 
 def options(group: str, overrides: Iterable[str] = ()) -> list[str]:
@@ -225,16 +381,11 @@ def _members(folder: Path) -> list[str]:
 
 def _explain(error: Exception) -> str:
     """Return a message for a composition error, with near matches for an unknown key."""
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(str(cause).strip())
-        cause = cause.__cause__
-    message = "; ".join(dict.fromkeys(line for text in causes for line in text.split("\n") if line))
+    message = "; ".join(_causes(error))
     unknown = re.search(r"Could not override '([\w.]+)'", message)
     if unknown:
         parent, _, key = unknown.group(1).rpartition(".")
-        with contextlib.suppress(Exception), _hydra():
+        with contextlib.suppress(Exception), hydra_ready():
             node = OmegaConf.select(hydra_compose("train"), parent) if parent else None
             known = list(node) if isinstance(node, DictConfig) else list(GROUPS)
             if key not in known:  # else it is the file that is wrong, not the name
@@ -242,3 +393,13 @@ def _explain(error: Exception) -> str:
                     f"unknown key {unknown.group(1)!r}; {near(key, known)}known: {', '.join(known)}"
                 )
     return message
+
+
+def _causes(error: BaseException) -> list[str]:
+    """Return the lines of an error and of what caused it, each once."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+        cause = cause.__cause__
+    return list(dict.fromkeys(lines))

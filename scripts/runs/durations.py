@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.runs.folder import RECORD, read_record
+from delta_lora.stored import UnreadableError
+from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.run import Run
 
 #: what two runs must share for the time of one to tell that of the other: scale, task and data,
-#: model, and how much is done. The method may differ.
+#: weights, and how much is done. The method may differ.
 SAME_KIND = (
-    "choices.scale", "choices.task", "model.name", "train_fraction", "predict", "init_from",
-    "task.source", "task.max_rows", "task.embedded_sizes", "task.max_length",
-    "task.max_source_length", "task.max_target_length", "task.decoding",
+    "choices.scale", "choices.task", "train_fraction", "predict", "init_from",
+    "model.name", "model.path", "model.hub_id", "model.init", "model.dtype", "model.attention",
+    "task.source", "task.data_dir", "task.max_rows", "task.max_inputs", "task.embedded_sizes",
+    "task.max_length", "task.max_source_length", "task.max_target_length", "task.decoding",
     "trainer.max_steps", "trainer.num_epochs", "trainer.batch_size", "trainer.micro_batch_size",
+    "trainer.evaluate_every_epochs", "trainer.eval_batch_size", "trainer.group_by_length",
+    "trainer.gradient_checkpointing", "trainer.compile",
     "trainer.precision", "trainer.matmul_precision", "trainer.device",
 )  # fmt: skip
+#: of these, folders: two ways to write one are the same.
+FOLDERS = ("model.path", "task.data_dir")
 #: values that a record leaves out where they are these.
 USUAL = {"trainer.matmul_precision": "fp32", "predict": True}
+
+logger = logging.getLogger(__name__)
 
 
 class Durations:
@@ -38,10 +47,14 @@ class Durations:
         self._by_kind: dict[str, list[float]] = defaultdict(list)
 
     def read(self, outputs: Iterable[Path]) -> None:
-        """Add every finished run in the folders `outputs`."""
+        """Add every finished run in the folders `outputs`; a damaged record is left out."""
         for parent in sorted(set(outputs)):
             for path in sorted(parent.glob(f"*/{RECORD}")):
-                record = read_record(path.parent)
+                try:
+                    record = read_record(path.parent, is_whole=True)
+                except UnreadableError as error:
+                    logger.warning("no time is taken from it: %s", error)
+                    continue
                 resources = record.get("resources")
                 if record["status"] == "completed" and resources is not None:
                     keys = ("train_time_s", "predict_time_s", "score_time_s")
@@ -71,6 +84,9 @@ def _kind(config: Any) -> str:
     values = {key: _at(config, key) for key in SAME_KIND}
     # A folder, another run's name or null: the length of a run depends on whether it is there.
     values["init_from"] = values["init_from"] is not None
+    for key in FOLDERS:
+        if values[key] is not None:
+            values[key] = str(Path(values[key]).expanduser().resolve())
     return json.dumps(values, sort_keys=True, default=_plain)
 
 

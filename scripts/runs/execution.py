@@ -14,15 +14,18 @@ from omegaconf import OmegaConf
 from delta_lora import processes
 from delta_lora.result import PrunedError
 from delta_lora.runlog import Guarded
-from scripts.runs import item_spread
+from delta_lora.stored import UnreadableError
+from scripts.runs import checksums, item_spread
 from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
 from scripts.runs.mirroring import mirror_of, write_references
+from scripts.runs.own_files import own_files
 from scripts.runs.recording import Scored, record_of, write_failure, write_pruned
 from scripts.runs.run import Run
 from scripts.runs.starts import read_start
+from scripts.runs.weights import label
 from scripts.runs.workers import COMMAND_BEGAN, cells_on_device
 
 #: says by the evaluations so far why a run is given up, or None.
@@ -45,24 +48,25 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
 
     Raises:
         ConfigError: the input is wrong; nothing was written.
+        UnreadableError: a file of its folder is damaged, or of another run; nothing was written.
         LockedError: another process works in the run folder.
         Exception: whatever stopped the run; the record then says ``failed`` and why.
     """
-    if run.is_done:
-        return run.record()
+    if _is_done(run):
+        return checksums.check_files(run.folder)
     check(run)
     check_sources(run, set())  # before data are read and tokens made
     is_main = processes.is_main()
     with lock(run.folder, wait=wait) if is_main else contextlib.nullcontext():
-        state = run.status().state
-        if state == "done":  # another process finished it while this one waited
-            return run.record()
-        if state == "stale":
+        if _is_done(run):  # another process finished it while this one waited
+            return checksums.check_files(run.folder)
+        if run.status().state == "stale":
             clear(run.folder)
+        checksums.check_places(run.folder)
         (run.folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed or was pruned
         try:
             return _execute(run, is_main=is_main, prune=prune)
-        except ConfigError:
+        except (ConfigError, UnreadableError):
             raise
         except PrunedError as stop:
             return write_pruned(run, stop) if is_main else {}
@@ -70,6 +74,18 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
             if is_main:
                 write_failure(run, error)
             raise
+
+
+def _is_done(run: Run) -> bool:
+    """Return whether a run is done.
+
+    Raises:
+        UnreadableError: its record is damaged.
+    """
+    now = run.status()
+    if now.state == "damaged":
+        raise UnreadableError(now.reason)
+    return now.state == "done"
 
 
 def attempt(run: Run, prune: Prune | None = None) -> dict[str, Any]:
@@ -96,17 +112,16 @@ def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
         _ensure(run.start_run, f"first the run that this one starts from: {run.start_run.folder}")
     built = build(run, task, read_start(run))
     _log_start(run, built)
+    own = own_files(run.config)  # as they are now, before hours of training
     if is_main:
         OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
     with _mirrored(run, task, is_main=is_main) as mirrors:
         fitted = _fit(run, built, mirrors, prune)
-        scored = _score(run, built, is_main=is_main)
+        adapter = _write_adapter(run, built, fitted.chosen_step) if is_main else None
+        scored = _score(run, built, adapter, is_main=is_main)
         if not is_main:
             return {}
-        record = {
-            **record_of(run, built, fitted, scored),
-            "adapter_sha256": _write_adapter(run, built, fitted.chosen_step),
-        }
+        record = {**record_of(run, built, fitted, scored, own), "adapter_sha256": adapter}
         if run.config.save_model:
             record["model"]["saved_weights_sha256"] = _save_model(run, built)
         resources = {**fitted.resources, **scored.resources}
@@ -168,6 +183,8 @@ def _fit(run: Run, built: Built, mirrors: list[Any], prune: Prune | None) -> Any
 def _identity(run: Run, built: Built) -> dict[str, Any]:
     """Return what a checkpoint must agree on to be continued."""
     identity = {
+        "run": run.name,
+        "seed": run.seed,
         "base_weights_sha256": built.weights_sha256,
         "data": built.task.provenance(),
         "num_examples": len(built.train),
@@ -194,8 +211,15 @@ def _validation_score(task: Any, tokenizer: Any) -> Callable[[Any], dict[str, fl
 # ---------------------------------------------------------------------- score
 
 
-def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
-    """Predict the scored split on merged weights, each process its share, and score it."""
+def _score(run: Run, built: Built, adapter: str | None, *, is_main: bool) -> Scored:
+    """Predict the scored split on merged weights, each process its share, and score it.
+
+    Args:
+        run: the run.
+        built: after its training.
+        adapter: checksum of what it trained; None in processes other than the main one.
+        is_main: whether this is the main process.
+    """
     from delta_lora.analysis import similarity
     from delta_lora.finite import check_values
     from delta_lora.protocols import Scores
@@ -207,7 +231,8 @@ def _score(run: Run, built: Built, *, is_main: bool) -> Scored:
         if is_main:
             analysis = similarity.cosine_similarities(built.originals, merged)
         if run.config.predict:
-            predictions = predict(task, merged, built.tokenizer, run.folder, split)
+            origin = {"run": run.name, "adapter_sha256": adapter}
+            predictions = predict(task, merged, built.tokenizer, run.folder, split, origin=origin)
     predicted = time.monotonic()
     scores = task.score(predictions, split) if predictions else Scores({}, {})
     check_values(scores.values, f"scoring the split {split}")
@@ -265,7 +290,7 @@ def _log_start(run: Run, built: Built) -> None:
     logger.info(
         "run %s: %s on %s, %s; trainable %s (%.3f x 2^20), updatable %s (%.3f x 2^20), base %s; "
         "%d examples, batch %d, %d steps",
-        run.name, run.choices.method, run.choices.task, run.config.model.name,
+        run.name, run.choices.method, run.choices.task, label(run.model_facts),
         f"{trainable:,}", trainable / 2**20, f"{updatable:,}", updatable / 2**20,
         f"{parameters['total']:,}", len(built.train), built.trainer.batch_size, built.total_steps,
     )  # fmt: skip

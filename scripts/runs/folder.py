@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from delta_lora import stored
+from scripts.runs import checksums
+from scripts.runs.checksums import ADAPTER as ADAPTER
+from scripts.runs.checksums import ITEM_SPREAD as ITEM_SPREAD
+from scripts.runs.checksums import PARTIAL
+from scripts.runs.checksums import PREDICTIONS as PREDICTIONS
+from scripts.runs.checksums import RECORD as RECORD
+from scripts.runs.checksums import RESOURCES as RESOURCES
+from scripts.runs.checksums import read_record as read_record
 from scripts.runs.composition import ConfigError
 
-RECORD, RESOURCES = "record.json", "resources.json"
-PREDICTIONS, ITEM_SPREAD = "predictions.jsonl", "item_spread.json"
 #: held by the process that works in a run folder, and beside it which process that is.
 LOCK, OWNER = ".lock", ".owner"
-ADAPTER = "adapter/adapter_model.safetensors"
 
 logger = logging.getLogger(__name__)
 
 
 class LockedError(RuntimeError):
     """Another process works in the same run folder."""
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return a run's record, with what stands beside it under ``resources`` and ``item_spread``."""
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    for key, name in (("resources", RESOURCES), ("item_spread", ITEM_SPREAD)):
-        if (folder / name).exists():
-            record[key] = json.loads((folder / name).read_text(encoding="utf-8"))
-    return record
 
 
 @contextlib.contextmanager
@@ -58,7 +56,9 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
         with contextlib.suppress(Timeout):
             held.acquire(blocking=False)
         if not held.is_locked:
-            who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
+            who = (
+                owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "unknown"
+            )
             if not wait:
                 raise LockedError(
                     f"process {who} is already working in {folder}; wait for it, or stop it"
@@ -99,12 +99,29 @@ def is_held(folder: Path) -> bool:
 
 
 def predict(
-    task: Any, model: Any, tokenizer: Any, folder: Path, split: str
+    task: Any,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    split: str,
+    *,
+    origin: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Predict a split into ``predictions.jsonl``, continuing what an earlier session wrote.
 
     In a distributed run all processes call it: each predicts its share, chunk by chunk, and the
     main process writes. So the folder is read and written in one place.
+
+    Until the record is written the predictions stand in ``predictions.partial.jsonl`` too, where
+    every line holds a checksum of `origin` and of all lines so far. Only those are continued.
+
+    Args:
+        task: with its data.
+        model: a plain one.
+        tokenizer: of the model.
+        folder: of the run.
+        split: to predict.
+        origin: JSON values that name the run and its trained weights.
 
     Returns:
         The predictions; in processes other than the main one an empty list.
@@ -112,13 +129,13 @@ def predict(
     from delta_lora import processes
     from delta_lora.runlog import Progress
 
-    final, partial = folder / PREDICTIONS, folder / "predictions.partial.jsonl"
-    is_main = processes.is_main()
-    state = processes.gather([(final.exists(), _read_lines(partial))] if is_main else [])
-    is_done, predictions = state[0]
+    partial, is_main = folder / PARTIAL, processes.is_main()
+    origin = {**origin, "split": split}
+    state = processes.gather([_read_partial(partial, origin)] if is_main else [])
+    predictions = state[0]
     inputs = task.inputs(split)
-    if is_done or not len(inputs):
-        return _read_lines(final) if is_main else []
+    if not len(inputs):
+        return []
     chunks = task.predict(model, tokenizer, split, tuple(predictions), share=processes.share())
     progress = Progress(
         len(inputs),
@@ -127,7 +144,10 @@ def predict(
         unit="input",
         enabled=is_main,
     )
-    with contextlib.closing(progress), _lines_of(partial if is_main else None) as write:
+    with (
+        contextlib.closing(progress),
+        _lines_of(partial if is_main else None, _Chain(origin)) as write,
+    ):
         write(predictions)
         # Every process takes part in every round, with nothing where its share is done.
         while found := [c for c in processes.gather([next(chunks, None)]) if c is not None]:
@@ -139,30 +159,58 @@ def predict(
         return []
     order = {p["id"]: p for p in predictions}
     predictions = [order[key] for key in sorted(order)]
-    with _lines_of(partial) as write:
+    whole = folder / f".writing-{PREDICTIONS}"
+    with _lines_of(whole, None) as write:
         write(predictions)
-    partial.replace(final)
+    whole.replace(folder / PREDICTIONS)
     return predictions
 
 
+class _Chain:
+    """A checksum over lines, each with all before it.
+
+    Args:
+        origin: what the first line follows on.
+    """
+
+    def __init__(self, origin: Mapping[str, Any]) -> None:
+        text = json.dumps(origin, sort_keys=True, separators=(",", ":"))
+        self._digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def add(self, line: str) -> str:
+        """Return the checksum up to and with the next line."""
+        self._digest = hashlib.sha256(f"{self._digest}{line}".encode()).hexdigest()
+        return self._digest
+
+
 @contextlib.contextmanager
-def _lines_of(path: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-    """Open a JSONL file for writing and yield what adds lines to it; None writes nowhere."""
+def _lines_of(
+    path: Path | None, chain: _Chain | None
+) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """Open a JSONL file for writing and yield what adds lines to it.
+
+    Args:
+        path: None writes nowhere.
+        chain: gives every line its checksum; None writes none.
+    """
     if path is None:
         yield lambda _: None
         return
     with path.open("w", encoding="utf-8") as stream:
 
         def write(predictions: Sequence[dict[str, Any]]) -> None:
-            stream.writelines(_line(p) for p in predictions)
+            stream.writelines(_line(p, chain) for p in predictions)
             stream.flush()
 
         yield write
         os.fsync(stream.fileno())
 
 
-def _line(prediction: dict[str, Any]) -> str:
-    return json.dumps(prediction, ensure_ascii=False) + "\n"
+def _line(prediction: Mapping[str, Any], chain: _Chain | None) -> str:
+    line = json.dumps(prediction, ensure_ascii=False)
+    if chain is not None:
+        line = json.dumps({**prediction, stored.SEAL: chain.add(line)}, ensure_ascii=False)
+    return f"{line}\n"
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
@@ -170,19 +218,59 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: there are none.
+        UnreadableError: they are not those that its record names.
     """
     if not (folder / PREDICTIONS).is_file():
         raise ConfigError(f"{folder} holds no {PREDICTIONS}")
-    return _read_lines(folder / PREDICTIONS)
+    checksums.check_files(folder, [PREDICTIONS])
+    return read_lines(folder / PREDICTIONS)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file; a last line cut off by a kill is dropped."""
+def _read_partial(path: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the predictions of an earlier session, up to the first that is not one of them.
+
+    A last line cut off by a kill is dropped; a line that is damaged, or of another run or training,
+    is named in a warning, and from there on it is predicted again.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]
+    chain, found = _Chain(origin), list[dict[str, Any]]()
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            prediction = json.loads(line)
+            checksum = prediction.pop(stored.SEAL)
+            is_mine = checksum == chain.add(json.dumps(prediction, ensure_ascii=False))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            is_mine = False
+        if not is_mine:
+            logger.warning(
+                "%s, line %d is damaged, or of another run or training: predicting again from "
+                "there on",
+                path, number,
+            )  # fmt: skip
+            return found
+        found.append(prediction)
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file; a last line cut off by a kill is dropped.
+
+    Raises:
+        UnreadableError: a line is none.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
+        lines = [json.loads(line) for line in whole.split("\n") if line]
+    except (OSError, ValueError, RecursionError) as error:
+        raise stored.damaged(path, str(error), "copy it again, or remove it") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise stored.damaged(path, "a line is no JSON object", "copy it again, or remove it")
+    return lines
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -190,13 +278,13 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there are none.
+        UnreadableError: they are not those that its record names.
     """
-    from safetensors.torch import load_file
-
     path = folder / ADAPTER
     if not path.is_file():
         raise ConfigError(f"{folder} holds no finished run: {ADAPTER} is missing")
-    return load_file(path)
+    checksums.check_files(folder, [ADAPTER])
+    return stored.read_tensors(path, "copy it again")
 
 
 def finish(
@@ -211,13 +299,11 @@ def finish(
     """
     from delta_lora import checkpoint
 
-    checkpoint.write_json(folder / RESOURCES, resources)
-    if item_spread is not None:
-        checkpoint.write_json(folder / ITEM_SPREAD, item_spread)
-    checkpoint.write_json(folder / RECORD, record)
+    checksums.write(folder, record, resources, item_spread)
     if not record["missing_metrics"]:
         checkpoint.remove(folder / "checkpoints")
         checkpoint.remove(folder / "best")
+        (folder / PARTIAL).unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:
@@ -226,7 +312,7 @@ def clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in (LOCK, OWNER):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scripts.runs import checksums
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import ITEM_SPREAD, PREDICTIONS, lock, read_predictions, read_record
+from scripts.runs.folder import PREDICTIONS, lock, read_predictions, read_record
 from tasks.metrics.java import MetricUnavailableError
 
 if TYPE_CHECKING:
@@ -73,8 +74,6 @@ def add(folder: Path, task: Any) -> dict[str, Any]:
         LockedError: a process works in the folder.
         ValueError: the predictions are of other data.
     """
-    from delta_lora import checkpoint
-
     with lock(folder, wait=False):
         record, predictions = read_record(folder), read_predictions(folder)
         if not predictions:
@@ -88,7 +87,7 @@ def add(folder: Path, task: Any) -> dict[str, Any]:
                     "are not of one run; delete the folder and run it again"
                 )
         found = measure(task, predictions, folder)
-        checkpoint.write_json(folder / ITEM_SPREAD, found)
+        checksums.write_item_spread(folder, record, found)
     return found
 
 

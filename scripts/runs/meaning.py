@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scripts.runs import provenance
 from scripts.runs.composition import ConfigError, as_config_error
+from scripts.runs.leaves import class_of
 
 #: values of the root of a configuration that a result depends on, with their defaults.
 ROOT_DEFAULTS: Mapping[str, Any] = {
@@ -90,10 +90,7 @@ def _task(cfg: DictConfig, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task by name and version, its data by checksum."""
     from hydra.utils import instantiate
 
-    from delta_lora.protocols import Task
-
-    kind = _class(content["_target_"], "task")
-    _check_kind("task", kind, Task)
+    kind = class_of(content["_target_"], "task._target_")
     with as_config_error():
         task = instantiate(cfg.task)
     for key, example in (
@@ -120,10 +117,7 @@ def _pinned(pin: Mapping[str, Any]) -> Any:
 
 def _method(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method by name and version, and its settings."""
-    from delta_lora.protocols import Method
-
-    kind = _class(content["_target_"], "method")
-    _check_kind("method", kind, Method)
+    kind = class_of(content["_target_"], "method._target_")
     if not isinstance(vars(kind).get("name"), str):  # an inherited one is that of another method
         raise ConfigError(
             f"{_called(kind)} has no name of its own; write name = 'my_method' in the class"
@@ -133,7 +127,7 @@ def _method(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _owner(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return name, version and settings of a task, a method or the trainer."""
-    kind = _class(content["_target_"])
+    kind = class_of(content["_target_"], "_target_")
     left_out = kind.not_signed
     settings = {key: value for key, value in content.items() if key not in left_out}
     own = {key: settings.pop(key, getattr(kind, key, None)) for key in ("name", "version")}
@@ -143,13 +137,13 @@ def _owner(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differing(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a constructor that differ from its defaults, those of its parts too."""
-    defaults = _defaults(_class(content["_target_"]))
+    defaults = _defaults(class_of(content["_target_"], "_target_"))
     found = {}
     for key, value in content.items():
         if key.startswith("_"):  # Hydra's
             continue
         if isinstance(value, Mapping) and "_target_" in value:
-            kind = _class(value["_target_"])
+            kind = class_of(value["_target_"], "_target_")
             name = getattr(kind, "name", None)
             part = _differing(value)
             found[key] = {"name": name, **part} if isinstance(name, str) else part
@@ -193,30 +187,6 @@ def _model(content: Mapping[str, Any], pretrained: str | None) -> dict[str, Any]
 # ---------------------------------------------------------------------- reading
 
 
-def _class(target: str, key: str = "") -> Any:
-    """Return what a dotted name stands for; `key` is where it is written, for the message."""
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-        reason = f"{module} has no {name}"
-    except (ImportError, ValueError) as error:
-        found, reason = None, str(error)
-    if found is None:
-        raise ConfigError(
-            f"{key and key + '.'}_target_={target} cannot be imported: {reason}; correct it, or "
-            "name the folder of your module: PYTHONPATH=FOLDER python scripts/train.py ..."
-        )
-    return found
-
-
-def _check_kind(key: str, kind: Any, needed: type) -> None:
-    if not (isinstance(kind, type) and issubclass(kind, needed)):
-        raise ConfigError(
-            f"{key}._target_={_called(kind)} is no {needed.__name__}; a {key} is a class that "
-            f"inherits from delta_lora.protocols.{needed.__name__}"
-        )
-
-
 def _called(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -234,7 +204,7 @@ def default_settings(target: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such class.
     """
-    return dict(_defaults(_class(target)))
+    return dict(_defaults(class_of(target, "_target_")))
 
 
 #: of folders as they were: path, then name, size and time of each file.
@@ -253,7 +223,9 @@ def folder_checksum(key: str, path: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"{key}={path}: no such folder (looked in {folder.resolve()})")
+        raise ConfigError(
+            f"{key}={path}: no such folder (looked in {folder.resolve()}); write the folder's path"
+        )
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))]
     cache_key = (str(folder.resolve()), *files)
     if cache_key not in _CHECKSUMS:

@@ -16,6 +16,7 @@ from scripts.runs.folder import RECORD, read_record
 from scripts.runs.meaning import default_settings
 from scripts.runs.recording import config_of
 from scripts.runs.run import Run
+from scripts.runs.weights import label
 
 #: values of a method that people filter by, as they are written.
 SYMBOLS = {"update_ratio": "λ", "start_step": "K"}
@@ -78,7 +79,11 @@ def facts_of(run: Run, task: Any, folder: Path | None = None) -> RunFacts:
         group=group,
         job_type="pretrain" if is_pretraining else "train",
         tags=[choices.task, choices.method, choices.scale, *run.part_of],
-        config={**config_of(run), "command": " ".join(overrides)},
+        config={
+            **config_of(run),
+            "base_model": label(run.model_facts),
+            "command": " ".join(overrides),
+        },
         metrics=task.metrics,
     )
 
@@ -177,4 +182,6 @@ def _chosen(run: Run) -> Iterator[str]:
             continue
         if name in HABITS or value.startswith(("[", "{")):
             continue
-        yield f"{rest or key}={value}"
+        # A folder by its own name: its place is nothing to show.
+        shown = Path(value).name if value.startswith(("/", "~")) else value
+        yield f"{rest or key}={shown}"

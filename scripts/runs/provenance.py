@@ -59,7 +59,8 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
 def git_state(root: Path) -> dict[str, Any]:
     """Return commit and whether tracked files differ from it; nulls outside a git checkout.
 
-    Files in ``results/`` do not count: writing a table makes no code dirty.
+    Files in ``results/`` do not count: writing a table makes no code dirty. Which files a run used
+    that no commit holds is found by `scripts.runs.own_files`.
     """
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,10 @@ from omegaconf import OmegaConf
 from delta_lora.result import PrunedError
 from scripts.runs import provenance
 from scripts.runs.building import Built
+from scripts.runs.checksums import RECORD, SCHEMA
 from scripts.runs.composition import ROOT
-from scripts.runs.folder import RECORD
 from scripts.runs.run import Run, completed
 
-RECORD_SCHEMA = 2
 #: of a configuration what is of this machine or this call alone.
 NOT_RECORDED = ("logger", "paths", "overrides", "part_of")
 
@@ -41,7 +41,9 @@ class Scored:
     resources: dict[str, float]
 
 
-def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, Any]:
+def record_of(
+    run: Run, built: Built, fitted: Any, scored: Scored, own: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
     """Return the record of a finished run, all but what it wrote.
 
     Args:
@@ -49,17 +51,15 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
         built: what it was made of.
         fitted: what came of the training (`delta_lora.result.FitResult`).
         scored: what the trained model does.
+        own: files that it used and that are not committed, from `own_files`.
     """
-    task, cfg = built.task, run.config
+    task = built.task
     return {
         **_identity(run),
         "status": "completed",
         "task": {"name": task.name, "version": task.version, **task.provenance()},
         "model": {
-            "name": cfg.model.name,
-            "init": cfg.model.init,
-            "hub_id": cfg.model.hub_id,
-            "revision": cfg.model.revision,
+            **run.model_facts,
             "weights_sha256": built.weights_sha256,
             "pretrained_sha256": _pretrained_sha256(run),
         },
@@ -73,13 +73,13 @@ def record_of(run: Run, built: Built, fitted: Any, scored: Scored) -> dict[str, 
         "training": _training_facts(run, built, fitted),
         "num_predictions": scored.num_predictions,
         "config": config_of(run),
-        "provenance": _provenance_of(built.model),
+        "provenance": _provenance_of(built.model, own),
     }
 
 
 def write_failure(run: Run, error: Exception) -> None:
     """Write the record of a run that was stopped by `error`."""
-    from delta_lora import checkpoint
+    from delta_lora import checkpoint, stored
 
     record = {
         **_identity(run),
@@ -92,12 +92,12 @@ def write_failure(run: Run, error: Exception) -> None:
         },
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, record)
+    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
 
 
 def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
     """Write and return the record of a run that was given up at an evaluation; it may go on."""
-    from delta_lora import checkpoint
+    from delta_lora import checkpoint, stored
 
     start = completed(run.start.folder if isinstance(run.start, Run) else run.start)
     record = {
@@ -110,7 +110,7 @@ def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
         "training": {"steps": stop.step, "validation": stop.result.validation},
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, record)
+    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
     return record
 
 
@@ -124,7 +124,7 @@ def _identity(run: Run) -> dict[str, Any]:
     """Return which run it is, and how it was chosen."""
     choices = run.choices
     return {
-        "schema": RECORD_SCHEMA,
+        "schema": SCHEMA,
         "signature": run.name,
         "group": run.group,
         "meaning": run.meaning,
@@ -185,10 +185,13 @@ def _epoch_metrics(validation: list[dict[str, float]], task: Any) -> dict[str, f
     }
 
 
-def _provenance_of(model: Any) -> dict[str, Any]:
+def _provenance_of(model: Any, own: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Return code, packages, and the device that the model is on."""
+    git = provenance.git_state(ROOT)
+    if own:  # the commit lacks what was used
+        git |= {"dirty": True, "untracked": list(own)}
     return {
-        "git": provenance.git_state(ROOT),
+        "git": git,
         "packages": provenance.packages(),
         "device": provenance.device(next(model.parameters()).device),
     }

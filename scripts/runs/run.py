@@ -12,6 +12,7 @@ what it trained on another task (``init_from``). Such runs are made first where 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +21,21 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from delta_lora.checks import check_path, shown
+from delta_lora.stored import UnreadableError
 from scripts.runs import composition
+from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.composition import ROOT, ConfigError
-from scripts.runs.folder import RECORD, read_record
+from scripts.runs.leaves import check_leaves
 from scripts.runs.meaning import hash_of, meaning_of
+from scripts.runs.weights import model_facts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run: done, partial, missing, stale or failed, and why."""
+    """State of a run: done, partial, missing, stale, failed or damaged, and why."""
 
     state: str
     reason: str = ""
@@ -95,8 +102,9 @@ class Run:
         """All that its result depends on; plain JSON values.
 
         Raises:
-            ConfigError: a folder does not exist, or settings of the task are not allowed.
+            ConfigError: a value is not allowed, or a folder does not exist.
         """
+        check_leaves(self.config)
         before, made = self.start, self.pretraining
         if isinstance(before, Path):
             name = read_record(before)["signature"]
@@ -127,31 +135,39 @@ class Run:
     def outputs(self) -> Path:
         """The folder of all run folders."""
         chosen = self.config.paths.outputs
-        return ROOT / "outputs" if chosen is None else Path(chosen)
+        return ROOT / "outputs" if chosen is None else check_path("paths.outputs", chosen)
 
     @property
     def folder(self) -> Path:
         """Its folder."""
         return self.outputs / self.name
 
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """Which model it starts from; see `scripts.runs.weights.model_facts`."""
+        return model_facts(self.config, is_made_here=self.pretraining is not None)
+
     # ------------------------------------------------------------------ how far it is
 
     def status(self) -> Status:
-        """Return whether it is done, partial, missing, stale or failed."""
+        """Return whether it is done, partial, missing, stale, failed or damaged."""
         folder = self.folder
         if not (folder / RECORD).exists():
             started = (folder / "checkpoints").is_dir() or (folder / "config.yaml").exists()
             return Status("partial", "started, not finished") if started else Status("missing")
-        record = read_record(folder)
+        try:
+            record = read_record(folder, self.name, is_whole=True)
+        except UnreadableError as error:
+            return Status("damaged", str(error))
         if record["status"] == "failed":
             return Status("failed", record["error"]["message"])
-        made = None if self.pretraining is None else self.pretraining.completed()
+        made = None if self.pretraining is None else _known(self.pretraining.folder)
         if made is not None:
             known = record["model"].get("pretrained_sha256")
-            if known not in (None, made["model"]["saved_weights_sha256"]):
+            if known not in (None, made["model"].get("saved_weights_sha256")):
                 return Status("stale", "the pre-trained model was made anew since")
         before = self.start
-        base = completed(before.folder if isinstance(before, Run) else before)
+        base = _known(before.folder if isinstance(before, Run) else before)
         if base is not None and base["adapter_sha256"] != record["init_from"]["adapter_sha256"]:
             return Status("stale", "the run that it starts from was made anew since")
         if record["status"] == "pruned":
@@ -226,12 +242,25 @@ class Run:
         return None if model.hub_id is None else (model.hub_id, model.revision)
 
 
+def _known(folder: Path | None) -> dict[str, Any] | None:
+    """Return what `completed` does; None, with a warning, where the record is damaged."""
+    try:
+        return completed(folder)
+    except UnreadableError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def completed(folder: Path | None) -> dict[str, Any] | None:
-    """Return the record of the run in a folder where it is completed, else None."""
+    """Return the record of the run in a folder where it is completed, else None.
+
+    Raises:
+        UnreadableError: the record is damaged.
+    """
     if folder is None or not (folder / RECORD).exists():
         return None
     record = read_record(folder)
-    return record if record["status"] == "completed" else None
+    return record if record.get("status") == "completed" else None
 
 
 def _kept(overrides: Iterable[str]) -> Iterator[str]:
@@ -248,7 +277,10 @@ def _composed(overrides: tuple[str, ...]) -> Run:
 
 @functools.cache
 def _pretraining(overrides: tuple[str, ...], outputs: str | None) -> Run:
-    run = _composed((*overrides, "save_model=true", "predict=false", "logger=none"))
+    try:
+        run = _composed((*overrides, "save_model=true", "predict=false", "logger=none"))
+    except ConfigError as error:
+        raise ConfigError(f"model.pretrain={shown(list(overrides))}: {error}") from error
     config = run.config.copy()
     config.paths.outputs = outputs
     return Run(config)

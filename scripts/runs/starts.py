@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.runs import checksums
 from scripts.runs.composition import ConfigError
 from scripts.runs.run import Run, completed
 
@@ -37,14 +38,17 @@ def read_start(run: Run) -> Start | None:
 
     Raises:
         ConfigError: it is not finished, or a run of another method or model, rank or alpha.
+        UnreadableError: its record or its adapter is damaged.
     """
     if run.start is None:
         return None
     before = run.start.folder if isinstance(run.start, Run) else run.start
     record = completed(before)
+    if record is not None:
+        checksums.check_record(before / checksums.RECORD, record, checksums.advice_for(before))
     if record is None:
         raise ConfigError(f"init_from: the run in {before} is not finished")
-    mine = (run.choices.method, run.config.model.name)
+    mine = (run.choices.method, run.model_facts["name"])
     theirs = (record["method"], record["model"]["name"])
     if mine != theirs:
         raise ConfigError(
@@ -59,6 +63,7 @@ def read_start(run: Run) -> Start | None:
                 f"learned would be another function here; use method.{key}={there}, or init_from="
                 "TASK, which makes a start with the settings of this run"
             )
+    checksums.check_files(before, [checksums.ADAPTER])
     facts = {
         "task": record["task"]["name"],
         "signature": record["signature"],

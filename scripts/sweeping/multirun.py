@@ -13,17 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
-from hydra.errors import HydraException
 
 from scripts.runs import checks, composition
 from scripts.runs.cells import Cell, parse_seeds
-from scripts.runs.composition import ConfigError
+from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.sweeping.content import build
-from scripts.sweeping.page import last_line, terminal
+from scripts.sweeping.page import damaged_lines, last_line, terminal
 from scripts.sweeping.space import LABELS
 from scripts.sweeping.spec import Axis, Experiment, Method, Refused, SweepSpec
 from scripts.sweeping.view import collect_runs, write
@@ -71,20 +69,18 @@ def read_grid(overrides: Sequence[str], *, has_sampler: bool = False) -> Grid:
     fixed: list[str] = []
     swept: dict[str, tuple[str, ...]] = {}
     is_sampled = has_sampler
-    try:
-        for parsed in OverridesParser.create().parse_overrides(list(overrides)):
-            if not parsed.is_sweep_override():
-                fixed.append(str(parsed.input_line))
-                continue
-            swept[parsed.get_key_element()] = _values_of(parsed)
-            if parsed.is_interval_sweep() and not has_sampler:
-                raise ConfigError(
-                    f"{parsed.input_line}: values of an interval are chosen by a sampler; add "
-                    "hydra/sweeper=optuna hydra.sweeper.n_trials=20, or list values"
-                )
-            is_sampled = is_sampled or parsed.is_interval_sweep()
-    except HydraException as error:
-        raise ConfigError(f"cannot read the overrides: {error}") from error
+    for override in overrides:
+        parsed = composition.parse(override)
+        if not parsed.is_sweep_override():
+            fixed.append(str(parsed.input_line))
+            continue
+        swept[parsed.get_key_element()] = _values_of(parsed)
+        if parsed.is_interval_sweep() and not has_sampler:
+            raise ConfigError(
+                f"{parsed.input_line}: values of an interval are chosen by a sampler; add "
+                "hydra/sweeper=optuna hydra.sweeper.n_trials=20, or list values"
+            )
+        is_sampled = is_sampled or parsed.is_interval_sweep()
     return Grid(tuple(fixed), swept, is_sampled)
 
 
@@ -144,7 +140,8 @@ class Multirun:
         scale, seeds = str(first.choices.scale), _seeds_of(grid)
         extra = [o for o in grid.fixed if o.partition("=")[0] not in ("seed", "scale")]
         spec = _spec_of(grid, first)
-        cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
+        with as_config_error():
+            cells, refused = spec.cells(scale=scale, seeds=seeds, extra=extra)
         for cell in cells:
             if cell.seed == seeds[0]:
                 try:
@@ -165,6 +162,8 @@ class Multirun:
         """
         entries = collect_runs(self.cells, {}, self.refused)
         content = build(self.spec, self.scale, self.seeds, self.extra, entries, self.refused)
+        for line in damaged_lines(content):
+            print(f"left out: {line}", file=sys.stderr)
         if not any(row["runs"] for row in content["rows"]):  # as where a launcher lacks
             print(last_line(content), file=sys.stderr)
             return 1

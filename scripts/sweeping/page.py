@@ -233,6 +233,12 @@ def last_line(content: Content) -> str:
     return f"{line}: {'; '.join(absent)}" if absent else line
 
 
+def damaged_lines(content: Content) -> list[str]:
+    """Return what is damaged, and what to do, of each run whose record cannot be read."""
+    runs = (run for row in content["rows"] for run in row["all_runs"])
+    return list(dict.fromkeys(run["reason"] for run in runs if run["state"] == "damaged"))
+
+
 def terminal(content: Content) -> str:
     """Return the view for the terminal: the grid of the test score, and what is chosen."""
     lines = [f"Sweep {content['sweep']}: {content['title']} (scale: {content['scale']})"]

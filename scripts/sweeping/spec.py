@@ -9,15 +9,28 @@ import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+from delta_lora.checks import NAME, NOT_EMPTY, Matches, check_mapping, check_value, check_values
 from scripts.reporting.spec import ROOT, Row, TableSpec, check_keys, read_yaml
+from scripts.runs import conflicts
 from scripts.runs.cells import Cell, list_cells
+from scripts.runs.run import Run
 from scripts.runs.scale import SCALES
+from scripts.runs.weights import key_of
 
 SWEEPS = ROOT / "configs" / "sweep"
 #: (name of a row, name of what it is trained on) -> why its runs cannot be made.
 Refused = dict[tuple[str, str], str]
+
+#: how a file declares its entries.
+Name = Annotated[str, NAME]
+Words = Annotated[str, NOT_EMPTY]
+Key = Annotated[str, Matches(r"\+{0,2}[\w./@-]+", "a key of a configuration, as method.rank")]
+Overrides = Sequence[
+    Annotated[str, Matches(r"\+{0,2}[\w./@-]+=.*|~[\w./@-]+", "an override, as method=lora")]
+]
+Values = Sequence[str | int | float | bool]
 
 
 @dataclass(frozen=True)
@@ -31,9 +44,9 @@ class Axis:
         values: as an override writes them.
     """
 
-    name: str
-    label: str
-    key: str
+    name: Name
+    label: Words
+    key: Key
     values: tuple[str, ...]
 
 
@@ -43,7 +56,7 @@ class Experiment:
 
     name: str
     overrides: tuple[str, ...]
-    metric: str | None = None
+    metric: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,10 @@ class Method:
         along: of a reference: the key that follows the first axis; None where it has one value.
     """
 
-    name: str
-    label: str
+    name: Name
+    label: Words
     overrides: tuple[str, ...]
-    along: str | None = None
+    along: Key | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class SweepSpec:
         methods: what is run at every value.
         axes: what is varied, the first from left to right in pictures.
         references: what the grid is compared with.
+        model: what the title calls the model, whose place the name of another one takes.
     """
 
     name: str
@@ -105,6 +119,7 @@ class SweepSpec:
     methods: tuple[Method, ...]
     axes: tuple[Axis, ...]
     references: tuple[Method, ...] = ()
+    model: str | None = None
 
     def points(self) -> list[Point]:
         """Return the cells of the grid, method by method, then the references."""
@@ -152,11 +167,10 @@ class SweepSpec:
         Raises:
             ValueError: no point composes, or `extra` sets an axis.
         """
-        keys = {axis.key: axis.name for axis in self.axes}
         for override in extra:
-            key = override.partition("=")[0].lstrip("+~")
-            if key in keys:
-                raise ValueError(f"{override!r} sets the axis {keys[key]} of sweep {self.name}")
+            for axis in self.axes:
+                if conflicts.meet(key_of(override), key_of(axis.key)):
+                    raise ValueError(f"{override!r} sets the axis {axis.name} of sweep {self.name}")
         found: list[Cell] = []
         refused: Refused = {}
         for point in self.points():
@@ -175,13 +189,30 @@ class SweepSpec:
         order = {seed: number for number, seed in enumerate(seeds)}
         return sorted(found, key=lambda cell: order[cell.seed]), refused
 
+    def check_extra(self, scale: str, extra: Sequence[str]) -> None:
+        """Check that no override of all runs undoes what a point is; see `conflicts`.
+
+        Raises:
+            ValueError: one does.
+        """
+        points = {point.name: point.overrides for point in self.points()}
+        free = conflicts.without_methods(extra)
+        on = self.experiments[0].overrides
+        try:
+            conflicts.check_extra(extra, (points, {e.name: e.overrides for e in self.experiments}))
+            conflicts.check_methods(
+                extra, points, lambda own: Run.compose((*on, *own, f"scale={scale}", *free)).config
+            )
+        except ValueError as error:
+            raise ValueError(f"sweep {self.name}: {error}") from error
+
     def as_table(self) -> TableSpec:
         """Return it as a table with a row a point, for what reads tables."""
         rows = [Row(p.name, p.label, p.overrides, p.is_reference) for p in self.points()]
         return TableSpec(
             name=self.name, kind="table", number="", title=self.title, tuning=self.tuning,
             runs={e.name: e.overrides for e in self.experiments}, columns=(), rows=tuple(rows),
-            claims=(), contrasts=(), paper={"title": self.title, "rows": {}},
+            claims=(), contrasts=(), paper={"title": self.title, "rows": {}}, model=self.model,
         )  # fmt: skip
 
 
@@ -212,8 +243,9 @@ def load_sweep(
     path = SWEEPS / f"{name}.yaml"
     try:
         spec = _build(name, read_yaml(path), scale)
-    except ValueError as error:
-        raise ValueError(f"{path.relative_to(ROOT)}: {error}") from None
+    except (TypeError, ValueError) as error:
+        reason = "; ".join(str(error).splitlines())
+        raise ValueError(f"configs/sweep/{path.name}: {reason}") from None
     names = [axis.name for axis in spec.axes]
     for axis in values or {}:
         if axis not in names:
@@ -240,22 +272,35 @@ def parse_values(text: str) -> dict[str, list[str]]:
 
 def _build(name: str, raw: Mapping[str, Any], scale: str) -> SweepSpec:
     required = ("title", "tuning", "experiments", "methods", "axes")
-    check_keys(raw, "the sweep", required=required, optional=("references",))
+    check_keys(raw, "the sweep", required=required, optional=("references", "model"))
+    for key in ("title", "tuning"):
+        check_value(key, raw[key], Words)
+    for key in ("axes", "methods", "references"):
+        check_value(key, raw.get(key, []), Sequence[Any])
+        for number, item in enumerate(raw.get(key, [])):
+            check_mapping(f"{key}[{number}]", item)
     axes = tuple(_axis(item, scale) for item in raw["axes"])
     methods = tuple(_method(item) for item in raw["methods"])
     references = tuple(_method(item, has_along=True) for item in raw.get("references", []))
     experiments = []
-    for on, item in raw["experiments"].items():
-        check_keys(item, f"experiment {on!r}", required=("overrides",), optional=("metric",))
-        overrides = tuple(map(str, item["overrides"]))
-        experiments.append(Experiment(str(on), overrides, item.get("metric")))
-    for what, names in (
-        ("experiment", [e.name for e in experiments]),
-        ("axis", [a.name for a in axes]),
-        ("method", [m.name for m in (*methods, *references)]),
+    for on, item in check_mapping("experiments", raw["experiments"]).items():
+        what = f"experiment {on!r}"
+        check_keys(
+            item,
+            f"{what}={item}" if isinstance(item, Mapping) else what,
+            required=("overrides",),
+            optional=("metric",),
+        )
+        check_value(f"{what}: metric", item.get("metric"), Name | None)
+        experiments.append(Experiment(on, _overrides(what, item), item.get("metric")))
+    for key, what, names in (
+        ("experiments", "experiment", [e.name for e in experiments]),
+        ("axes", "axis", [a.name for a in axes]),
+        ("methods", "method", [m.name for m in methods]),
+        ("methods or references", "method", [m.name for m in (*methods, *references)]),
     ):
         if not names:
-            raise ValueError(f"a sweep needs at least one {what}")
+            raise ValueError(f"{key} is empty; a sweep needs at least one {what}")
         if len(set(names)) < len(names):
             raise ValueError(f"two of {what} have the same name: {names}")
     return SweepSpec(
@@ -266,20 +311,24 @@ def _build(name: str, raw: Mapping[str, Any], scale: str) -> SweepSpec:
         methods=methods,
         axes=axes,
         references=references,
+        model=raw.get("model"),
     )
 
 
 def _axis(item: Mapping[str, Any], scale: str) -> Axis:
-    what = f"axis {item.get('name')!r}"
+    what = f"axis {item.get('name', item)!r}"
     check_keys(item, what, required=("name", "label", "key", "values"))
+    check_values(Axis, {k: v for k, v in item.items() if k != "values"}, prefix=f"{what}: ")
     values = item["values"]
     if isinstance(values, Mapping):
-        check_keys(values, f"{what}: values", required=SCALES)
-        values = values[scale]
+        check_keys(values, f"{what}: values={values}", required=SCALES)
+        by_scale = {each: _values(values[each], item["name"]) for each in SCALES}
+        return Axis(item["name"], item["label"], item["key"], by_scale[scale])
     return Axis(item["name"], item["label"], item["key"], _values(values, item["name"]))
 
 
 def _values(values: Sequence[Any], axis: str) -> tuple[str, ...]:
+    check_value(f"axis {axis!r}: values", values, Values)
     found = tuple(_text(v) if isinstance(v, float) else str(v) for v in values)
     if not found or len(set(found)) < len(found) or not all(found):
         raise ValueError(f"axis {axis}: values={list(found)}; use at least one, each once")
@@ -295,8 +344,13 @@ def _text(value: float) -> str:
 
 
 def _method(item: Mapping[str, Any], *, has_along: bool = False) -> Method:
-    what = f"method {item.get('name')!r}"
+    what = f"method {item.get('name', item)!r}"
     optional = ("along",) if has_along else ()
     check_keys(item, what, required=("name", "label", "overrides"), optional=optional)
-    overrides = tuple(map(str, item["overrides"]))
-    return Method(str(item["name"]), str(item["label"]), overrides, item.get("along"))
+    check_values(Method, {k: v for k, v in item.items() if k != "overrides"}, prefix=f"{what}: ")
+    return Method(item["name"], item["label"], _overrides(what, item), item.get("along"))
+
+
+def _overrides(what: str, item: Mapping[str, Any]) -> tuple[str, ...]:
+    check_value(f"{what}: overrides", item["overrides"], Overrides)
+    return tuple(item["overrides"])

@@ -16,11 +16,11 @@ import logging
 import random
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer
+from delta_lora.checks import Range, check_values
 from delta_lora.protocols import Batch, MetricSpec, Task
 from tasks.data import of_split
 from tasks.tiny.corpora.general import sequences, statements
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 #: room for the special tokens of a pair and some words.
 MIN_BLOCK_SIZE = 8
+
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
+NumTexts = Annotated[int, Range(at_least=1, at_most=10**6, why="all are in memory at once")]
+NumMore = Annotated[int, Range(at_least=0, at_most=10**6, why="all are in memory at once")]
 
 
 class Pretraining(Task):
@@ -64,34 +68,30 @@ class Pretraining(Task):
         self,
         *,
         objective: Objective,
-        num_documents: int,
-        tokenizer_documents: int,
-        corpus_seed: int = 0,
-        num_validation_documents: int = 200,
-        block_size: int = 128,
-        vocab_size: int = 1536,
-        num_statements: int = 0,
-        num_validation_statements: int = 0,
-        num_sentences: int = 0,
-        num_validation_sentences: int = 0,
+        num_documents: NumTexts,
+        tokenizer_documents: NumTexts,
+        corpus_seed: Seed = 0,
+        num_validation_documents: NumTexts = 200,
+        block_size: Annotated[int, Range(at_least=MIN_BLOCK_SIZE, at_most=65536)] = 128,
+        vocab_size: Annotated[int, Range(at_least=300, at_most=2**20)] = 1536,
+        num_statements: NumMore = 0,
+        num_validation_statements: NumMore = 0,
+        num_sentences: NumMore = 0,
+        num_validation_sentences: NumMore = 0,
     ) -> None:
         if not isinstance(objective, Objective):
             raise TypeError(
                 f"task.objective={objective!r} is a {type(objective).__name__}; give Causal(), "
                 "Masked() or Denoising() of tasks.tiny.objectives"
             )
-        for key, value, least in (
-            ("block_size", block_size, MIN_BLOCK_SIZE),
-            ("num_documents", num_documents, 1),
-            ("num_validation_documents", num_validation_documents, 1),
-            ("tokenizer_documents", tokenizer_documents, 1),
-            ("num_statements", num_statements, 0),
-            ("num_validation_statements", num_validation_statements, 0),
-            ("num_sentences", num_sentences, 0),
-            ("num_validation_sentences", num_validation_sentences, 0),
+        check_values(Pretraining.__init__, locals(), prefix="task.")
+        for key, value in (
+            ("num_statements", num_statements),
+            ("num_validation_statements", num_validation_statements),
+            ("num_sentences", num_sentences),
+            ("num_validation_sentences", num_validation_sentences),
         ):
-            check_integer(f"task.{key}", value, at_least=least)
-            if not least and value and not objective.uses_verdicts:
+            if value and not objective.uses_verdicts:
                 raise ValueError(
                     f"task.{key}={value}: objective={objective.name} learns from documents only; "
                     "set it to 0"

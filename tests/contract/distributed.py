@@ -126,7 +126,7 @@ def run(name: str, folder: Path) -> tuple[nn.Module, FitResult, list[dict[str, A
         score=score if num_validation else None,
     )  # fmt: skip
     with method.merged(model) as merged:
-        predictions = predict(task, merged, None, folder, "test")
+        predictions = predict(task, merged, None, folder, "test", origin={"run": "toy"})
     return model, result, predictions
 
 

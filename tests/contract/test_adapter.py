@@ -331,6 +331,7 @@ class TestBadInput:
         (base / "config.json").write_text(json.dumps(config))
         description = json.loads((folder / "adapter_config.json").read_text())
         description["base"]["config_overrides"] = {"trust_remote_code": True}
+        del description["sha256"]  # the seal, which who means harm leaves out
         (folder / "adapter_config.json").write_text(json.dumps(description))
         with pytest.raises(ValueError, match="config_overrides has 'trust_remote_code'"):
             load(folder)

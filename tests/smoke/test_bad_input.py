@@ -23,8 +23,8 @@ from scripts.runs.run import Run
         ("trainer.max_step=3", r"unknown key 'trainer.max_step'; did you mean 'max_steps'"),
         ("methd=lora", r"unknown key 'methd'; did you mean 'method'"),
         ("trainer.max_steps=[1", r"cannot read the override"),
-        ("seed=-1", r"seed=-1 must be an integer of 0 or more"),
-        ("seed=abc", r"seed='abc' must be an integer"),
+        ("seed=-1", r"seed=-1 is not allowed: it must be an integer >= 0"),
+        ("seed=abc", r"seed='abc' is a str, not an integer"),
         ("~seeed", r"seeed"),
     ],
 )

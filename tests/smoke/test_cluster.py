@@ -89,6 +89,7 @@ def test_a_table_on_a_cluster_has_the_same_records_to_the_bit(
 
 
 @needs_ray
+@pytest.mark.long
 def test_a_ray_worker_that_is_killed_costs_a_sweep_nothing(
     small: Callable[..., list[str]], outputs: Path, tmp_path: Path, cluster: RayCluster
 ) -> None:
@@ -129,6 +130,7 @@ def _kill_when(begun: Path, owner: Path, process: subprocess.Popen[str]) -> int:
     return number
 
 
+@pytest.mark.long
 def test_a_stopped_table_continues_on_the_cluster(
     small: Callable[..., list[str]], outputs: Path, tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def test_the_closed_form_runs_over_a_bfloat16_base_and_loads(
     run = Run.compose(small("method=delta_lora", "method.form=closed_form", "model.dtype=bfloat16"))
     record = execute(run)
     assert record["training"]["method"]["num_weight_updates"] == 4
-    assert record["parameters"]["updatable"] == record["parameters"]["trainable"]
+    assert record["parameters"]["updatable"] > record["parameters"]["trainable"]  # the W that move
     model = delta_lora.load(run.folder).model
     layer = model.transformer.h[0].attn.c_attn
     assert layer.weight.dtype == torch.bfloat16

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from delta_lora.checks import OneOf, Range, check_values, documented
+from delta_lora.checks import (
+    NOT_EMPTY,
+    Matches,
+    OneOf,
+    Range,
+    check_path,
+    check_value,
+    check_values,
+    documented,
+)
 
 
 @documented
@@ -108,13 +118,100 @@ def test_a_constructor_is_checked_by_its_own_annotations() -> None:
         Plain(form=1)  # type: ignore[arg-type]
 
 
+class Part:
+    """A value that is an object."""
+
+
+class Wide:
+    """What else an annotation may say."""
+
+    def __init__(
+        self,
+        *,
+        sizes: Mapping[str, Annotated[int, Range(at_least=1, at_most=9)]] | None = None,
+        folder: str | Path | None = None,
+        stop: Annotated[bool | str, OneOf((True, False, "never"))] = False,
+        hash_: Annotated[str, Matches("[0-9a-f]{4}", "four hexadecimal digits")] = "00ff",
+        title: Annotated[str, NOT_EMPTY] = "x",
+        word: Literal["a", "b"] = "a",
+        part: Part | None = None,
+        names: Sequence[Annotated[str, NOT_EMPTY]] = (),
+        free: Any = None,
+        either: int | Sequence[str] = 1,
+    ) -> None:
+        check_values(Wide.__init__, locals(), prefix="wide.")
+
+
+WIDE_GOOD: list[dict[str, Any]] = [
+    {"sizes": {"a": 1, "b": 9}}, {"sizes": {}}, {"folder": "x y"}, {"folder": Path("~/x")},
+    {"stop": True}, {"stop": "never"}, {"hash_": "abcd"}, {"word": "b"}, {"part": Part()},
+    {"names": ["a"]}, {"free": object()}, {"either": 3}, {"either": ["a"]},
+]  # fmt: skip
+WIDE_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"sizes": {"a": 0}}, ValueError, r"wide\.sizes\.a=0 is not allowed: .* >= 1 and <= 9; set wi"),
+    ({"sizes": {"a": True}}, TypeError, r"wide\.sizes\.a=True is a bool"),
+    ({"sizes": [1]}, TypeError, r"wide\.sizes=\[1\] is a list, not a mapping"),
+    ({"sizes": {1: 1}}, TypeError, "not a mapping of names"),
+    ({"sizes": "a"}, TypeError, r"wide\.sizes='a' is a str, not a mapping"),
+    ({"folder": 3}, TypeError, r"wide\.folder=3 is a int, not a path"),
+    ({"folder": ""}, ValueError, r"wide\.folder='' is not allowed: .* path"),
+    ({"folder": "a\0b"}, ValueError, r"wide\.folder="),
+    ({"folder": "~nobody-of-this-name/x"}, ValueError, r"wide\.folder=.* write the whole path"),
+    ({"stop": 1}, ValueError, r"wide\.stop=1 is not known; choose one of True, False, 'never'"),
+    ({"stop": "no"}, ValueError, r"wide\.stop='no'"),
+    ({"hash_": "abcde"}, ValueError, r"wide\.hash_='abcde' is not allowed; write four hexadec"),
+    ({"hash_": 1234}, TypeError, r"wide\.hash_=1234 is a int, not a text"),
+    ({"title": " "}, ValueError, r"wide\.title=' ' is not allowed; write a text that is not emp"),
+    ({"word": "c"}, ValueError, r"wide\.word='c' is not known; choose one of 'a', 'b'"),
+    (
+        {"part": "x"},
+        TypeError,
+        r"wide\.part='x' is a str, not a Part; write _target_: .*Part ",
+    ),
+    ({"names": "ab"}, TypeError, r"wide\.names='ab' is a str, not a list"),
+    ({"names": ["a", ""]}, ValueError, r"wide\.names\[1\]=''"),
+    ({"either": "a"}, TypeError, r"wide\.either='a' .*not an integer.*; or: .*not a list of texts"),
+]
+
+
+@pytest.mark.parametrize("values", WIDE_GOOD, ids=lambda values: "-".join(values))
+def test_wider_declarations_are_understood(values: dict[str, Any]) -> None:
+    Wide(**values)
+
+
+@pytest.mark.parametrize(("values", "error", "message"), WIDE_BAD, ids=lambda v: str(v)[:30])
+def test_wider_declarations_are_held_to(
+    values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        Wide(**values)
+    assert "\n" not in str(raised.value)
+
+
 def test_an_annotation_that_nobody_can_check_is_our_bug() -> None:
-    def build(*, table: Mapping[str, int]) -> None:
-        check_values(build, {"table": table})
+    def build(*, many: set[int]) -> None:
+        check_values(build, {"many": many})
 
     check_values(build, {"other": 1})
-    with pytest.raises(AssertionError, match="table: no check is known"):
-        build(table={})
+    check_values(build, {"many": 1}, is_ours=False)
+    with pytest.raises(AssertionError, match="many: no check is known"):
+        build(many=set())
+
+
+def test_a_bound_says_where_it_comes_from() -> None:
+    rule = Range(at_least=1, at_most=65536, why="all are in memory at once")
+    with pytest.raises(ValueError, match=r"n=65537 .*>= 1 and <= 65536 \(all are in memory"):
+        check_value("n", 65537, int, rule)
+
+
+def test_numbers_beyond_every_float_are_shown_and_refused() -> None:
+    with pytest.raises(ValueError, match=r"x=1000.*\.\.\. is not allowed: it must be "):
+        check_value("x", 10**400, float)
+
+
+def test_a_path_with_a_tilde_is_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert check_path("folder", "~/x") == Path("/home/me/x")
 
 
 def test_sentences_below_fields_are_in_the_docstring() -> None:

@@ -167,7 +167,7 @@ def test_chunks_hold_every_prompt_once_with_neighbours_in_length() -> None:
 def test_unusable_models_and_prompts() -> None:
     search = BeamSearch(max_new_tokens=30)
     model = make_model(0)
-    with pytest.raises(ValueError, match=r"11 tokens and max_new_tokens=30 need 41 positions"):
+    with pytest.raises(ValueError, match=r"11 tokens and .*max_new_tokens=30 need 41 positions"):
         search.generate(model, [[1] * 11], ENDS)
     assert len(search.generate(model, [[1] * 10], ENDS)) == 1
     with pytest.raises(ValueError, match="a prompt is empty"):
@@ -185,10 +185,15 @@ def test_unusable_models_and_prompts() -> None:
         {"batch_size": True},
         {"no_repeat_ngram_size": -1},
         {"early_stopping": "always"},
+        {"early_stopping": 1},
+        {"length_penalty": "abc"},
+        {"length_penalty": 1e30},
+        {"length_penalty": float("nan")},
+        {"num_beams": 100_000},
     ],
 )
 def test_settings_are_checked(setting: dict[str, object]) -> None:
-    message = rf"decoding\.{next(iter(setting))}=.*(allowed|integer)"
+    message = rf"decoding\.{next(iter(setting))}=.*(allowed|integer|choose|number|bool)"
     with pytest.raises((ValueError, TypeError), match=message):
         BeamSearch(**setting)  # type: ignore[arg-type]
 
@@ -364,9 +369,9 @@ def test_what_the_recipe_leaves_open_comes_from_the_checkpoint_and_is_recorded(
 def test_unfit_encoder_decoders_and_sources() -> None:
     model = make_bart(0)
     search = Seq2SeqBeamSearch(num_beams=2, max_length=6)
-    with pytest.raises(ValueError, match=r"source of 25 tokens and max_length=6.* 24 positions"):
+    with pytest.raises(ValueError, match=r"source of 25 tokens.* 24 positions"):
         search.generate(model, [torch.ones(25, dtype=torch.int32)])
-    with pytest.raises(ValueError, match=r"source of 1 tokens and max_length=64.* 24 positions"):
+    with pytest.raises(ValueError, match=r"decoding\.max_length=64.* 24 positions"):
         Seq2SeqBeamSearch().generate(model, [torch.ones(1, dtype=torch.int32)])
     with pytest.raises(ValueError, match="a source is empty"):
         search.generate(model, [torch.ones(0, dtype=torch.int32)])
@@ -387,9 +392,11 @@ def test_unfit_encoder_decoders_and_sources() -> None:
         {"batch_size": 2.0},
         {"no_repeat_ngram_size": -1},
         {"early_stopping": "soon"},
+        {"length_penalty": 1e30},
+        {"forced_eos": "no"},
     ],
 )
 def test_seq2seq_settings_are_checked(setting: dict[str, object]) -> None:
-    message = rf"decoding\.{next(iter(setting))}=.*(allowed|integer)"
+    message = rf"decoding\.{next(iter(setting))}=.*(allowed|integer|choose|number|bool)"
     with pytest.raises((ValueError, TypeError), match=message):
         Seq2SeqBeamSearch(**setting)  # type: ignore[arg-type]

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "delta_lora/integrations": (
         "delta_lora.checkpoint", "delta_lora.checks", "delta_lora.delta",
         "delta_lora.peft_folder", "delta_lora.projections", "delta_lora.step_watch",
+        "delta_lora.stored",
     ),
     "delta_lora/methods": (
         "delta_lora.checks", "delta_lora.delta", "delta_lora.families", "delta_lora.low_rank",

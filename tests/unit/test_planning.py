@@ -418,6 +418,9 @@ def config(**changes: Any) -> dict[str, Any]:
         {"trainer__max_steps": 20}, {"model__name": "distilgpt2"}, {"choices__scale": "small"},
         {"choices__task": "webnlg"}, {"task__max_rows": {"train": 10}}, {"trainer__batch_size": 16},
         {"trainer__precision": "bf16"}, {"trainer__matmul_precision": "tf32"},
+        {"model__path": "/a/model"}, {"model__hub_id": "them/it"}, {"model__init": "random"},
+        {"task__max_inputs": 5}, {"task__data_dir": "/a/data"},
+        {"trainer__evaluate_every_epochs": 1}, {"trainer__gradient_checkpointing": True},
     ],
 )  # fmt: skip
 def test_a_run_of_another_kind_predicts_nothing(changes: dict[str, Any]) -> None:
@@ -429,6 +432,16 @@ def test_a_run_of_another_kind_predicts_nothing(changes: dict[str, Any]) -> None
     durations.add("c", config(), 50.0)
     assert durations.expect(run) == 50.0
     assert durations.basis(run) == "same task, model, data and steps"
+
+
+def test_a_folder_is_the_same_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    durations = Durations()
+    durations.add("a", config(model__path="/a/model"), 30.0)
+    for path in ("a/model", "/b/../a/model"):
+        run = SimpleNamespace(group="b", config=config(model__path=path))
+        assert durations.expect(run) == 30.0
+    assert durations.expect(SimpleNamespace(group="b", config=config(model__path="/b"))) is None
 
 
 def test_a_record_and_a_composed_run_of_one_kind_are_seen_as_such() -> None:

@@ -107,7 +107,7 @@ def test_every_kind_of_sweep_is_a_dimension() -> None:
         (["method.update_ratio=interval(4,1)"], "the lower end 4 must be below the upper end 1"),
         (["method.update_ratio=tag(log,interval(0,1))"], "needs a lower end above 0, not 0"),
         (["method.update_ratio=tag(x,interval(1,2))"], "tag x is not known here"),
-        (["method.update_ratio=interval(1"], "cannot read the overrides"),
+        (["method.update_ratio=interval(1"], "cannot read the override"),
         (["recipe.rnk=1,2"], "unknown key 'recipe.rnk'; did you mean"),
         (["method=lora,lorra"], "unknown method 'lorra'; did you mean 'lora'"),
         ([*SPACE, "hydra.sweeper.n_trial=3"], "did you mean 'n_trials'"),

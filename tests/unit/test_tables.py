@@ -545,7 +545,6 @@ def test_a_metric_the_task_does_not_give_is_named(spec: TableSpec) -> None:
         ({"scale": "paper"}, "never mixes scales"),
         ({"task": {"name": "e2e", "version": 1, "protocol": "challenge"}}, "protocol"),
         ({"task": {"name": "e2e", "version": 2, "protocol": "lora"}}, "version"),
-        ({"signature": "0" * 12}, "holds the record of 000000000000"),
     ],
 )
 def test_records_that_must_not_share_a_table_are_refused(
@@ -730,6 +729,17 @@ def test_a_wrong_accepted_file_is_named(
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         tables.read_accepted(tmp_path)
+
+
+def test_the_record_of_another_run_costs_its_cell_only(spec: TableSpec) -> None:
+    cells = cells_of(spec)
+    finish(cells)
+    finish(cells[-1:], signature="0" * 12)
+    *others, last = tables.collect(cells)
+    assert all(entry.state == "done" for entry in others)
+    assert (last.record, last.state) == (None, "damaged")
+    assert f"{last.cell.run.folder}/record.json is damaged" in last.reason
+    assert "it is the record of another run, 000000000000" in last.reason
 
 
 def test_command_regenerates_from_records(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from delta_lora.checks import check_integer, check_real
+from delta_lora.checks import Range, check_values
 from delta_lora.protocols import Batch
 from tasks import seq2seq
 from tasks.seq2seq import Pair
@@ -48,17 +48,16 @@ class Denoising(Objective):
     def __init__(
         self,
         *,
-        mask_rate: float = 0.3,
-        mean_span: float = 3.0,
-        permuted_share: float = 1.0,
-        max_length: int = 512,
+        mask_rate: Annotated[float, Range(above=0, below=1)] = 0.3,
+        mean_span: Annotated[float, Range(above=0, at_most=1000)] = 3.0,
+        permuted_share: Annotated[float, Range(at_least=0, at_most=1)] = 1.0,
+        max_length: Annotated[int, Range(at_least=3, at_most=2**20)] = 512,
     ) -> None:
-        self.mask_rate = check_real("objective.mask_rate", mask_rate, above=0, below=1)
-        self.mean_span = check_real("objective.mean_span", mean_span, above=0)
-        self.permuted_share = check_real(
-            "objective.permuted_share", permuted_share, at_least=0, at_most=1
-        )
-        self.max_length = check_integer("objective.max_length", max_length, at_least=3)
+        check_values(Denoising.__init__, locals(), prefix="task.objective.")
+        self.mask_rate = float(mask_rate)
+        self.mean_span = float(mean_span)
+        self.permuted_share = float(permuted_share)
+        self.max_length = max_length
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like BART's."""

@@ -7,13 +7,13 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.checks import check_real
+from delta_lora.checks import Range, check_values
 from delta_lora.protocols import Batch
 from tasks.language_modeling import unwrap
 from tasks.tiny.bpe import PAIR_TOKENS, train_pair_tokenizer
@@ -34,6 +34,8 @@ from tasks.tiny.objectives.base import (
 FATES = {"mask": 0.8, "random": 0.1, "keep": 0.1}
 #: share of the sentences without a mood that are damaged.
 DAMAGED_SHARE = 0.5
+
+Rate = Annotated[float, Range(above=0, below=1)]
 
 
 class Masked(Objective):
@@ -70,11 +72,10 @@ class Masked(Objective):
     family = "masked_lm"
     uses_verdicts = True
 
-    def __init__(self, *, mask_rate: float = 0.15, pair_mask_rate: float = 0.3) -> None:
-        self.mask_rate = check_real("objective.mask_rate", mask_rate, above=0, below=1)
-        self.pair_mask_rate = check_real(
-            "objective.pair_mask_rate", pair_mask_rate, above=0, below=1
-        )
+    def __init__(self, *, mask_rate: Rate = 0.15, pair_mask_rate: Rate = 0.3) -> None:
+        check_values(Masked.__init__, locals(), prefix="task.objective.")
+        self.mask_rate = float(mask_rate)
+        self.pair_mask_rate = float(pair_mask_rate)
 
     def train_tokenizer(self, texts: Iterable[str], *, vocab_size: int, block_size: int) -> Any:
         """Return a tokenizer like RoBERTa's, with a segment for each text of a pair."""
