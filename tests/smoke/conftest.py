@@ -68,12 +68,15 @@ def small(outputs: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
-    """Run the command line in a process and a working folder of its own."""
+def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process and a working folder of its own.
 
-    def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    A patient one waits for its mirror as long as it takes: what a busy machine does is no failure.
+    """
+
+    def run(arguments: Sequence[str], *, patient: bool = False) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(arguments),
+            [*PATIENT, *arguments] if patient else command(arguments),
             cwd=tmp_path,
             env=environment(),
             capture_output=True,
@@ -82,6 +85,13 @@ def train(tmp_path: Path) -> Callable[[Sequence[str]], subprocess.CompletedProce
         )
 
     return run
+
+
+PATIENT = [
+    sys.executable, "-c",
+    f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); from delta_lora import mirror; "
+    f"mirror.be_patient(); runpy.run_path({str(ROOT / 'scripts/train.py')!r}, run_name='__main__')",
+]  # fmt: skip
 
 
 def command(arguments: Sequence[str]) -> list[str]:
