@@ -60,8 +60,8 @@ setup: $(READY)  ## make the environment .venv from requirements.lock (LAUNCHER=
 test: $(READY)  ## run all tests (ARGS go to pytest)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
 
-faults: $(READY)  ## the long tests: kills, broken services, real clusters (many minutes; ARGS go to pytest)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m long -n $(TEST_WORKERS) --dist load $$ARGS
+faults: $(READY)  ## inject faults and count what becomes of them; all long tests (an hour; ARGS go to pytest)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "long or faults" -n $(TEST_WORKERS) --dist load $$ARGS
 
 coverage: $(READY)  ## the same, with the lines that no test runs; slower
 	@$(MAKE) --no-print-directory test ARGS="--cov=delta_lora --cov=tasks --cov=scripts --cov-report=term-missing:skip-covered $$ARGS"

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from tests.faults import tally as faults
 
 # `evaluate` imports metric modules from this folder, which it looks for only once in a process: one
 # folder for the process, and no other process that writes to it at the same time.
@@ -36,3 +40,23 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         _connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[faults.Tally]:
+    """Count the faults that a test injects: see `tests.faults.tally`."""
+    counted = faults.Tally()
+    yield counted
+    counts = [(*key, number) for key, number in counted.counts.items()]
+    request.node.user_properties.append((faults.PROPERTY, counts))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what became of all faults."""
+    reports = [r for found in terminalreporter.stats.values() for r in found]
+    ends = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    counts = [value for r in ends for name, value in r.user_properties if name == faults.PROPERTY]
+    if lines := faults.table(counts):
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.line(line)
