@@ -13,6 +13,8 @@ import gzip
 import hashlib
 import io
 import json
+import logging
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,25 @@ from tasks.rows import BLOCK
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _GZIP_MAGIC = b"\x1f\x8b"
+#: how files begin that are no text, what each is, and what makes text of it.
+_OTHER_FILES = {
+    codecs.BOM_UTF32_LE: ("UTF-32", "convert it: iconv -f UTF-32 -t UTF-8"),
+    codecs.BOM_UTF32_BE: ("UTF-32", "convert it: iconv -f UTF-32 -t UTF-8"),
+    codecs.BOM_UTF16_LE: ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    codecs.BOM_UTF16_BE: ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"\xfd7zXZ": ("packed by xz", "unpack it"),
+    b"BZh": ("packed by bzip2", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it"),
+    _GZIP_MAGIC: ("packed twice", "unpack it once"),
+    b"PAR1": ("a Parquet file", "name it .parquet, or write it as text"),
+    b"version https://git-lfs": ("a placeholder of git-lfs", "git lfs pull brings the file"),
+    b"<!DOCTYPE html": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+}
 #: bytes of a file that are text at a time.
 _PIECE = 1 << 20
 
@@ -70,37 +90,78 @@ def find_file(folder: Path, name: str) -> Path | None:
 
     Raises:
         ValueError: both are there, so it is not clear which one counts.
+        FileNotFoundError: it is a link that leads nowhere.
+        IsADirectoryError: it is a folder.
     """
     plain, packed = folder / name, folder / f"{name}.gz"
+    for path in (plain, packed):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                f"{path} is a link to {os.readlink(path)}, which leads to no file; make the link "
+                "again, or put the file there"
+            )
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; put the file of this name in its place")
     if plain.is_file() and packed.is_file():
         raise ValueError(f"{folder} holds both {plain.name} and {packed.name}; remove one of them")
     return next((path for path in (plain, packed) if path.is_file()), None)
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path, *, blank: bool = False) -> Document:
     """Read a UTF-8 text file, plain or gzip (by its content, not by its name).
 
+    Args:
+        path: the file.
+        blank: whether it may hold nothing but white space.
+
     Raises:
-        ValueError: it is empty, its gzip stream is damaged or ends early, or it is not UTF-8.
+        ValueError: it is empty, its gzip stream is damaged or ends early, it is no text, or not in
+            UTF-8; the message has file and line.
+        OSError: it cannot be read; the message has the file.
     """
-    data = path.read_bytes()
-    if path.suffix == ".gz" and data and not data.startswith(_GZIP_MAGIC):
-        raise ValueError(f"{path} is named .gz but is no gzip file (starts with {data[:8]!r})")
-    if data.startswith(_GZIP_MAGIC):
-        try:
-            data = gzip.decompress(data)
-        except EOFError as error:
+    data = _unpacked(path)
+    text = data.removeprefix(codecs.BOM_UTF8)
+    if not text or (text.isspace() and not blank):
+        raise ValueError(f"{path} is empty ({len(data)} bytes); copy it again")
+    for start, (what, advice) in _OTHER_FILES.items():
+        if data.startswith(start):
             raise ValueError(
-                f"{path}: the gzip stream ends early, so the file is truncated; copy it again"
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path}: the gzip stream is damaged ({error}); copy it again"
-            ) from error
-    if not data or data.isspace():
-        raise ValueError(f"{path} is empty ({len(data)} bytes)")
+                f"{path}, line 1: it is {what} (starts with {data[: len(start)]!r}), and needed is "
+                f"text in UTF-8; {advice}"
+            )
     _check_utf8(data, path)
+    if (at := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, at) + 1
+        raise ValueError(
+            f"{path}, line {line}: a NUL byte, which no text has; the file is damaged or in "
+            "UTF-16: copy it again, or convert it to UTF-8"
+        )
     return Document(path, path.name.removesuffix(".gz"), data, hashlib.sha256(data).hexdigest())
+
+
+def _unpacked(path: Path) -> bytes:
+    """Return the bytes of a file, unpacked where they are gzip."""
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError(f"{path} is no file; put a file of this name in its place")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read: {error.strerror}; mend or copy it") from error
+    if path.suffix == ".gz" and data and not data.startswith(_GZIP_MAGIC):
+        raise ValueError(
+            f"{path} is named .gz but is no gzip file (starts with {data[:8]!r}); name it without "
+            ".gz, or copy it again"
+        )
+    if not data.startswith(_GZIP_MAGIC):
+        return data
+    try:
+        return gzip.decompress(data)
+    except EOFError as error:
+        raise ValueError(
+            f"{path}: the gzip stream ends early, so the file is truncated; copy it again"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: the gzip stream is damaged ({error}); copy it again") from error
 
 
 def _check_utf8(data: bytes, path: Path) -> None:
@@ -123,16 +184,53 @@ def read_lines(document: Document) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end).
 
     Only a line feed (with or without a carriage return before it) ends a line; `str.splitlines`
-    would also split at characters that texts may contain.
+    would also split at characters that texts may contain. Blank lines at the end of the file are
+    none.
     """
     data, number = document.data, 0
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    while start < len(data):
-        end = data.find(b"\n", start)
-        end = len(data) if end < 0 else end
+    stop = _end_of_lines(data)
+    while start < stop:
+        end = data.find(b"\n", start, stop)
+        end = stop if end < 0 else end
         number += 1
         yield number, data[start:end].decode("utf-8").removesuffix("\r")
         start = end + 1
+
+
+def _end_of_lines(data: bytes) -> int:
+    """Return where the last line that is not blank ends. One of tabs alone is a row, not blank."""
+    end = len(data)
+    while True:
+        start = data.rfind(b"\n", 0, end) + 1
+        if start == 0 or data[start:end].strip(b" \r"):
+            return end
+        end = start - 1
+
+
+def warn_if_cut(document: Document) -> None:
+    """Warn where the last line has no end: it may be the first half of one."""
+    if not document.data.endswith((b"\n", b" ")):
+        logger.warning(
+            "%s: there is no line end behind the last line; where the file was cut off, copy it "
+            "again", document.path,
+        )  # fmt: skip
+
+
+def warn_of_same_files(files: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of splits that are copies of one another.
+
+    Args:
+        files: from `file_facts`.
+    """
+    seen: dict[str, str] = {}
+    for file in files:
+        name, sha256 = str(file["name"]), str(file["sha256"])
+        if seen.setdefault(sha256, name) != name:
+            logger.warning(
+                "%s has the same content as %s: one was copied into the place of the other",
+                name, seen[sha256],
+            )  # fmt: skip
 
 
 def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -153,14 +251,20 @@ def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, 
         if header != list(columns):
             raise ValueError(f"{document.path}, line 1: columns {header}; expected {list(columns)}")
         start = reader.line_num + 1
+        blank = 0
         for values in reader:
-            if len(values) != len(columns):
+            is_blank = not "".join(values).strip() and len(values) != len(columns)
+            if is_blank:
+                blank = blank or start  # an error where a row follows
+            elif blank or len(values) != len(columns):
+                found = [] if blank else values
                 raise ValueError(
-                    f"{document.path}, line {start}: {len(values)} fields, expected "
+                    f"{document.path}, line {blank or start}: {len(found)} fields, expected "
                     f"{len(columns)} ({', '.join(columns)}); the row is truncated or a quote "
-                    f"is missing: {shorten(values)}"
+                    f"is missing: {shorten(found)}"
                 )
-            yield start, values
+            else:
+                yield start, values
             start = reader.line_num + 1
     except csv.Error as error:
         reason = (
@@ -168,34 +272,53 @@ def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, 
             if "unexpected end of data" in str(error)
             else f"no valid CSV ({error})"
         )
-        raise ValueError(f"{document.path}, line {start}: {reason}") from error
+        raise ValueError(
+            f"{document.path}, line {start}: {reason}; mend the row, or copy the file again"
+        ) from error
 
 
 def read_tsv(
-    document: Document, required: Sequence[str], optional: Sequence[str] = ()
+    document: Document,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    header: Sequence[str] | None = None,
+    short: list[int] | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, column -> value) of a tab-separated file with a header, without quoting.
+    """Yield (line number, column -> value) of a tab-separated file without quoting.
 
     A quote is a character like any other, as in the GLUE files. Columns beyond those named are
     left out.
 
+    Args:
+        document: the file.
+        required: columns that it must have.
+        optional: columns that it may have.
+        header: names of the columns of a file whose first line is a row; None takes the first line.
+        short: numbers of the lines with fewer fields are put here, and the lines left out; None
+            refuses them.
+
     Raises:
-        ValueError: a required column is missing or twice in the header, or a row has more or fewer
-            fields than it.
+        ValueError: a required column is missing or one is twice in the header, or a row has more or
+            fewer fields than it.
     """
     lines = read_lines(document)
-    _, first = next(lines)
-    header = first.removeprefix("\ufeff").split("\t")
-    for column in required:
-        if header.count(column) != 1:
+    if header is None:
+        header = header_of(document)
+        next(lines)
+    for column in (*required, *optional):
+        if header.count(column) > 1 or (column in required and column not in header):
             problem = "no" if column not in header else "more than one"
             raise ValueError(
-                f"{document.path}, line 1: {problem} column {column!r}; the header is {header}, "
-                f"needed are {list(required)}, separated by tabs"
+                f"{document.path}, line 1: {problem} column {column!r}; the header is "
+                f"{shorten(list(header), 400)}, needed are {list(required)}, separated by tabs"
             )
     wanted = [column for column in (*required, *optional) if column in header]
     for number, line in lines:
         values = line.split("\t")
+        if short is not None and len(values) < len(header):
+            short.append(number)
+            continue
         if len(values) != len(header):
             raise ValueError(
                 f"{document.path}, line {number}: {len(values)} fields, but the header has "
@@ -204,6 +327,11 @@ def read_tsv(
             )
         row = dict(zip(header, values, strict=True))
         yield number, {column: row[column] for column in wanted}
+
+
+def header_of(document: Document) -> list[str]:
+    """Return the fields of the first line of a tab-separated file."""
+    return next(read_lines(document))[1].removeprefix("\ufeff").split("\t")
 
 
 def read_parquet(
@@ -235,7 +363,8 @@ def read_jsonl(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, key -> text) of a file with one JSON object a line.
 
-    Numbers and null of optional keys become their text and an empty one; other keys are left out.
+    An optional key may be null, which counts as missing; whole numbers become their text there.
+    Other keys are left out.
 
     Raises:
         ValueError: a line is no JSON object, lacks a required key, or holds something else than
@@ -243,34 +372,86 @@ def read_jsonl(
     """
     for number, line in read_lines(document):
         place = f"{document.path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{place}: no valid JSON ({error.msg} at column {error.colno}): {shorten(line)}"
-            ) from error
+        row = json_of(line, place)
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, got {shorten(line)}")
         if missing := [key for key in required if key not in row]:
             raise ValueError(
                 f"{place}: no {', '.join(map(repr, missing))}; the object has "
-                f"{', '.join(map(repr, row)) or 'no keys'}"
+                f"{shorten(list(row), 200)}; give every row its keys"
             )
-        for key in required:
-            if not isinstance(row[key], str):
-                raise ValueError(f"{place}: {key!r} is {shorten(row[key])}; expected a text")
-            try:
-                row[key].encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{place}: {key!r} has half of a character ({error.object[error.start]!a}); "
-                    f"remove or mend the row: {shorten(row[key])}"
-                ) from error
-        values = {key: row[key] for key in required}
+        values = {key: check_text(row[key], key, place) for key in required}
         for key in optional:
-            if row.get(key) is not None:
-                values[key] = str(row[key])
+            if (value := row.get(key)) is not None:
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                values[key] = str(value) if is_number else check_text(value, key, place)
         yield number, values
+
+
+def json_of(text: str, place: str, *, whole: bool = False) -> Any:
+    """Return what JSON says.
+
+    Args:
+        text: of a line, or of a whole file.
+        place: file and line, or the file.
+        whole: whether it is a whole file, so that the error has to say the line.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice in an object, or goes deeper than anyone reads.
+    """
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(found)
+        if len(names) < len(found):
+            keys = [key for key, _ in found]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {shorten(twice)} is twice in one object")
+        return names
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if whole else ""
+        shown = "" if whole else f": {shorten(text)}"
+        raise ValueError(
+            f"{place}{line}: no valid JSON ({error.msg} at column {error.colno}); the file is "
+            f"truncated or of another format, copy it again{shown}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{place}: the JSON is nested too deeply to be read: {shorten(text)}; it is damaged or "
+            "of another format, copy it again"
+        ) from error
+    except ValueError as error:  # also of a number with thousands of digits
+        raise ValueError(f"{place}: no valid JSON ({error}); mend it, or copy it again") from error
+
+
+def check_text(value: object, key: str, place: str) -> str:
+    """Return a value of JSON that must be a text.
+
+    Args:
+        value: from `json_of`.
+        key: where it stands in the object.
+        place: file and line or entry.
+
+    Raises:
+        ValueError: it is none, or holds what no text file can: half of a character, or NUL.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {key!r} is {shorten(value)}; expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: {key!r} has half of a character ({error.object[error.start]!a}); "
+            f"remove or mend the row: {shorten(value)}"
+        ) from error
+    if "\0" in value:
+        raise ValueError(
+            f"{place}: {key!r} has the character NUL, which no text has; remove or mend the row: "
+            f"{shorten(value)}"
+        )
+    return value
 
 
 def file_facts(document: Document, num_rows: int, official_sha256: str | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from delta_lora.checks import Range
 from delta_lora.protocols import Batch, ItemScores, Scores, Task
-from tasks.data import Document, file_facts, of_split, read_document
+from tasks.data import Document, file_facts, of_split, read_document, warn_of_same_files
 from tasks.encoded import Block, Examples, Split, Store, Texts
 from tasks.generation import BeamSearch
 from tasks.language_modeling import TokenSequence, causal_lm_loss, collate, truncate
@@ -171,6 +171,7 @@ class DataToText(Task):
                     document.sha256, official,
                 )  # fmt: skip
             files.append(facts)
+        warn_of_same_files(files)
         self._rows, self._inputs = rows, inputs
         self._store = Store(self.title, self.source.encoded_folder)
         self._warn_of_overlap()

@@ -22,7 +22,15 @@ from typing import Annotated, Any
 
 from delta_lora.checks import OneOf, check_values
 from delta_lora.protocols import ItemScores, MetricSpec, Scores
-from tasks.data import Document, find_file, listing, read_csv, read_lines, shorten
+from tasks.data import (
+    Document,
+    find_file,
+    listing,
+    read_csv,
+    read_lines,
+    shorten,
+    warn_if_cut,
+)
 from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import e2e as metrics
@@ -147,6 +155,7 @@ class E2E(DataToText):
         )
 
     def _parse(self, split: str, document: Document) -> list[Row]:
+        warn_if_cut(document)
         return parse_text(document) if self.protocol == "lora" else parse_csv(document)
 
     def _facts(self) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def parse_csv(document: Document) -> list[Row]:
             raise ValueError(f"{place}: the reference is empty; the row is truncated")
         rows.append(Row(context_of(mr, place), text, f"{document.name}:{number}"))
     if not rows:
-        raise ValueError(f"{document.path} has a header but no rows")
+        raise ValueError(f"{document.path} has a header but no rows; copy it again")
     return rows
 
 

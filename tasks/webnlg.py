@@ -23,17 +23,26 @@ Two file layouts give the same rows: the official JSON, and one object a line (s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from delta_lora.checks import OneOf, check_values
 from delta_lora.protocols import ItemScores, MetricSpec, Scores
-from tasks.data import Document, find_file, listing, of_split, read_lines, shorten
+from tasks.data import (
+    Document,
+    check_text,
+    find_file,
+    json_of,
+    listing,
+    of_split,
+    read_lines,
+    shorten,
+)
 from tasks.data_to_text import DataToText, Input, MaxLength, Row
 from tasks.generation import BeamSearch
 from tasks.metrics import webnlg as metrics
@@ -170,10 +179,10 @@ class WebNLG(DataToText):
         return found[complete[0]]
 
     def _parse(self, split: str, document: Document) -> list[Row]:
-        parse = parse_lines if document.name.endswith(".jsonl") else parse_json
-        entries = list(parse(document))
+        read = parse_lines if document.name.endswith(".jsonl") else parse_json
+        entries = list(read(document))
         if not entries:
-            raise ValueError(f"{document.path} has no entries")
+            raise ValueError(f"{document.path} has no entries; copy the whole file again")
         without = [entry.key for entry in entries if not entry.texts]
         self._counts[split] = {
             "entries": len(entries),
@@ -280,7 +289,7 @@ def parse_json(document: Document) -> Iterator[Entry]:
         ValueError: it is no JSON, a key is missing, a value has another type, or a good text is
             empty.
     """
-    whole = _load(document.text, str(document.path), 1)
+    whole = json_of(document.text, str(document.path), whole=True)
     entries = _get(whole, "entries", list, str(document.path))
     for position, wrapped in enumerate(entries, start=1):
         place = f"{document.path}, entry {position}"
@@ -315,15 +324,17 @@ def parse_lines(document: Document) -> Iterator[Entry]:
     """
     for number, line in read_lines(document):
         place = f"{document.path}, line {number}"
-        value = _load(line, place, None)
+        value = json_of(line, place)
         triples = []
         for triple in _get(value, "triples", list, place):
             if not isinstance(triple, list) or len(triple) != 3:
                 raise ValueError(
                     f"{place}: {shorten(triple)} in 'triples'; expected [subject, property, object]"
                 )
-            triples.append(tuple(_text(part, "triples", place) for part in triple))
-        texts = [_text(t, "references", place) for t in _get(value, "references", list, place)]
+            triples.append(tuple(check_text(part, "triples", place) for part in triple))
+        texts = [
+            check_text(text, "references", place) for text in _get(value, "references", list, place)
+        ]
         num_rejected = len(_get({"rejected": []} | value, "rejected", list, place))
         key = str(_get(value, "id", (int, str), place))
         yield _entry(key, _get(value, "category", str, place), triples, texts, num_rejected, place)
@@ -339,6 +350,10 @@ def _entry(
 ) -> Entry:
     if not triples:
         raise ValueError(f"{place}: no triples; an entry needs at least one")
+    if not all(part.strip() for part in (category, *chain.from_iterable(triples))):
+        raise ValueError(
+            f"{place}: the category or a part of a triple is empty; write it, or remove the entry"
+        )
     stripped = tuple(" ".join(text.splitlines()).strip() for text in texts)
     if "" in stripped:
         raise ValueError(
@@ -346,18 +361,6 @@ def _entry(
         )
     context = " | ".join(" : ".join(triple) for triple in triples)
     return Entry(key, category, context, stripped, num_rejected)
-
-
-def _load(text: str, place: str, first_line: int | None) -> Any:
-    """Parse JSON; `first_line` is None where `place` already names the line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if first_line is None else f", line {error.lineno}"
-        raise ValueError(
-            f"{place}{line}: no valid JSON ({error.msg} at column {error.colno}); the file is "
-            "truncated or of another format"
-        ) from error
 
 
 def _get(value: Any, key: str, kind: type | tuple[type, ...], place: str) -> Any:
@@ -372,13 +375,7 @@ def _get(value: Any, key: str, kind: type | tuple[type, ...], place: str) -> Any
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join({str: "text", list: "list", int: "number"}[k] for k in kinds)
         raise ValueError(f"{place}: {key!r} is {shorten(value[key])}; expected a {expected}")
-    return value[key]
-
-
-def _text(value: Any, key: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {shorten(value)} in {key!r}; expected texts")
-    return value
+    return check_text(value[key], key, place) if isinstance(value[key], str) else value[key]
 
 
 def _names(layout: str) -> str:

@@ -37,6 +37,7 @@ from tasks.data import (
     read_document,
     read_jsonl,
     read_parquet,
+    warn_of_same_files,
 )
 from tasks.encoded import Block, EncodedSplit, Examples, Split, Store, Texts
 from tasks.generation import Seq2SeqBeamSearch
@@ -204,6 +205,7 @@ class XSum(Task):
                 )  # fmt: skip
             # The official release names its articles but holds no texts, so no checksum exists.
             files.append({**file_facts(document, num_rows, None), "official_rows": official})
+        warn_of_same_files(files)
         return rows, files
 
     def check_source(self) -> None:

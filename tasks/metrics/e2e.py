@@ -13,8 +13,6 @@ groups separated by an empty line), so that any system can be scored::
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +24,7 @@ from tasks.metrics.bleu import from_sums as bleu_from_sums
 from tasks.metrics.bleu import statistics as bleu_statistics
 from tasks.metrics.cider import cider
 from tasks.metrics.cider import values as cider_values
+from tasks.metrics.files import read_pair, refuse, show
 from tasks.metrics.java import MetricUnavailableError
 from tasks.metrics.meteor import from_sums as meteor_from_sums
 from tasks.metrics.meteor import meteor, shared_process
@@ -191,45 +190,9 @@ def _one_line(text: str, name: str) -> str:
     return " ".join(text.splitlines()).strip()
 
 
-def read_predictions(path: Path) -> list[str]:
-    """Return the outputs of an official file: one a line, empty lines are empty outputs."""
-    return [line.strip() for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file; only a line feed ends one, a byte order mark is no text."""
-    lines = path.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def read_references(path: Path) -> list[list[str]]:
-    """Return the references of an official file: one a line, groups end at an empty line.
-
-    A file without an empty line between texts has one reference an instance.
-
-    Raises:
-        ValueError: there are two empty lines in a row.
-    """
-    groups: list[list[str]] = [[]]
-    for number, line in enumerate(_lines(path), start=1):
-        text = line.strip()
-        if text:
-            groups[-1].append(text)
-        elif groups[-1]:
-            groups.append([])
-        else:
-            raise ValueError(
-                f"{path}, line {number}: a group without references; "
-                "separate the groups by exactly one empty line"
-            )
-    if not groups[-1]:
-        groups.pop()
-    return [[text] for text in groups[0]] if len(groups) == 1 else groups
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the scores of a file of outputs; exit code 1 where one is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the scores of a file of outputs; exit code 1: one is missing, 2: a file is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--predictions", type=Path, required=True, help="one output a line")
     parser.add_argument(
         "--references", type=Path, required=True, help="one a line, groups end at an empty line"
@@ -238,21 +201,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="full precision, as one JSON object")
     options = parser.parse_args(arguments)
     try:
+        outputs, groups = read_pair(options.predictions, options.references)
         scores = score(
-            read_predictions(options.predictions),
-            read_references(options.references),
+            outputs,
+            groups,
             metrics=METRICS + OPTIONAL_METRICS if options.nist_perl else METRICS,
         )
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if options.json:
-        sys.stdout.write(json.dumps({**scores.values, "missing": scores.missing}) + "\n")
-    else:
-        for name, value in scores.values.items():
-            sys.stdout.write(f"{name}: {value:.4f}\n")
-    for name, reason in scores.missing.items():
-        sys.stderr.write(f"{name}: missing: {reason}\n")
-    return 1 if scores.missing else 0
+        return refuse(error)
+    return show(scores, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
@@ -45,7 +43,8 @@ from sacrebleu.metrics import BLEU
 
 from delta_lora.protocols import ItemScores, OfSets, Scores
 from tasks.metrics import items
-from tasks.metrics.e2e import check_texts, read_predictions, read_references
+from tasks.metrics.e2e import check_texts
+from tasks.metrics.files import read_pair, refuse, show
 from tasks.metrics.java import MetricUnavailableError
 from tasks.metrics.meteor import from_sums as meteor_from_sums
 from tasks.metrics.meteor import meteor_subsets, shared_process
@@ -379,8 +378,8 @@ _SUMMANDS: dict[tuple[str, str], Callable[[Texts, Groups], Summands]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the scores of a file of outputs; exit code 1 where one is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the scores of a file of outputs; exit code 1: one is missing, 2: a file is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--predictions", type=Path, required=True, help="one output a line")
     parser.add_argument(
         "--references", type=Path, required=True, help="one a line, groups end at an empty line"
@@ -389,21 +388,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="full precision, as one JSON object")
     options = parser.parse_args(arguments)
     try:
-        scores = score(
-            read_predictions(options.predictions),
-            read_references(options.references),
-            protocol=options.protocol,
-        )
+        outputs, groups = read_pair(options.predictions, options.references)
+        scores = score(outputs, groups, protocol=options.protocol)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if options.json:
-        sys.stdout.write(json.dumps({**scores.values, "missing": scores.missing}) + "\n")
-    else:
-        for name, value in scores.values.items():
-            sys.stdout.write(f"{name}: {value:.4f}\n")
-    for name, reason in scores.missing.items():
-        sys.stderr.write(f"{name}: missing: {reason}\n")
-    return 1 if scores.missing else 0
+        return refuse(error)
+    return show(scores, as_json=options.json)
 
 
 if __name__ == "__main__":

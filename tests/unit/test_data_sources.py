@@ -27,6 +27,8 @@ from tasks.data import (
     read_lines,
     read_parquet,
     read_tsv,
+    warn_if_cut,
+    warn_of_same_files,
 )
 from tasks.sources import Release, Source, open_folder, remote_size
 
@@ -90,6 +92,59 @@ def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
     assert read_document(write(tmp_path / "a.txt", gzip.compress(b"hi\n"))).text == "hi\n"
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("a\n".encode("utf-16"), "a.txt, line 1: it is UTF-16 .*iconv -f UTF-16"),
+        ("a\n".encode("utf-32"), "a.txt, line 1: it is UTF-32 "),
+        ("a\nb\n".encode("utf-16-le"), "a.txt, line 1: a NUL byte.*UTF-16"),
+        (b"one\ntwo\0\n", "a.txt, line 2: a NUL byte"),
+        (b"PK\x03\x04rest", "it is a zip archive .*; unpack it"),
+        (gzip.compress(gzip.compress(b"x")), "it is packed twice"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a placeholder of git-lfs"),
+        (b"<!DOCTYPE html>\n", "a web page"),
+        (b"\xef\xbb\xbf", "a.txt is empty"),
+        (b"\xef\xbb\xbf \n", "a.txt is empty"),
+    ],
+)
+def test_what_is_no_text_in_utf8_is_called_by_its_name(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_document(write(tmp_path / "a.txt", data))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", "\n \n\r\n  \n"])
+def test_blank_lines_at_the_end_are_none(tmp_path: Path, end: str) -> None:
+    assert list(read_lines(document(tmp_path, f"a\n\nb{end}"))) == [(1, "a"), (2, ""), (3, "b")]
+    rows = list(read_csv(document(tmp_path, f"mr,ref\na,b{end}", "a.csv"), ("mr", "ref")))
+    assert rows[0] == (2, ["a", "b"])
+    assert len(rows) == 1
+
+
+def test_a_row_of_empty_fields_is_no_blank_line(tmp_path: Path) -> None:
+    assert list(read_lines(document(tmp_path, "a\tb\n\t\n\n"))) == [(1, "a\tb"), (2, "\t")]
+
+
+def test_a_last_line_without_an_end_may_be_half_of_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_if_cut(document(tmp_path, "a\nb\n"))
+    assert not caplog.records
+    warn_if_cut(document(tmp_path, "a\nb"))
+    assert "a.tsv: there is no line end behind the last line" in caplog.text
+
+
+def test_copies_in_the_place_of_another_split_are_pointed_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = [{"name": "train", "sha256": "1"}, {"name": "dev", "sha256": "2"}]
+    warn_of_same_files([*files, {"name": "dev", "sha256": "2"}])  # two splits of one file
+    assert not caplog.records
+    warn_of_same_files([*files, {"name": "test", "sha256": "1"}])
+    assert "test has the same content as train" in caplog.text
+
+
 # CSV
 
 
@@ -145,6 +200,14 @@ def test_finding_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds both a.txt and a.txt.gz; remove one"):
         find_file(tmp_path, "a.txt")
     assert listing(tmp_path, limit=1) == "a.txt and 1 more"
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"b.txt is a link to .*/gone, which leads to no"):
+        find_file(tmp_path, "b.txt")
+    (tmp_path / "c.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"c.txt is a folder; put the file"):
+        find_file(tmp_path, "c.txt")
+    with pytest.raises(IsADirectoryError, match=r"c.txt is no file"):
+        read_document(tmp_path / "c.txt")
 
 
 # Downloads
@@ -256,7 +319,7 @@ def test_a_mirror_of_the_hub_is_asked_in_its_place(
 def test_a_release_must_be_pinned() -> None:
     with pytest.raises(ValueError, match="commit='main' is not allowed; write a full hash"):
         Release("owner/name", "main", "http://127.0.0.1", {})
-    with pytest.raises(ValueError, match=r"sha256 of a.txt is 'abc'"):
+    with pytest.raises(ValueError, match=r"files.a.txt='abc' is not allowed; write a sha256"):
         Release("owner/name", COMMIT, "http://127.0.0.1", {"a.txt": "abc"})
 
 
@@ -376,9 +439,14 @@ def test_json_lines(tmp_path: Path) -> None:
     [
         ('{"a": "x"}\n{"a": "x"\n', "line 2: no valid JSON .* at column"),
         ("[1]\n", r"line 1: expected a JSON object, got '\[1\]'"),
-        ('{"b": "x"}\n', "line 1: no 'a'; the object has 'b'"),
+        ('{"b": "x"}\n', r"line 1: no 'a'; the object has \['b'\]; give"),
         ('{"a": null}\n', "line 1: 'a' is None; expected a text"),
         ('{"a": "x\\ud83d"}\n', r"line 1: 'a' has half of a character \('\\ud83d'\)"),
+        ('{"a": "x\\u0000"}\n', r"line 1: 'a' has the character NUL"),
+        ('{"a": "x", "a": "y"}\n', r"line 1: no valid JSON \(the key 'a' is twice"),
+        ('{"a": "x"}\n{"a": ' + "[" * 100_000, "line 2: the JSON is nested too deeply"),
+        ('{"a": "x", "b": ' + "9" * 5000 + "}\n", "line 1: no valid JSON .*; mend it"),
+        ('{"a": "x"}\n\n{"a": "y"}\n', "line 2: no valid JSON"),
     ],
 )
 def test_wrong_json_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:

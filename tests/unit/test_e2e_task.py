@@ -194,7 +194,7 @@ def test_missing_files(corpus: Path, tmp_path: Path) -> None:
     ("text", "line"),
     [
         ("a||b\nname : X | area\n", 2),
-        ("a||b\n\n", 2),
+        ("a||b\n\nc||d\n", 2),
         ("a||\n", 1),
         ("||b\n", 1),
         ("a||b||c\n", 1),

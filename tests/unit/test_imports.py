@@ -72,7 +72,7 @@ MAY_IMPORT = {
         "delta_lora.method_bases", "delta_lora.peft_folder", "delta_lora.projections",
         "delta_lora.protocols",
     ),
-    "tasks/metrics": ("delta_lora.protocols",),
+    "tasks/metrics": ("delta_lora.protocols", "tasks.data"),
     "tasks/tiny": ("tasks", "delta_lora.protocols", "delta_lora.checks"),
     "tasks/tiny/corpora": (),
     "scripts/planning": (),

@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from tasks.metrics import e2e, java, ptb
+from tasks.metrics import e2e, files, java, ptb
 from tasks.metrics.java import MetricUnavailableError
 from tasks.metrics.meteor import shared_process
 
@@ -125,15 +125,15 @@ def test_program_reads_official_files(tmp_path, capsys):
 def test_reference_files(tmp_path):
     path = tmp_path / "references.txt"
     path.write_text("a \nb\n\nc\n", encoding="utf-8")
-    assert e2e.read_references(path) == [["a", "b"], ["c"]]
+    assert files.read_references(path) == [["a", "b"], ["c"]]
     path.write_text("a\nb\n", encoding="utf-8")
-    assert e2e.read_references(path) == [["a"], ["b"]]
+    assert files.read_references(path) == [["a"], ["b"]]
     path.write_text("\ufeffa\u2028b\r\nc\n", encoding="utf-8", newline="")
-    assert e2e.read_references(path) == [["a\u2028b"], ["c"]]
-    assert e2e.read_predictions(path) == ["a\u2028b", "c"]
+    assert files.read_references(path) == [["a\u2028b"], ["c"]]
+    assert files.read_predictions(path) == ["a\u2028b", "c"]
     path.write_text("a\n\n\nb\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 3"):
-        e2e.read_references(path)
+        files.read_references(path)
 
 
 @pytest.mark.usefixtures("_no_java")

@@ -295,7 +295,7 @@ LINE = {"id": 1, "category": "Town", "triples": [["A", "b", "C"]], "references":
     ("change", "message"),
     [
         ({"triples": [["A", "b"]]}, r"line 2: \['A', 'b'\] in 'triples'; expected \[subject"),
-        ({"triples": [["A", "b", 1]]}, "line 2: 1 in 'triples'; expected texts"),
+        ({"triples": [["A", "b", 1]]}, "line 2: 'triples' is 1; expected a text"),
         ({"triples": "A b C"}, "line 2: 'triples' is 'A b C'; expected a list"),
         ({"references": [""]}, "line 2: the 1. good text is empty"),
         ({"references": None}, "line 2: 'references' is None; expected a list"),
