@@ -8,6 +8,7 @@ its path and line. Where the files come from is the matter of `tasks.sources`.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -344,27 +345,93 @@ def read_parquet(
     """
     import pyarrow.parquet
 
-    try:
+    with _as_damage(path, "Parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
-    names = file.schema_arrow.names
-    if missing := [column for column in required if column not in names]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+        wanted = _columns(path, file.schema_arrow.names, required, optional)
+        batches = file.iter_batches(BLOCK, columns=wanted)
+        # The file's order of columns is not the wanted one.
+        rows = chain.from_iterable(batch.select(wanted).to_pylist() for batch in batches)
+        yield from enumerate(rows, start=1)
+
+
+def read_arrow(
+    path: Path, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, column -> value) of a file of `datasets` (an Arrow stream).
+
+    Raises:
+        ValueError: it is no such file, or a required column is missing.
+    """
+    import pyarrow as pa
+
+    with _as_damage(path, "Arrow stream of datasets"):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        wanted = _columns(path, table.schema.names, required, optional)
+        batches = table.select(wanted).to_batches(max_chunksize=BLOCK)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(rows, start=1)
+
+
+def read_tables(
+    paths: Sequence[Path], form: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and row, column -> value) of the files of a table.
+
+    Args:
+        paths: the files, in their order.
+        form: ``parquet`` or ``arrow``.
+        required: columns that each must have.
+        optional: columns that they may have.
+
+    Raises:
+        ValueError: a file is damaged, has no rows, or lacks a required column.
+    """
+    read = {"parquet": read_parquet, "arrow": read_arrow}[form]
+    for path in paths:
+        number = 0
+        for number, values in read(path, required, optional):
+            yield f"{path}, row {number}", values
+        if not number:
+            raise ValueError(f"{path} has no rows; copy it again")
+
+
+def _columns(
+    path: Path, names: Sequence[str], required: Sequence[str], optional: Sequence[str]
+) -> list[str]:
+    """Return the columns of a table that are read."""
     wanted = [column for column in (*required, *optional) if column in names]
-    batches = file.iter_batches(BLOCK, columns=wanted)
-    # The file's order of columns is not the wanted one.
-    rows = chain.from_iterable(batch.select(wanted).to_pylist() for batch in batches)
-    yield from enumerate(rows, start=1)
+    missing = [column for column in required if column not in names]
+    twice = [column for column in wanted if names.count(column) > 1]
+    if missing or twice:
+        raise ValueError(
+            f"{path}: {'no' if missing else 'more than one'} column "
+            f"{', '.join(missing or twice)}; it has {', '.join(names)}"
+        )
+    return list(dict.fromkeys(wanted))
+
+
+@contextlib.contextmanager
+def _as_damage(path: Path, what: str) -> Iterator[None]:
+    """Say which file is damaged where Arrow does not."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise ValueError(f"{path} is no {what}, or damaged: {reason}; copy it again") from error
 
 
 def read_jsonl(
-    document: Document, required: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[int, dict[str, str]]]:
+    document: Document,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    raw: Sequence[str] = (),
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, key -> text) of a file with one JSON object a line.
 
-    An optional key may be null, which counts as missing; whole numbers become their text there.
-    Other keys are left out.
+    An optional key may be null, which counts as missing; whole numbers become their text there. The
+    values of `raw` are given as they are, where they are there. Other keys are left out.
 
     Raises:
         ValueError: a line is no JSON object, lacks a required key, or holds something else than
@@ -380,12 +447,12 @@ def read_jsonl(
                 f"{place}: no {', '.join(map(repr, missing))}; the object has "
                 f"{shorten(list(row), 200)}; give every row its keys"
             )
-        values = {key: check_text(row[key], key, place) for key in required}
+        values: dict[str, Any] = {key: check_text(row[key], key, place) for key in required}
         for key in optional:
             if (value := row.get(key)) is not None:
                 is_number = isinstance(value, int) and not isinstance(value, bool)
                 values[key] = str(value) if is_number else check_text(value, key, place)
-        yield number, values
+        yield number, values | {key: row[key] for key in raw if key in row}
 
 
 def json_of(text: str, place: str, *, whole: bool = False) -> Any:

@@ -8,10 +8,11 @@ task of this kind is a further yaml. The labels of the official test sets are no
 report the dev set, and the best epoch is chosen on that same set: what they call a result is a
 maximum. The record holds the best and the last epoch.
 
-Files are TSV without quoting, with a header of the hub's column names: ``train.tsv``, ``dev.tsv``
-(MNLI: ``dev_matched.tsv`` and ``dev_mismatched.tsv``) and, where it is scored, ``test.tsv``; plain
-or ``.gz``, in `data_dir` or in its folder named as the task. A file ``<name>_subset.tsv`` is read
-where there is no complete one, which is said in the log and in every record.
+Files are TSV without quoting, ``train.tsv``, ``dev.tsv`` (MNLI: ``dev_matched.tsv`` and
+``dev_mismatched.tsv``) and, where it is scored, ``test.tsv``; plain or ``.gz``, in `data_dir` or in
+its folder of the task's name. Columns are the hub's or those of the official archives; other forms
+are in `tasks.glue_layouts`. A file ``<name>_subset.tsv`` is read where there is no complete one,
+which is said in the log and in every record.
 
 Shapes: B examples of at most T tokens, C classes (1 for a regression).
 """

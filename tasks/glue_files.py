@@ -1,7 +1,7 @@
 """The files of a GLUE task: which they are, and how they become rows.
 
-Both layouts have the hub's column names: its Parquet files, and TSV without quoting and with a
-header (`tasks.glue` says which names). Every mistake is reported with file and line.
+The pinned files of the hub are Parquet; what people have in a folder of their own has many forms,
+see `tasks.glue_layouts`. Every mistake is reported with file and line.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from tasks.data import find_file, listing, read_document, read_parquet, read_tsv, shorten
+from tasks import glue_layouts as layouts
+from tasks.data import read_parquet, shorten, warn_of_same_files
 from tasks.rows import Rows, gather
 from tasks.sources import Source
 
@@ -85,6 +87,7 @@ class GlueFiles:
         with self.source.open() as folder:
             found = {split: self._read_split(split, folder) for split in self.splits}
         files = [facts for _, files in found.values() for facts in files]
+        warn_of_same_files(files)
         return {split: rows for split, (rows, _) in found.items()}, files
 
     def _names(self, split: str) -> list[str]:
@@ -94,7 +97,7 @@ class GlueFiles:
 
     def _read_split(self, split: str, folder: Path) -> tuple[Rows[Row], list[dict[str, Any]]]:
         """Return the rows of all parts of a split, and what is to be recorded of each file."""
-        read = self._read_hub if self.source.kind == "hub" else self._read_tsv
+        read = self._read_hub if self.source.kind == "hub" else self._read_own
         tables, files = [], []
         for name in self._names(split):
             part = name.removeprefix(TSV_NAMES[split]).removeprefix("_")
@@ -109,6 +112,7 @@ class GlueFiles:
                 )  # fmt: skip
             files.append({**facts, "rows": len(table), "complete": is_complete})
             tables.append(table)
+            self._warn_of_one_label(facts["name"], table)
         rows = Rows(pa.concat_tables(tables), _make_row)
         if split == "test":
             self._check_hidden(rows)
@@ -136,39 +140,28 @@ class GlueFiles:
         table = table.add_column(0, "part", pa.repeat(part, len(table)))
         return table.add_column(0, "id", ids)
 
-    def _read_tsv(
-        self, name: str, folder: Path
-    ) -> tuple[Iterator[tuple[str, dict[str, Any]]], dict[str, Any]]:
-        document = read_document(self._find(name, folder))
-        is_test = name.startswith(TSV_NAMES["test"])
-        required = self.columns if is_test else (*self.columns, "label")
+    def _read_own(self, name: str, folder: Path) -> tuple[layouts.Rows, dict[str, Any]]:
+        part = self._find(name, folder)
+        found, facts = layouts.read(part, self.task, name, self.columns)
 
-        def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-            number = None
-            for number, values in read_tsv(document, required, optional=("label",)):
-                place = f"{document.path}, line {number}"
+        def rows() -> layouts.Rows:
+            place = None
+            for place, values in found:
                 for column in self.columns:
                     if not values[column].strip():
-                        raise ValueError(f"{place}: {column} is empty; the row is truncated")
+                        raise ValueError(
+                            f"{place}: {column} is empty; the row is truncated: mend it, or copy "
+                            "the file again"
+                        )
                 yield place, values
-            if number is None:
-                raise ValueError(f"{document.path} has a header but no rows")
+            if place is None:
+                raise ValueError(f"{part.paths[0]} has a header but no rows; copy it again")
 
-        facts = {"name": document.name, "sha256": document.sha256, "bytes": document.num_bytes}
         return rows(), facts
 
-    def _find(self, name: str, folder: Path) -> Path:
-        """Return a TSV file in `folder`, or in its folder of the task's name where it has one."""
-        own = folder / self.task
-        folder = own if own.is_dir() else folder
-        path = find_file(folder, f"{name}.tsv") or find_file(folder, f"{name}_subset.tsv")
-        if path is None:
-            raise FileNotFoundError(
-                f"{folder} has no {name}.tsv or {name}_subset.tsv (plain or .gz), which "
-                f"GLUE {self.task} with task.parts={list(self.parts)} needs; it holds "
-                f"{listing(folder)}"
-            )
-        return path
+    def _find(self, name: str, folder: Path) -> layouts.Part:
+        """Return the files of a part of a split, see `tasks.glue_layouts`."""
+        return layouts.find(layouts.task_folder(folder, self.task), self.task, name)
 
     def _read_hub(
         self, name: str, folder: Path
@@ -184,7 +177,8 @@ class GlueFiles:
         return rows, facts
 
     def _label(self, values: Mapping[str, Any], split: str, place: str) -> float | None:
-        text = str(values.get("label", HIDDEN)).strip()
+        value = values.get("label")
+        text = HIDDEN if value is None else str(value).strip()
         if split == "test" and (not text or text in (HIDDEN, f"{HIDDEN}.0")):
             return None
         if self.labels is not None:
@@ -197,14 +191,25 @@ class GlueFiles:
                 )
             return names[text]
         try:
-            value = float(text)
+            number = float(text)
         except ValueError:
-            value = math.nan
-        if not 0 <= value <= 5:
+            number = math.nan
+        if not 0 <= number <= 5:
             raise ValueError(
                 f"{place}: label {shorten(text)} of GLUE {self.task}; allowed: a number from 0 to 5"
             )
-        return value
+        return number
+
+    def _warn_of_one_label(self, name: str, table: pa.Table) -> None:
+        """Warn of a file from which nothing can be learnt, and which tells nothing of a model."""
+        labels = pc.unique(table["label"])
+        if len(table) > 1 and len(labels) == 1 and labels[0].is_valid:
+            label = labels[0].as_py()
+            named = f"{label:g}" if self.labels is None else self.labels[label]
+            logger.warning(
+                "GLUE %s: all %d rows of %s have the label %s: nothing can be learnt from them, "
+                "and no score of them means anything", self.task, len(table), name, named,
+            )  # fmt: skip
 
     def _check_hidden(self, rows: Sequence[Row]) -> None:
         hidden = sum(row.label is None for row in rows)
