@@ -91,21 +91,32 @@ def find_file(folder: Path, name: str) -> Path | None:
 
     Raises:
         ValueError: both are there, so it is not clear which one counts.
-        FileNotFoundError: it is a link that leads nowhere.
-        IsADirectoryError: it is a folder.
+        OSError: see `check_file`.
     """
     plain, packed = folder / name, folder / f"{name}.gz"
     for path in (plain, packed):
-        if path.is_symlink() and not path.exists():
-            raise FileNotFoundError(
-                f"{path} is a link to {os.readlink(path)}, which leads to no file; make the link "
-                "again, or put the file there"
-            )
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; put the file of this name in its place")
+        check_file(path)
     if plain.is_file() and packed.is_file():
         raise ValueError(f"{folder} holds both {plain.name} and {packed.name}; remove one of them")
     return next((path for path in (plain, packed) if path.is_file()), None)
+
+
+def check_file(path: Path) -> None:
+    """Refuse what stands in the place of a file and is none: reading a device never ends.
+
+    Raises:
+        FileNotFoundError: it is a link that leads to no file.
+        IsADirectoryError: it is a folder, a device or a pipe.
+    """
+    if path.is_file() or not os.path.lexists(path):
+        return
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which leads to no file; make the link "
+            "again, or put the file there"
+        )
+    what = "a folder" if path.is_dir() else "no plain file (a device or a pipe)"
+    raise IsADirectoryError(f"{path} is {what}; put the file of this name in its place")
 
 
 def read_document(path: Path, *, blank: bool = False) -> Document:
@@ -142,8 +153,7 @@ def read_document(path: Path, *, blank: bool = False) -> Document:
 
 def _unpacked(path: Path) -> bytes:
     """Return the bytes of a file, unpacked where they are gzip."""
-    if path.exists() and not path.is_file():
-        raise IsADirectoryError(f"{path} is no file; put a file of this name in its place")
+    check_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -211,7 +221,7 @@ def _end_of_lines(data: bytes) -> int:
 
 def warn_if_cut(document: Document) -> None:
     """Warn where the last line has no end: it may be the first half of one."""
-    if not document.data.endswith((b"\n", b" ")):
+    if b"\n" not in document.data[_end_of_lines(document.data) :]:
         logger.warning(
             "%s: there is no line end behind the last line; where the file was cut off, copy it "
             "again", document.path,
@@ -222,16 +232,18 @@ def warn_of_same_files(files: Sequence[Mapping[str, Any]]) -> None:
     """Warn of splits that are copies of one another.
 
     Args:
-        files: from `file_facts`.
+        files: from `file_facts`; where one entry is of several files, names and checksums are
+            joined by ``+``.
     """
     seen: dict[str, str] = {}
     for file in files:
-        name, sha256 = str(file["name"]), str(file["sha256"])
-        if seen.setdefault(sha256, name) != name:
-            logger.warning(
-                "%s has the same content as %s: one was copied into the place of the other",
-                name, seen[sha256],
-            )  # fmt: skip
+        names, hashes = str(file["name"]).split("+"), str(file["sha256"]).split("+")
+        for name, sha256 in zip(names, hashes, strict=True):
+            if seen.setdefault(sha256, name) != name:
+                logger.warning(
+                    "%s has the same content as %s: one was copied into the place of the other",
+                    name, seen[sha256],
+                )  # fmt: skip
 
 
 def read_csv(document: Document, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -324,7 +336,7 @@ def read_tsv(
             raise ValueError(
                 f"{document.path}, line {number}: {len(values)} fields, but the header has "
                 f"{len(header)} ({', '.join(header)}); the row is truncated or has a tab within a "
-                f"field: {shorten(line)}"
+                f"field, mend it or copy the file again: {shorten(line)}"
             )
         row = dict(zip(header, values, strict=True))
         yield number, {column: row[column] for column in wanted}
@@ -345,6 +357,7 @@ def read_parquet(
     """
     import pyarrow.parquet
 
+    check_file(path)
     with _as_damage(path, "Parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
         wanted = _columns(path, file.schema_arrow.names, required, optional)
@@ -364,8 +377,10 @@ def read_arrow(
     """
     import pyarrow as pa
 
+    check_file(path)
     with _as_damage(path, "Arrow stream of datasets"):
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # offsets beyond the file would be followed
         wanted = _columns(path, table.schema.names, required, optional)
         batches = table.select(wanted).to_batches(max_chunksize=BLOCK)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -405,7 +420,8 @@ def _columns(
     if missing or twice:
         raise ValueError(
             f"{path}: {'no' if missing else 'more than one'} column "
-            f"{', '.join(missing or twice)}; it has {', '.join(names)}"
+            f"{', '.join(missing or twice)}; it has {shorten(list(names), 400)}, needed once each "
+            f"are {', '.join(required)}"
         )
     return list(dict.fromkeys(wanted))
 
@@ -430,8 +446,8 @@ def read_jsonl(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, key -> text) of a file with one JSON object a line.
 
-    An optional key may be null, which counts as missing; whole numbers become their text there. The
-    values of `raw` are given as they are, where they are there. Other keys are left out.
+    An optional key may be null, which counts as missing. The values of `raw` are given as they are,
+    where they are there. Other keys are left out.
 
     Raises:
         ValueError: a line is no JSON object, lacks a required key, or holds something else than
@@ -449,9 +465,8 @@ def read_jsonl(
             )
         values: dict[str, Any] = {key: check_text(row[key], key, place) for key in required}
         for key in optional:
-            if (value := row.get(key)) is not None:
-                is_number = isinstance(value, int) and not isinstance(value, bool)
-                values[key] = str(value) if is_number else check_text(value, key, place)
+            if row.get(key) is not None:
+                values[key] = check_text(row[key], key, place)
         yield number, values | {key: row[key] for key in raw if key in row}
 
 

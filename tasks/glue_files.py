@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 TSV_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 #: what the hub and many files write where a label is hidden.
 HIDDEN = "-1"
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,7 @@ class GlueFiles:
                     f"{place}: label {shorten(text)} of GLUE {self.task}; allowed: {allowed}"
                 )
             return names[text]
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
+        number = float(text) if _NUMBER.fullmatch(text) else math.nan
         if not 0 <= number <= 5:
             raise ValueError(
                 f"{place}: label {shorten(text)} of GLUE {self.task}; allowed: a number from 0 to 5"

@@ -27,6 +27,7 @@ from typing import Any
 
 from tasks.data import (
     Document,
+    check_file,
     check_text,
     find_file,
     header_of,
@@ -160,7 +161,10 @@ def _find_parquet(folder: Path, hub: str) -> tuple[Path, ...]:
     whole = folder / f"{hub}.parquet"
     shards = sorted(folder.glob(f"{hub}-*-of-*.parquet"))
     if not shards:
-        return (whole,) if whole.exists() or whole.is_symlink() else ()
+        check_file(whole)
+        return (whole,) if whole.is_file() else ()
+    for shard in shards:
+        check_file(shard)
     if whole.exists():
         return (whole, *shards)
     match = re.fullmatch(r".*-of-(\d{1,6})", shards[0].stem)
@@ -179,6 +183,7 @@ def _find_parquet(folder: Path, hub: str) -> tuple[Path, ...]:
 def _find_saved(folder: Path) -> tuple[Path, ...]:
     """Return the files that `datasets.save_to_disk` has written for a split."""
     state = folder / "state.json"
+    check_file(state)
     if not state.is_file():
         return ()
     content = json_of(read_document(state).text, str(state), whole=True)
@@ -194,6 +199,7 @@ def _find_saved(folder: Path) -> tuple[Path, ...]:
             raise ValueError(
                 f"{state} names {shorten(name)}: only files beside it are read; save it again"
             )
+        check_file(folder / name)
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing, which {state} names; copy it")
     if not names:

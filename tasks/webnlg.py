@@ -306,7 +306,13 @@ def parse_json(document: Document) -> Iterator[Entry]:
         ]
         texts, num_rejected = [], 0
         for lexicalisation in _get(value, "lexicalisations", list, place):
-            if _get(lexicalisation, "comment", str, place) == GOOD:
+            comment = _get(lexicalisation, "comment", str, place)
+            if not comment.strip():
+                raise ValueError(
+                    f"{place}: the comment of a text is empty; write {GOOD!r}, or what is wrong "
+                    "with the text"
+                )
+            if comment == GOOD:
                 texts.append(_get(lexicalisation, "lex", str, place))
             else:
                 num_rejected += 1
@@ -369,7 +375,8 @@ def _get(value: Any, key: str, kind: type | tuple[type, ...], place: str) -> Any
         raise ValueError(f"{place}: expected an object with {key!r}, got {shorten(value)}")
     if key not in value:
         raise ValueError(
-            f"{place}: no {key!r}; the object has {', '.join(map(repr, value)) or 'no keys'}"
+            f"{place}: no {key!r}; the object has {', '.join(map(repr, value)) or 'no keys'}; add "
+            "it, or copy the whole file again"
         )
     if not isinstance(value[key], kind) or isinstance(value[key], bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)

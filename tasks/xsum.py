@@ -30,6 +30,7 @@ from delta_lora.checks import OneOf, Range, check_values
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
+    check_text,
     file_facts,
     find_file,
     listing,
@@ -508,8 +509,12 @@ def _parse(split: str, document: Document) -> Iterator[dict[str, str]]:
     """Yield the values of each line by column; a summary that is not there is left out."""
     needed = ("document",) if split == "test" else ("document", "summary")
     has_summaries = None
-    for number, values in read_jsonl(document, needed, ("summary", "id")):
+    for number, values in read_jsonl(document, needed, ("summary",), raw=("id",)):
         place = f"{document.path}, line {number}"
+        name = values.pop("id", None)
+        if isinstance(name, int) and not isinstance(name, bool):
+            name = str(name)
+        name = f"{split}-{number:06d}" if name is None else check_text(name, "id", place)
         for key in ("document", "summary"):
             if key in values and not values[key].strip():
                 raise ValueError(f"{place}: the {key} is empty; remove or mend the row")
@@ -520,7 +525,7 @@ def _parse(split: str, document: Document) -> Iterator[dict[str, str]]:
                 f"{place}: {'a' if 'summary' in values else 'no'} summary, but the rows before it "
                 "are different; give all of a test split, or none"
             )
-        yield {"id": f"{split}-{number:06d}", **values, "place": f"{document.name}:{number}"}
+        yield {"id": name, **values, "place": f"{document.name}:{number}"}
 
 
 def _check_ids(rows: Rows[Row], split: str) -> None:

@@ -461,7 +461,9 @@ def test_parquet(tmp_path: Path) -> None:
         (1, {"text": "é", "label": 1}),
         (2, {"text": "b", "label": 0}),
     ]
-    with pytest.raises(ValueError, match="no column sentence; it has idx, label, text"):
+    with pytest.raises(
+        ValueError, match=r"no column sentence; it has \['idx', 'label', 'text'\], needed"
+    ):
         list(read_parquet(tmp_path / "a.parquet", ["sentence"]))
     write(tmp_path / "b.parquet", "text")
     with pytest.raises(ValueError, match=r"b\.parquet is no Parquet file"):
