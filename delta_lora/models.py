@@ -15,7 +15,9 @@ from torch import nn
 
 from delta_lora.checks import OneOf, Range, check_integer, check_real, check_values, near, shown
 from delta_lora.families import FAMILIES
-from delta_lora.sources import check_source, looks_local
+from delta_lora.finite import NonFiniteError, check_weights
+from delta_lora.sources import CONFIG, HubError, check_source, looks_local
+from delta_lora.stored import UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,13 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no tokenizer.
+        ValueError: a file of it is damaged.
     """
+    with _reading(f"{source}: its tokenizer cannot be read"):
+        return _load_tokenizer(source, revision)
+
+
+def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     folder = Path(source)
@@ -54,7 +62,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     else:
         if looks_local(source):
             check_source(source, model=False)
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), revision=revision, trust_remote_code=False
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -95,7 +105,6 @@ def load_model(
         OSError: the hub cannot be reached, or knows no such model.
     """
     import transformers
-    from transformers import AutoConfig
 
     check_values(load_model, dict(locals()), prefix="model.")
     if source is None and architecture is None:
@@ -119,11 +128,11 @@ def load_model(
             )
     if looks_local(source):
         check_source(source, tokenizer=False)
-    # No keyword of the caller reaches the loader: one of them would run code from the folder.
-    config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+    config = load_config(source, revision)
     _override(config, overrides)
     _set_dropout(config, dropout)
-    with _quiet_loading():
+    with _reading(f"{source}: its files make no model"), _quiet_loading():
+        # No keyword of the caller reaches the loader: one of them would run code from the folder.
         model, report = auto_class.from_pretrained(
             str(source),
             revision=revision,
@@ -135,9 +144,46 @@ def load_model(
             output_loading_info=True,
         )
     _check_loaded(source, report, new_modules)
+    _check_values(source, model)
     if family == "sequence_classification":
         _warn_of_untrained_pooler(source, model, new_modules)
     return model
+
+
+def load_config(source: str | Path, revision: str | None = None) -> Any:
+    """Return the configuration of a hub id or a local folder.
+
+    Raises:
+        ValueError: it is none that `transformers` knows.
+        OSError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with _reading(f"{source}: its {CONFIG} describes no model"):
+        return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+
+
+def _check_values(source: str | Path, model: nn.Module) -> None:
+    """Refuse weights that are no numbers, and a head that is not the embedding it is said to be."""
+    try:
+        check_weights(model.named_parameters(), f"the weights of {source}", "copy them again")
+    except NonFiniteError as error:
+        raise ValueError(str(error)) from error
+    config: Any = model.config
+    is_tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    read: Any = model
+    try:
+        output, embedding = read.get_output_embeddings(), read.get_input_embeddings()
+    except NotImplementedError:  # a model that has none
+        return
+    if not is_tied or output is None or embedding is None or output.weight is embedding.weight:
+        return
+    if output.weight.shape == embedding.weight.shape and not output.weight.equal(embedding.weight):
+        raise ValueError(
+            f"the weights of {source} hold a head that is not the embedding, which by {CONFIG} it "
+            "is (tie_word_embeddings): one of the two is wrong; set it to false there, or save the "
+            "model again"
+        )
 
 
 def _config_of(architecture: Mapping[str, Any]) -> Any:
@@ -174,6 +220,22 @@ def check_model_type(architecture: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say which folder cannot be read where `transformers` fails, which it does in any way."""
+    try:
+        yield
+    except (UnreadableError, FileNotFoundError, ConnectionError, HubError):
+        raise  # these say it
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, UnicodeError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{what}: {shown(reason, 400)}; copy its files again, all from one place"
+        ) from error
+
+
+@contextlib.contextmanager
 def _building(what: str) -> Iterator[None]:
     """Say what a model was built from where `transformers` fails, which it does in any way."""
     try:
@@ -191,9 +253,10 @@ def _check_sizes(name: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool):
             most = MAX_LAYERS if "layer" in key and "_id" not in key else MAX_SIZE
-            check_integer(f"{name}.{key}", value, at_most=most)
+            is_count = key.endswith(("n_head", "_heads", "n_layer", "_layers"))
+            check_integer(f"{name}.{key}", value, at_least=1 if is_count else None, at_most=most)
         elif isinstance(value, float):
-            check_real(f"{name}.{key}", value)
+            check_real(f"{name}.{key}", value, above=0 if "_eps" in key else None)
 
 
 @contextlib.contextmanager

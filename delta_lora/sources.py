@@ -7,10 +7,13 @@ file, or several with an index. Nothing here loads weights, and torch is not imp
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from delta_lora import stored
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -20,10 +23,16 @@ TOKENIZERS = (
     "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tokenizer.model", "encoder.json",
 )  # fmt: skip
+#: what else is JSON in a model's folder, and is read where it is there.
+_JSON = (
+    CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "encoder.json",
+)  # fmt: skip
 #: weights that are never loaded: reading one runs what it holds, or no safetensors reader knows it.
 OTHER_WEIGHTS = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
 )  # fmt: skip
+_COPY = "copy it again (a clone without git-lfs has only placeholders: git lfs pull)"
 _CONVERT = (
     "convert the weights in an environment of their own (from_pretrained, then save_pretrained of "
     "transformers write safetensors) and name that folder (model.path=FOLDER), or take a revision "
@@ -186,7 +195,20 @@ def _folder(folder: Path) -> _Place:
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
     names = sorted(file.name for file in folder.iterdir())
+    for name in {*_JSON, *TOKENIZERS, WEIGHTS, INDEX}.intersection(names):
+        _check_file(folder / name)
     return _Place(str(folder), lambda name: (folder / name).is_file(), folder.joinpath, names)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what stands in the place of a file and is none; it would count as missing."""
+    if path.is_file():
+        return
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which leads to no file; copy the file there"
+        )
+    raise FileNotFoundError(f"{path} is no file; put the file of this name in its place")
 
 
 def _cache(repository: str, revision: str | None) -> _Place:
@@ -255,7 +277,10 @@ def shards(index: Path) -> list[str]:
     for name in names:
         is_plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
         if not is_plain or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}: only safetensors of its own folder are read")
+            raise ValueError(
+                f"{index} names {name!r}: only safetensors of its own folder are read; "
+                "save the model again with save_pretrained"
+            )
     if not names:
         raise ValueError(f"{index} names no file of weights; copy it again")
     return names
@@ -281,9 +306,12 @@ def _refuse(place: _Place, lacking: Sequence[str]) -> None:
 
 
 def _check_readable(place: _Place, *, model: bool) -> None:
-    """Raise where a file of weights is not whole: its header tells how long it must be."""
+    """Raise where a file is not whole: the header of one of weights tells how long it must be."""
     from safetensors import SafetensorError, safe_open
 
+    for name in _JSON:
+        if place.has(name) and (model or name not in (CONFIG, "generation_config.json")):
+            stored.read_json(place.path(name), _COPY)
     for name in _weights(place) if model else ():
         path = place.path(name)
         try:
@@ -292,5 +320,5 @@ def _check_readable(place: _Place, *, model: bool) -> None:
         except SafetensorError as error:
             raise ValueError(
                 f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}; "
-                "copy it again (a clone without git-lfs has only placeholders: git lfs pull)"
+                f"{_COPY}"
             ) from error

@@ -294,6 +294,7 @@ class Seq2SeqBeamSearch:
                 f"{type(model).__name__} has no {', '.join(missing)}, which decoding needs; set it "
                 "in model.config_overrides"
             )
+        _check_ids(model, ids)
         stored = {
             name: value
             for name, value in checkpoint.to_dict().items()
@@ -410,3 +411,22 @@ def _until(tokens: list[int], end_tokens: Sequence[int]) -> list[int]:
     """Return `tokens` up to the first end token."""
     ends = set(end_tokens)
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _check_ids(model: Any, ids: dict[str, Any]) -> None:
+    """Refuse numbers of special tokens that a model has not."""
+    size = model.config.get_text_config().vocab_size
+    for name, value in ids.items():
+        for each in value if isinstance(value, list) else [value]:
+            is_number = isinstance(each, int) and not isinstance(each, bool)
+            if each is not None and not (is_number and 0 <= each < size):
+                raise ValueError(
+                    f"{name}={value!r} of {model.config.name_or_path or type(model).__name__} "
+                    f"(config.json or generation_config.json) is no token of {size}; correct it, "
+                    f"or set model.config_overrides.{name}"
+                )
+        if isinstance(value, list) and not value:
+            raise ValueError(
+                f"{name}=[] of {model.config.name_or_path or type(model).__name__} names no token; "
+                "correct it in generation_config.json"
+            )

@@ -229,7 +229,15 @@ class Glue(Task):
             split: ``train``, ``validation`` or ``test``.
             tokenizer: a fast tokenizer with a padding token; its `model_max_length` limits the
                 length as `max_length` does.
+
+        Raises:
+            ValueError: the tokenizer has no padding token.
         """
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has neither a padding token nor an end token to pad with; set "
+                "pad_token in tokenizer_config.json, or take the tokenizer of an encoder"
+            )
         table = of_split(self._rows, split).table
         encoded = self._tokens(split, tokenizer)
         names = tuple(encoded.columns)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,22 @@ def _pad(rows: Sequence[Tokens], value: int) -> Tensor:
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return torch.from_numpy(padded)
+
+
+def check_start(model: nn.Module) -> None:
+    """Check that a model says with which token every target begins.
+
+    Raises:
+        ValueError: its configuration has no ``decoder_start_token_id``, or none of its tokens.
+    """
+    config: Any = model.config
+    start, size = getattr(config, "decoder_start_token_id", None), config.vocab_size
+    if start is None or not 0 <= start < size:
+        raise ValueError(
+            f"decoder_start_token_id={start} of the model's configuration is none of its {size} "
+            "tokens, and every target begins with it; correct it, or set "
+            "model.config_overrides.decoder_start_token_id"
+        )
 
 
 def seq2seq_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:

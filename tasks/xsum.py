@@ -45,7 +45,7 @@ from tasks.generation import Seq2SeqBeamSearch
 from tasks.metrics import rouge
 from tasks.predictions import align, own_chunks
 from tasks.rows import Rows, gather
-from tasks.seq2seq import Pair, collate, seq2seq_loss
+from tasks.seq2seq import Pair, check_start, collate, seq2seq_loss
 from tasks.sources import Kind, Release, Seed, Sizes, Source
 from tasks.tiny.corpora import xsum as embedded
 
@@ -412,6 +412,7 @@ class XSum(Task):
 
     def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
         """See `Task.check_model`: source and output must find room, and have tokens that end."""
+        check_start(model)
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None:
             self.decoding.check_room(positions)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,9 @@ def build(run: Run, task: Any, start: Start | None) -> Built:
     trainer.prepare_backend()
     method = instantiate(cfg.method)
     tokenizer = build_tokenizer(run, task)
-    with as_config_error():
+    with as_config_error(), _naming_tokenizer(run):
         train, validation = (task.examples(split, tokenizer) for split in ("train", "validation"))
+    with as_config_error():
         num_available = len(train)
         train = draw_rows(train, cfg.train_fraction, cfg.seed)
     total_steps = trainer.total_steps(len(train))
@@ -157,15 +159,31 @@ def draw_rows(examples: Sequence[Any], fraction: float | None, seed: int) -> Seq
 
 def build_tokenizer(run: Run, task: Any) -> Any:
     """Return the tokenizer of a run: the task's own, that of a folder, or that of the weights."""
-    from delta_lora.models import load_tokenizer
+    from delta_lora.fitting import fit_tokenizer
+    from delta_lora.models import load_config, load_tokenizer
 
     model = run.config.model
     if model.init == "random" and (built := task.build_tokenizer()) is not None:
         return built
     with as_config_error():
-        if model.tokenizer_path is not None:
+        if model.init == "random" and model.tokenizer_path is not None:
             return load_tokenizer(model.tokenizer_path, None)
-        return load_tokenizer(*_checked_weights(run))
+        weights = _checked_weights(run)
+        source = weights if model.tokenizer_path is None else (model.tokenizer_path, None)
+        tokenizer = load_tokenizer(*source)
+        if model.init != "random":
+            fit_tokenizer(tokenizer, load_config(*weights), source[0], weights[0])
+        return tokenizer
+
+
+@contextlib.contextmanager
+def _naming_tokenizer(run: Run) -> Iterator[None]:
+    """Say whose tokenizer it is where a task cannot use it; its message may be about the data."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        place = run.config.model.tokenizer_path or (run.weights or ("the task",))[0]
+        raise ValueError(f"{error} (the tokenizer is that of {place})") from error
 
 
 def base_model(run: Run, task: Any, train: Any) -> Any:

@@ -5,6 +5,7 @@ Nothing of size is read, and what a check finds is a message that says what to c
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from delta_lora import stored
+from delta_lora import fitting, stored
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
@@ -20,6 +21,9 @@ from scripts.runs.faults import NO_DEVICE
 from scripts.runs.meaning import hash_of
 from scripts.runs.run import Run
 from scripts.runs.workers import CELLS_ON_DEVICE
+
+#: more than any machine has, in bytes.
+MOST_MEMORY = 2**46
 
 
 def check(run: Run) -> None:
@@ -29,7 +33,7 @@ def check(run: Run) -> None:
         ConfigError: a value is not allowed; the message says which and what is. Or the run needs a
             device that this process has not.
     """
-    check_settings(run)
+    _check_settings(run, fitting.machine_memory())
     _check_device(run)
 
 
@@ -39,6 +43,11 @@ def check_settings(run: Run) -> None:
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
     """
+    _check_settings(run, MOST_MEMORY)
+
+
+def _check_settings(run: Run, memory: int) -> None:
+    """Check all but the device; `memory` is that of the machine, in bytes."""
     from hydra.utils import instantiate
 
     cfg = run.config
@@ -70,24 +79,44 @@ def check_settings(run: Run) -> None:
         )
     if cfg.model.init != "random":
         weights_of(run)
-    architecture = _architecture(run)
-    if architecture is not None:
-        _check_fits(run, architecture)
+    architecture, described = _architecture(run)
+    if architecture is None:
+        return
+    try:
+        _check_fits(run, architecture, described, memory)
+    except ConfigError as error:
+        if described is None:
+            raise
+        message = str(error).replace("model.architecture.", f"{described}: ")
+        message = message.replace("model.architecture", str(described))
+        is_named = str(described.parent) in message
+        raise ConfigError(
+            message if is_named else f"{message} (of the model that {described} describes)"
+        ) from error
 
 
-def _architecture(run: Run) -> Any:
-    """Return what the model of a run is built from, where that is known before its weights are."""
+def _architecture(run: Run) -> tuple[Any, Path | None]:
+    """Return what a model is built from, where that is known before its weights are, and its file.
+
+    Raises:
+        ConfigError: the file in ``model.path`` is damaged.
+    """
     model = run.config.model
     if run.pretraining is not None:
-        return run.pretraining.config.model.architecture
+        return run.pretraining.config.model.architecture, None
     if model.path is None:
-        return model.architecture
+        return model.architecture, None
     described = Path(model.path).expanduser() / "config.json"
     if not described.is_file():
-        return None  # `check_sources` says what the folder lacks
+        return None, None  # `check_sources` says what the folder lacks
     with as_config_error():
         content = stored.read_json(described, "copy the model's folder again")
-    return content if "model_type" in content else None
+    if "model_type" not in content:
+        raise ConfigError(
+            f"{described} has no model_type, so that it describes no model of transformers; copy "
+            "it again, or write the type (gpt2, roberta, bart, ...)"
+        )
+    return content, described
 
 
 def _check_device(run: Run) -> None:
@@ -116,8 +145,11 @@ def _check_device(run: Run) -> None:
         )
 
 
-def _check_fits(run: Run, architecture: Any) -> None:
-    """Inject the method into a model without storage: finds ranks and names that do not fit."""
+def _check_fits(run: Run, architecture: Any, described: Path | None, memory: int) -> None:
+    """Inject the method into a model without storage: finds ranks and names that do not fit.
+
+    Where the architecture was read from a file, the weights beside it are compared with it.
+    """
     import torch
     from hydra.utils import instantiate
 
@@ -125,6 +157,10 @@ def _check_fits(run: Run, architecture: Any) -> None:
     with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
         model = random_model(cfg, task, architecture)
+        fitting.check_memory(model, memory)
+        if described is not None and cfg.model.init != "random":
+            with contextlib.suppress(FileNotFoundError):  # `check_sources` says what is missing
+                fitting.check_weights_fit(described.parent, model)
         if cfg.predict:
             task.check_model(model)
         method, most = instantiate(cfg.method), cfg.trainer.max_steps

@@ -226,8 +226,17 @@ def folder_checksum(key: str, path: str) -> str:
         raise ConfigError(
             f"{key}={path}: no such folder (looked in {folder.resolve()}); write the folder's path"
         )
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))]
+    # A link that leads nowhere (an editor's lock is one) has no content; what needs it says so.
+    states = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if _leads_somewhere(p)]
+    files = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     cache_key = (str(folder.resolve()), *files)
     if cache_key not in _CHECKSUMS:
         _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
     return _CHECKSUMS[cache_key]
+
+
+def _leads_somewhere(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a link to itself
+        return False
