@@ -256,7 +256,7 @@ def test_a_mirror_of_the_hub_is_asked_in_its_place(
 def test_a_release_must_be_pinned() -> None:
     with pytest.raises(ValueError, match="commit='main' is not allowed; write a full hash"):
         Release("owner/name", "main", "http://127.0.0.1", {})
-    with pytest.raises(ValueError, match=r"sha256 of a.txt is 'abc'"):
+    with pytest.raises(ValueError, match=r"a\.txt='abc' is not allowed; write a sha256"):
         Release("owner/name", COMMIT, "http://127.0.0.1", {"a.txt": "abc"})
 
 
