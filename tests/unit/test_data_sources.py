@@ -316,7 +316,11 @@ def test_a_source_is_checked_without_reading_it(tmp_path: Path) -> None:
         ({"kind": "embedded", "data_dir": "x"}, r"task\.source=embedded with task\.data_dir=x"),
         ({"kind": "hub", "key": "release_lora"}, r"task\.source=hub without task\.release_lora"),
         (
-            {"kind": "hub", "release": release("", a_txt=""), "needed": ["a.txt", "b.txt"]},
+            {
+                "kind": "hub",
+                "release": release("http://127.0.0.1:9", a_txt=""),
+                "needed": ["a.txt", "b.txt"],
+            },
             r"task\.release\.files lacks \['b\.txt'\]",
         ),
     ],

@@ -210,7 +210,10 @@ def test_some_hidden_test_labels_are_refused(tmp_path: Path) -> None:
         ({"scored_split": "train"}, "scored_split='train'.* 'validation', 'test'"),
         ({"scored_split": "test"}, "only your own files can have a test set"),
         ({"max_length": 3}, "task.max_length=3 .*>= 6"),
-        ({"metrics": ["pearson"]}, r"task.metrics=\['pearson'\]; allowed: accuracy, f1, matthews"),
+        (
+            {"metrics": ["pearson"]},
+            r"task.metrics=\['pearson'\] for classes .*; allowed: accuracy, f1, matthews",
+        ),
         ({"columns": ["a", "b", "c"]}, "a task has one or two sentences"),
     ],
 )
