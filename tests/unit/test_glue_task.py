@@ -315,7 +315,7 @@ def test_recipes_name_whose_alpha_and_batch_they_take(task: str) -> None:
     assert paper.trainer.batch_size == batch
     assert scripts.trainer.batch_size == batch * (2 if task == "cola" else 8)
     assert (paper.method.dropout, paper.trainer.warmup_ratio) == (0.0, 0.06)
-    with pytest.raises(ConfigError, match=r"variants\.both"):
+    with pytest.raises(ConfigError, match=r"recipe\.variant='both' is none of"):
         recipe("recipe.variant=both")
 
 
