@@ -163,7 +163,8 @@ class Loop:
             self._enable_gradient_checkpointing()
         self.model.to(self.device)
         check_weights(
-            self.model.named_parameters(), "the model that the run starts from",
+            {name.replace(".base_layer", ""): p for name, p in self.model.named_parameters()}.items(),
+            "the model that the run starts from",
             "copy its weights again, or take others",
         )  # fmt: skip
         optimizer = self.settings.build_optimizer(self.model, self.method)
