@@ -163,10 +163,10 @@ class Loop:
             self._enable_gradient_checkpointing()
         self.model.to(self.device)
         check_weights(
-            {name.replace(".base_layer", ""): p for name, p in self.model.named_parameters()}.items(),
+            ((n.replace(".base_layer", ""), p) for n, p in self.model.named_parameters()),
             "the model that the run starts from",
             "copy its weights again, or take others",
-        )  # fmt: skip
+        )
         optimizer = self.settings.build_optimizer(self.model, self.method)
         if stored is not None:
             self._restore_model(stored)
