@@ -6,8 +6,7 @@ All of it is found from names, shapes and numbers, before any weight is read and
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,35 +57,44 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no safetensors file: {error}; copy it again") from error
+            raise ValueError(
+                f"{path} is no whole safetensors file: {error}; copy it again"
+            ) from error
     return found
 
 
-def check_weights_fit(folder: Path, model: nn.Module) -> None:
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters, by their names with and without its prefix.
+
+    Weights of a model without a head have names without the prefix of those with one.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    bare = {n.removeprefix(prefix): s for n, s in own.items() if n.startswith(prefix)}
+    return {**{f"{prefix}{name}": shape for name, shape in own.items()}, **bare, **own}
+
+
+def check_weights_fit(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare the headers of a folder's weights with the model that its configuration describes.
 
     Args:
         folder: of a model, with all of its files.
-        model: built from it; without storage (meta) is enough.
+        expected: from `shapes`.
 
     Raises:
         ValueError: a parameter has another shape, or is stored as something else than real numbers.
     """
-    parameters = dict(model.named_parameters())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     wrong = []
     for name, stored in stored_tensors(folder).items():
-        others = (name, f"{prefix}{name}", name.removeprefix(prefix))
-        parameter = next((parameters[other] for other in others if other in parameters), None)
-        if parameter is None:
+        if name not in expected:
             continue
         if stored.dtype not in _FLOATS:
             raise ValueError(
                 f"{stored.path}: {name} is stored as {stored.dtype}, and needed are real numbers "
                 f"({', '.join(_FLOATS)}); take weights that are not quantised, or convert them"
             )
-        if stored.shape != tuple(parameter.shape):
-            wrong.append((stored, name, tuple(parameter.shape)))
+        if stored.shape != expected[name]:
+            wrong.append((stored, name, expected[name]))
     if wrong:
         path = wrong[0][0].path
         listed = "; ".join(
@@ -98,31 +106,6 @@ def check_weights_fit(folder: Path, model: nn.Module) -> None:
             "both from one place, and take a model whose head is new or has as many outputs as the "
             "task has labels"
         )
-
-
-def check_memory(model: nn.Module, memory: int) -> None:
-    """Refuse a model whose weights alone take more than a machine's memory.
-
-    Args:
-        model: without storage (meta).
-        memory: bytes.
-
-    Raises:
-        ValueError: the message has its parameters and bytes.
-    """
-    parameters = list(model.parameters())
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    if size > memory:
-        raise ValueError(
-            f"the model has {sum(p.numel() for p in parameters):,} parameters, which take "
-            f"{size / 2**30:,.1f} GiB, and there are {memory / 2**30:,.1f} GiB of memory; correct "
-            "its sizes, or take a smaller model or a machine with more memory"
-        )
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def positions(config: Any) -> int | None:

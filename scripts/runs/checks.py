@@ -8,22 +8,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from delta_lora import fitting, stored
+from delta_lora.checks import shown
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.faults import NO_DEVICE
-from scripts.runs.meaning import hash_of
+from scripts.runs.meaning import hash_of, plain
 from scripts.runs.run import Run
+from scripts.runs.space import gib
 from scripts.runs.workers import CELLS_ON_DEVICE
-
-#: more than any machine has, in bytes.
-MOST_MEMORY = 2**46
 
 
 def check(run: Run) -> None:
@@ -33,8 +33,11 @@ def check(run: Run) -> None:
         ConfigError: a value is not allowed; the message says which and what is. Or the run needs a
             device that this process has not.
     """
-    _check_settings(run, fitting.machine_memory())
+    fitted = _check_settings(run)
     _check_device(run)
+    if fitted is not None:
+        _check_memory(run, fitted.model)
+        _check_weights(fitted)
 
 
 def check_settings(run: Run) -> None:
@@ -43,11 +46,28 @@ def check_settings(run: Run) -> None:
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
     """
-    _check_settings(run, MOST_MEMORY)
+    fitted = _check_settings(run)
+    if fitted is not None:
+        _check_weights(fitted)
 
 
-def _check_settings(run: Run, memory: int) -> None:
-    """Check all but the device; `memory` is that of the machine, in bytes."""
+@dataclass(frozen=True)
+class _Fitted:
+    """A model without storage, in which the method was injected.
+
+    Attributes:
+        model: it.
+        shapes: of its parameters before that, see `fitting.shapes`.
+        described: the ``config.json`` that it was built from, if it was and has weights beside it.
+    """
+
+    model: Any
+    shapes: dict[str, tuple[int, ...]]
+    described: Path | None
+
+
+def _check_settings(run: Run) -> _Fitted | None:
+    """Check settings; return the model without storage, or None where that is not known yet."""
     from hydra.utils import instantiate
 
     cfg = run.config
@@ -81,9 +101,9 @@ def _check_settings(run: Run, memory: int) -> None:
         weights_of(run)
     architecture, described = _architecture(run)
     if architecture is None:
-        return
+        return None
     try:
-        _check_fits(run, architecture, described, memory)
+        return _check_fits(run, architecture, described)
     except ConfigError as error:
         if described is None:
             raise
@@ -145,11 +165,8 @@ def _check_device(run: Run) -> None:
         )
 
 
-def _check_fits(run: Run, architecture: Any, described: Path | None, memory: int) -> None:
-    """Inject the method into a model without storage: finds ranks and names that do not fit.
-
-    Where the architecture was read from a file, the weights beside it are compared with it.
-    """
+def _check_fits(run: Run, architecture: Any, described: Path | None) -> _Fitted:
+    """Inject the method into a model without storage: finds ranks and names that do not fit."""
     import torch
     from hydra.utils import instantiate
 
@@ -157,10 +174,7 @@ def _check_fits(run: Run, architecture: Any, described: Path | None, memory: int
     with as_config_error(), torch.device("meta"):
         task = instantiate(cfg.task)
         model = random_model(cfg, task, architecture)
-        fitting.check_memory(model, memory)
-        if described is not None and cfg.model.init != "random":
-            with contextlib.suppress(FileNotFoundError):  # `check_sources` says what is missing
-                fitting.check_weights_fit(described.parent, model)
+        shapes = fitting.shapes(model)
         if cfg.predict:
             task.check_model(model)
         method, most = instantiate(cfg.method), cfg.trainer.max_steps
@@ -171,6 +185,48 @@ def _check_fits(run: Run, architecture: Any, described: Path | None, memory: int
             head=task.head,
             total_steps=most if is_short else 10**9,
             seed=cfg.seed,
+        )
+    return _Fitted(model, shapes, None if cfg.model.init == "random" else described)
+
+
+def _check_weights(fitted: _Fitted) -> None:
+    """Compare the headers of a folder's weights with the ``config.json`` beside them.
+
+    Raises:
+        ConfigError: a parameter has another shape or is no real number, or a file is damaged.
+    """
+    if fitted.described is not None:
+        # `check_sources` says what is missing.
+        with as_config_error(), contextlib.suppress(FileNotFoundError):
+            fitting.check_weights_fit(fitted.described.parent, fitted.shapes)
+
+
+def _check_memory(run: Run, model: Any) -> None:
+    """Check that the weights of a model, which has no storage yet, fit into this machine at all.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    import torch
+
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        devices_have = (
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        )
+        have = max(have, *devices_have)
+    if need > have:
+        cfg = run.config.model
+        key = "architecture" if cfg.path is None else "path"
+        if run.pretraining is not None:
+            key = "pretrain"
+        raise ConfigError(
+            f"model.{key}={shown(plain(cfg[key]), 300)} makes a model of {numel:.3g} parameters, "
+            f"whose weights take {gib(need)}, and this machine has {gib(have)} of memory; use a "
+            "smaller model or another machine"
         )
 
 

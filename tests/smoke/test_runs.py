@@ -28,6 +28,7 @@ from scripts.runs.folder import LockedError, lock
 from scripts.runs.mirroring import group_of
 from scripts.runs.run import Run, Status
 from scripts.sweeping.spec import load_sweep
+from tests.faults.damage import rewrite
 from tests.smoke.conftest import command, environment
 from tests.smoke.mirrored import logged
 
@@ -234,9 +235,7 @@ def test_a_run_on_another_base_is_stale(
     execute(run)
     base = run.pretraining.folder / "record.json"
     original = base.read_text()
-    record = json.loads(original)
-    record["model"]["saved_weights_sha256"] = "0" * 64
-    base.write_text(json.dumps(record))
+    rewrite(base, lambda record: record["model"].update(saved_weights_sha256="0" * 64))
     try:
         assert run.status().state == "stale"
     finally:
@@ -310,6 +309,7 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
     assert not list(tmp_path.iterdir())  # the working folder of the command
 
 
+@pytest.mark.long
 def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
     small: Callable[..., list[str]], train: Any
 ) -> None:
@@ -346,6 +346,7 @@ def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
     assert execute(run)["training"]["steps"] == 6
 
 
+@pytest.mark.long
 def test_a_launcher_gives_the_same_runs_to_the_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:

@@ -212,7 +212,7 @@ def test_some_hidden_test_labels_are_refused(tmp_path: Path) -> None:
         ({"max_length": 3}, "task.max_length=3 .*>= 6"),
         (
             {"metrics": ["pearson"]},
-            r"task.metrics=\['pearson'\] for classes.*: accuracy, f1",
+            r"task.metrics=\['pearson'\] for classes .*; allowed: accuracy, f1, matthews",
         ),
         ({"columns": ["a", "b", "c"]}, "a task has one or two sentences"),
     ],
