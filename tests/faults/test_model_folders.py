@@ -31,7 +31,7 @@ from tests.faults.tally import Tally
 
 PART = "model folders"
 #: damaged folders of the short form.
-SHORT = 24
+SHORT = 12
 GOOD = ("right", "clear error")
 
 

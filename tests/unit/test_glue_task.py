@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,13 @@ def write(folder: Path, task: str) -> Path:
     return folder
 
 
+@cache
+def composed(task: str) -> Any:
+    return compose([f"experiment=glue/{task}", "method=lora"]).task
+
+
 def configured(task: str, **changes: Any) -> Glue:
-    cfg = compose([f"experiment=glue/{task}", "method=lora"]).task
-    made: Glue = instantiate(cfg, **changes)
+    made: Glue = instantiate(composed(task), **changes)
     return made
 
 
