@@ -91,7 +91,10 @@ def test_some_damages(sounds: Callable[[str], Sound], tmp_path: Path, tally: Tal
     [
         ("config.json is three bytes", r"config.json is damaged \(no JSON"),
         ("tokenizer.json is three bytes", r"tokenizer.json is damaged \(no JSON"),
-        ("n_embd is 10000000", r"makes a model of 3\.6e\+15 parameters, whose weights take .*GiB"),
+        (
+            "n_embd is 10000000",
+            r"makes a model of 3\.6e\+15 parameters, whose weights .*take .*GiB",
+        ),
         ("n_embd is 256", r"model.safetensors does not hold the model that .*/config.json"),
         ("a vocabulary beyond the embedding", r"numbers 'word39' 539, but the model of .* has 500"),
         ("a tokenizer of another model", r"bos_token_id is 499 of the tokenizer and 0 of"),

@@ -206,7 +206,7 @@ def test_finding_files(tmp_path: Path) -> None:
     (tmp_path / "c.txt").mkdir()
     with pytest.raises(IsADirectoryError, match=r"c.txt is a folder; put the file"):
         find_file(tmp_path, "c.txt")
-    with pytest.raises(IsADirectoryError, match=r"c.txt is no file"):
+    with pytest.raises(IsADirectoryError, match=r"c.txt is a folder"):
         read_document(tmp_path / "c.txt")
 
 
@@ -431,10 +431,10 @@ def test_wrong_tsv_is_named_with_its_line(tmp_path: Path, text: str, message: st
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    read = document(tmp_path, '{"a": "x", "id": 7, "z": []}\n{"id": null, "a": "é\\u2028"}\n')
-    assert list(read_jsonl(read, ["a"], ["id"])) == [
-        (1, {"a": "x", "id": "7"}),
-        (2, {"a": "é\u2028"}),
+    text = '{"a": "x", "b": "y", "id": 7, "z": []}\n{"id": null, "a": "é\\u2028", "b": null}\n'
+    assert list(read_jsonl(document(tmp_path, text), ["a"], ["b"], raw=["id"])) == [
+        (1, {"a": "x", "b": "y", "id": 7}),
+        (2, {"a": "é\u2028", "id": None}),
     ]
 
 
