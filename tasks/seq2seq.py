@@ -95,8 +95,8 @@ def check_start(model: nn.Module) -> None:
         ValueError: its configuration has no ``decoder_start_token_id``, or none of its tokens.
     """
     config: Any = model.config
-    start, size = getattr(config, "decoder_start_token_id", None), config.vocab_size
-    if start is None or not 0 <= start < size:
+    start, size = (getattr(config, n, None) for n in ("decoder_start_token_id", "vocab_size"))
+    if start is None or start < 0 or (size is not None and start >= size):
         raise ValueError(
             f"decoder_start_token_id={start} of the model's configuration is none of its {size} "
             "tokens, and every target begins with it; correct it, or set "
