@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora import adapter_file, checkpoint, methods
+from delta_lora.checks import expanded
 from delta_lora.models import fingerprint
 from delta_lora.protocols import Method
 from delta_lora.step_watch import StepWatch
@@ -220,7 +221,7 @@ class Adapter:
             RuntimeError: the last optimiser step was taken without the two calls around it.
         """
         self._watch.check()
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         description = {**self.description, "facts": self.method.describe(), "step": self.step}
         adapter_file.write(folder, self.method.updated_tensors(self.model), description)
         return folder

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from delta_lora.checks import expanded
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,7 +117,12 @@ def list_files(
 def looks_local(source: str | Path) -> bool:
     """Return whether `source` means a folder and not a repository of the hub."""
     path = Path(source)
-    return path.is_absolute() or str(source).startswith((".", "~")) or path.exists()
+    return path.is_absolute() or str(source).startswith((".", "~", "$")) or path.exists()
+
+
+def located(source: str | Path) -> str | Path:
+    """Return a folder with ``~`` and ``$NAME`` as what they stand for, and a hub id as it is."""
+    return expanded(source) if looks_local(source) else source
 
 
 def check_source(
@@ -146,7 +153,7 @@ def check_source(
         HubUnreachableError: the cache lacks a needed file, and the hub does not answer.
     """
     if looks_local(source):
-        place = _folder(Path(source))
+        place = _folder(expanded(source))
         _refuse(place, _lacking(place, model=model, tokenizer=tokenizer))
         _check_readable(place, model=model)
         return

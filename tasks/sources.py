@@ -24,7 +24,7 @@ import pooch
 import requests
 from requests.exceptions import RequestException
 
-from delta_lora.checks import Matches, OneOf, Range, check_choice, check_values, shown
+from delta_lora.checks import Matches, OneOf, Range, check_choice, check_values, expanded, shown
 from tasks.data import listing
 
 KINDS = ("hub", "files", "embedded")
@@ -308,7 +308,7 @@ def remote_size(url: str, *, timeout_s: float) -> int | None:
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return `cache_dir`, or the suite's folder in the user's cache where it is None."""
-    return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
+    return expanded(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir)
 
 
 def open_folder(data_dir: str | Path) -> Path:
@@ -318,7 +318,7 @@ def open_folder(data_dir: str | Path) -> Path:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
     """
-    folder = Path(data_dir).expanduser().resolve()
+    folder = expanded(data_dir).resolve()
     if folder.is_dir():
         return folder
     if folder.exists():

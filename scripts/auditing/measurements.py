@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stored
+from delta_lora.writing import make_folder
 from scripts.runs import provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
@@ -125,7 +126,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
             "device": provenance.device(_device(run)),
         },
     }
-    measurement.path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(measurement.path.parent)
     checkpoint.write_json(measurement.path, stored.sealed(record))
     return record
 

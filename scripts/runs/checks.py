@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from delta_lora import stored
+from delta_lora.checks import expanded
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
@@ -82,7 +82,7 @@ def _architecture(run: Run) -> Any:
         return run.pretraining.config.model.architecture
     if model.path is None:
         return model.architecture
-    described = Path(model.path).expanduser() / "config.json"
+    described = expanded(model.path) / "config.json"
     if not described.is_file():
         return None  # `check_sources` says what the folder lacks
     with as_config_error():

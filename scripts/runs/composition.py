@@ -301,7 +301,9 @@ def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for folder in folders(overrides):
         for name in _members(folder / "experiment"):
-            content: Any = yaml.safe_load((folder / "experiment" / f"{name}.yaml").read_text())
+            content: Any = yaml.safe_load(
+                (folder / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+            )
             pair: dict[str, str] = {}
             for entry in content.get("defaults", []):
                 if isinstance(entry, dict):

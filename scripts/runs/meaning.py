@@ -14,11 +14,11 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from delta_lora.checks import expanded
 from scripts.runs import provenance
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.leaves import class_of
@@ -221,13 +221,20 @@ def folder_checksum(key: str, path: str) -> str:
     Raises:
         ConfigError: it does not exist.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise ConfigError(
             f"{key}={path}: no such folder (looked in {folder.resolve()}); write the folder's path"
         )
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))]
-    cache_key = (str(folder.resolve()), *files)
-    if cache_key not in _CHECKSUMS:
-        _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
+    try:
+        # A link to nothing is no file: whoever needs that file says so.
+        paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
+        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        cache_key = (str(folder.resolve()), *files)
+        if cache_key not in _CHECKSUMS:
+            _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={path}: {error.filename or folder} cannot be read: {error.strerror}"
+        ) from error
     return _CHECKSUMS[cache_key]

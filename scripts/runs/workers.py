@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from delta_lora.writing import make_folder
 from scripts.runs import faults
 from scripts.runs.jobs import Job, Outcome, Queue
 
@@ -171,7 +172,7 @@ class Pool:
     def __init__(self, *, environments: Sequence[Mapping[str, str]], logs: Path, name: str) -> None:
         if not environments:
             raise ValueError("a pool needs at least one worker")
-        logs.mkdir(parents=True, exist_ok=True)
+        make_folder(logs)
         began = {COMMAND_BEGAN: repr(when_began())}
         self._slots = [
             _Slot(logs / f"{name}-worker{index}.log", {**environment, **began})

@@ -36,13 +36,14 @@ import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nltk.tokenize import word_tokenize
 from sacrebleu.metrics import BLEU
 
+from delta_lora import console
+from delta_lora.console import as_path
 from delta_lora.protocols import ItemScores, OfSets, Scores
 from tasks.metrics import items
 from tasks.metrics.e2e import check_texts, read_predictions, read_references
@@ -381,9 +382,12 @@ _SUMMANDS: dict[tuple[str, str], Callable[[Texts, Groups], Summands]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of a file of outputs; exit code 1 where one is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--predictions", type=Path, required=True, help="one output a line")
+    parser.add_argument("--predictions", type=as_path, required=True, help="one output a line")
     parser.add_argument(
-        "--references", type=Path, required=True, help="one a line, groups end at an empty line"
+        "--references",
+        type=as_path,
+        required=True,
+        help="one a line, groups end at an empty line",
     )
     parser.add_argument("--protocol", choices=list(METRICS), default="lora")
     parser.add_argument("--json", action="store_true", help="full precision, as one JSON object")
@@ -407,4 +411,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.run(main)
