@@ -190,8 +190,8 @@ def export_merged(
                 f"this method cannot be merged into the weights: {differing[0]} is not in both the "
                 "base and the trained model; delta_lora.load(path) gives the trained model"
             )
-        with writing.writing(folder):
-            save(str(folder), safe_serialization=True)
+        with writing.filling(folder) as temporary:
+            save(str(temporary), safe_serialization=True)
     return folder
 
 

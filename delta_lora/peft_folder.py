@@ -76,7 +76,6 @@ def write_peft_folder(
     for name, (A_RI, B_OR) in factors.items():
         tensors[f"{name}.lora_A.weight"] = A_RI
         tensors[f"{name}.lora_B.weight"] = B_OR
-    writing.make_folder(folder)
-    write_tensors(folder / PEFT_WEIGHTS, tensors)
-    with writing.writing(folder / "adapter_config.json"):
-        plain.save_pretrained(str(folder))
+    with writing.filling(folder) as temporary:
+        write_tensors(temporary / PEFT_WEIGHTS, tensors)
+        plain.save_pretrained(str(temporary))

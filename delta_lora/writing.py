@@ -181,6 +181,37 @@ def make_folder(path: Path, then: str = CONTINUES) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def filling(folder: Path, then: str = CONTINUES) -> Iterator[Path]:
+    """Yield a folder for files that then stand in `folder`, all of them or none.
+
+    Files of other names stay there. For libraries that write a folder as they like.
+
+    Raises:
+        WriteError: one could not be written.
+    """
+    is_new = not folder.exists()
+    temporary = folder / f"{UNFINISHED}{os.getpid()}-new"
+    with writing(folder, then):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                flush(path)
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        except BaseException:
+            discard(temporary)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+        discard(temporary)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

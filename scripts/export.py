@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from delta_lora import console, stored
 from delta_lora.checks import expanded
 from delta_lora.console import as_path
-from delta_lora.writing import write_text, writing
+from delta_lora.writing import filling, write_text
 from scripts.reporting.results import RESULTS
 from scripts.reporting.scope import words_of_part
 from scripts.runs import weights
@@ -176,8 +176,8 @@ def _copy_tokenizer(
         logger.warning("no tokenizer beside the export: %s", error)
         return
     for folder in folders:
-        with writing(folder):
-            tokenizer.save_pretrained(str(folder))
+        with filling(folder) as temporary:
+            tokenizer.save_pretrained(str(temporary))
 
 
 # ---------------------------------------------------------------------- the card

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,27 @@ def main(_: DictConfig) -> float | None:
         selected by, else the loss there, as stored (of the loss, less is better). None where there
         is none, in other processes than the main one, and where another process holds the run.
     """
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    return carry_out(
+        lambda: Run.compose(overrides_of(hydra_config)),
+        is_sweep=hydra_config.mode == RunMode.MULTIRUN,
+    )
+
+
+def carry_out(make: Callable[[], Run], *, is_sweep: bool) -> float | None:
+    """Execute a run and report it; what went wrong ends the process with one line.
+
+    Args:
+        make: composes the run.
+        is_sweep: whether it is one of many, so that its error is for Hydra to note.
+
+    Returns:
+        As `main`.
+    """
     if int(os.environ.get("RANK", "0")) > 0:
         logging.disable(logging.INFO)  # the main process reports
     try:
-        run = Run.compose(overrides_of(HydraConfig.get()))
+        run = make()
         if run.is_done:
             logger.info("already done: %s (delete the folder to run it again)", run.folder)
         record = execute(run, wait=False)

@@ -283,13 +283,9 @@ def _save_model(run: Run, built: Built) -> str:
     from delta_lora.models import fingerprint
 
     folder = run.folder / "model"
-    with writing.writing(folder):
-        try:
-            built.model.save_pretrained(folder)
-            built.tokenizer.save_pretrained(folder)
-        except BaseException:  # half a model would only fill the disk further
-            writing.discard(folder)
-            raise
+    with writing.filling(folder) as temporary:
+        built.model.save_pretrained(temporary)
+        built.tokenizer.save_pretrained(temporary)
     return fingerprint(built.model)
 
 

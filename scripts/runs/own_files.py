@@ -48,9 +48,9 @@ def _committed() -> frozenset[Path] | None:
     """Return the files that git knows in this repository; None where there is no git to tell."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603
             command, check=True, capture_output=True, encoding="utf-8", errors="surrogateescape"
-        )  # noqa: S603
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return frozenset(ROOT / name for name in done.stdout.split("\0") if name)

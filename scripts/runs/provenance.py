@@ -123,6 +123,6 @@ def _cpu_name() -> str:
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(
+    return subprocess.run(  # noqa: S603
         command, check=True, capture_output=True, encoding="utf-8", errors="replace"
-    ).stdout  # noqa: S603
+    ).stdout

@@ -9,22 +9,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tasks.tiny.bpe import train_tokenizer
 from tests.faults.tally import Tally
-from tests.faults.warm import Command, Ended, Warm
+from tests.faults.warm import RUN, Command, Ended, Warm
 from tests.smoke.conftest import SMALL
 
-_PRETRAINING_GLUE = [
-    "task=pretraining_masked", "recipe=pretrain_roberta", "model=tiny_roberta_scratch",
-    "method=full", "scale=tiny", "trainer.max_steps=3", "task.num_documents=400",
-    "task.block_size=64", "task.tokenizer_documents=400", "task.vocab_size=700",
-    "task.num_validation_documents=20", "model.architecture.vocab_size=700",
-]  # fmt: skip
+#: where a case has the folder of the tokenizer that the bench makes.
+TOKENIZER = "<tokenizer>"
 #: a run that evaluates, scores and keeps its best epoch.
 GLUE = (
-    "experiment=glue/cola", "scale=tiny", "logger=none", f"model.pretrain={_PRETRAINING_GLUE!r}",
+    "experiment=glue/cola", "logger=none", "scale=paper", "task.source=embedded",
+    "model.init=random", f"model.tokenizer_path={TOKENIZER}",
+    "+model.architecture.hidden_size=16", "+model.architecture.num_hidden_layers=1",
+    "+model.architecture.num_attention_heads=2", "+model.architecture.intermediate_size=16",
+    "model.architecture.vocab_size=300", "model.architecture.max_position_embeddings=80",
     "task.embedded_sizes={train:24,validation:12}", "trainer.max_steps=9", "trainer.batch_size=8",
-    "trainer.log_every_steps=2", "trainer.checkpoint_every_steps=2",
-    "trainer.checkpoint_rule=best", "method=delta_lora", "recipe.start_step=2",
+    "trainer.device=cpu", "trainer.num_threads=1", "trainer.log_every_steps=1",
+    "trainer.checkpoint_every_steps=2", "method=delta_lora", "method.start_step=2",
+    "method.learning_rate=0.01",
 )  # fmt: skip
 _E2E = {
     "delta_lora": ("method=delta_lora",),
@@ -67,10 +69,9 @@ class Straight:
         return folder_in(self.outputs)
 
     @property
-    def base(self) -> Path:
-        """The folder of the run that pre-trained its model."""
-        (found,) = [p for p in _runs(self.outputs) if p.name.startswith("pretraining")]
-        return found
+    def bases(self) -> list[Path]:
+        """The folder of the run that pre-trained its model; none where it is random."""
+        return [p for p in _runs(self.outputs) if p.name.startswith("pretraining")]
 
 
 class Bench:
@@ -89,7 +90,7 @@ class Bench:
     def straight(self, name: str) -> Straight:
         """Return the straight run of a case of `CASES`."""
         if name not in self._straight:
-            overrides = CASES[name]
+            overrides = tuple(o.replace(TOKENIZER, str(self._tokenizer())) for o in CASES[name])
             outputs = self.place / f"straight-{len(self._straight)}"
             first = self.run(overrides, outputs)  # with its pre-training
             assert first.code == 0, first.output
@@ -100,16 +101,27 @@ class Bench:
             self._straight[name] = Straight(overrides, outputs, again.seconds, again.events)
         return self._straight[name]
 
+    def _tokenizer(self) -> Path:
+        folder = self.place / "tokenizer"
+        if not folder.exists():
+            made = train_tokenizer(
+                ["the cook of the old inn serves a fair meal"] * 20, vocab_size=300
+            )
+            made.model_max_length = 64
+            made.save_pretrained(folder)
+        return folder
+
     def fresh(self, straight: Straight) -> Path:
         """Return a new folder of outputs in which the model is pre-trained already."""
         outputs = self.place / f"run-{next(self._numbers)}"
         outputs.mkdir()
-        (outputs / straight.base.name).symlink_to(straight.base)
+        for base in straight.bases:
+            (outputs / base.name).symlink_to(base)
         return outputs
 
     def command(self, overrides: Sequence[str], outputs: Path) -> Command:
         """Return the command of a run in a folder of outputs."""
-        return Command((*overrides, f"paths.outputs={outputs}"), watch=str(outputs))
+        return Command((*overrides, f"paths.outputs={outputs}"), RUN, watch=str(outputs))
 
     def run(self, overrides: Sequence[str], outputs: Path, **faults: object) -> Ended:
         """Run a command line with faults; see `Command`."""

@@ -109,7 +109,7 @@ def _item_spread(results: Path, outputs: Path) -> Command:
 
 
 def _dashboard(results: Path, _: Path) -> Command:
-    arguments = ("all", "--scale", "tiny", "--results", str(results), "--entity", "me")
+    arguments = ("table1", "--scale", "tiny", "--results", str(results), "--entity", "me")
     return Command(
         (*arguments, "--dry-run", str(results / "dashboard.json")), "scripts/dashboard.py"
     )

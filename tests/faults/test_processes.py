@@ -113,10 +113,12 @@ def commands(straight: Straight, folder: Path) -> dict[str, Command]:
         "train, a mistake": Command((*straight.overrides, "method=λ")),
         "plan": Command(("table1", *tiny, "--seeds", "1", "--plan"), "scripts/reproduce.py"),
         "tables": Command(("table1", *tiny, "--results", str(folder)), "scripts/tables.py"),
-        "sweep": Command(("lambda_k", *tiny, "--check"), "scripts/sweep.py"),
-        "audit": Command((*tiny, "--check"), "scripts/audit.py"),
+        "sweep": Command(("lambda_k", *tiny, "--seeds", "1", "--plan"), "scripts/sweep.py"),
+        "audit": Command((*tiny, "--seeds", "1", "--plan"), "scripts/audit.py"),
         "report": Command((*tiny, "--check"), "scripts/report.py"),
-        "dashboard": Command(("all", *tiny, "--entity", "me", "--dry-run"), "scripts/dashboard.py"),
+        "dashboard": Command(
+            ("table1", *tiny, "--entity", "me", "--dry-run"), "scripts/dashboard.py"
+        ),
         "export": Command((str(run), "--output", str(folder / "export")), "scripts/export.py"),
         "item spread": Command((str(run),), "scripts/item_spread.py"),
         "score E2E": Command(files, "tasks/metrics/e2e.py"),

@@ -1,8 +1,10 @@
 """Commands of the suite in forked processes: a fault costs a second, not ten of imports.
 
 `Warm` starts one process that imports everything and then forks a child for every command. A child
-is a real process with the real command line: it can be killed, limited and signalled. What it
-prints goes into a pipe, so that a limit on files does not touch it.
+is a real process: it can be killed, limited and signalled. It runs a script with its command line,
+or, for ``script=RUN``, what ``train.py`` does behind its composition, which writes nothing and
+takes longer than the run. What it prints goes into a pipe, so that a limit on files does not touch
+it.
 
 In a child every *writing event* in the folder ``watch`` is counted: opening a file to write, and
 making, renaming, cutting or removing one. At the event of a given number the child is killed, or
@@ -15,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import resource
 import runpy
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +38,10 @@ TIMEOUT_S = 150.0
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KILL, FULL, READ_ONLY = "kill", "full", "read-only"
+#: in place of a script: a run, composed before.
+RUN = "a run"
+#: what a child says on its pipe of events of a module that it had to import.
+_MODULE = "module "
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Command:
 
     Attributes:
         arguments: of the script.
-        script: relative to the repository.
+        script: relative to the repository; `RUN`: see above.
         watch: folder whose writing events are counted.
         at_event: number of the event, from 1, at which `fault` happens; 0: never.
         on_name: count only events of files whose path holds this text.
@@ -73,10 +81,10 @@ class Command:
 
     def __str__(self) -> str:
         """As it is typed, and what is done to it."""
-        given = " ".join(f"'{argument}'" for argument in self.arguments)
+        script = "scripts/train.py" if self.script == RUN else self.script
         usual = {"arguments", "script"}
         faults = {k: v for k, v in asdict(self).items() if k not in usual and v != _USUAL.get(k)}
-        return f"python {self.script} {given}   # {faults}"
+        return f"python {script} {shlex.join(self.arguments)}   # {faults}"
 
 
 _USUAL = asdict(Command(()))
@@ -172,9 +180,16 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        children = [_Child(command) for command in json.loads(line)]
+        commands = json.loads(line)
+        for command in commands:
+            if command["script"] == RUN:
+                _composed(*_apart(command["arguments"]))
+        children = [_Child(command) for command in commands]
         for child in children:
             child.wait()
+            for name in child.modules:  # that the next child need not import
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
         answers.write(json.dumps([child.ended for child in children]) + "\n")
         answers.flush()
 
@@ -215,10 +230,12 @@ class _Child:
                     open_pipes.remove(pipe)
                     os.close(pipe)
         status = os.waitpid(self.pid, 0)[1]
+        told = self.texts[self.events].decode(errors="replace").splitlines()
+        self.modules = [t.removeprefix(_MODULE) for t in told if t.startswith(_MODULE)]
         self.ended = {
             "code": os.waitstatus_to_exitcode(status),
             "seconds": time.monotonic() - self.began,
-            "events": self.texts[self.events].decode(errors="replace").splitlines(),
+            "events": [text for text in told if not text.startswith(_MODULE)],
             "output": self.texts[self.output].decode(errors="replace"),
             "hung": hung,
         }
@@ -259,10 +276,14 @@ def _do(command: dict[str, Any], output: int, events: int) -> None:
                 pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
                 value = pages * resource.getpagesize() - value
             resource.setrlimit(getattr(resource, name), (value, value))
+        before = set(sys.modules)
         sys.addaudithook(_hook(command, events))
-        sys.argv = [str(ROOT / command["script"]), *command["arguments"]]
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            if command["script"] == RUN:
+                _run(command["arguments"])
+            else:
+                sys.argv = [str(ROOT / command["script"]), *command["arguments"]]
+                runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -272,8 +293,58 @@ def _do(command: dict[str, Any], output: int, events: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
+        for name in sorted(set(sys.modules) - before):
+            os.write(events, f"{_MODULE}{name}\n".encode())
     finally:
         os._exit(code)
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what train.py does with a run that is composed."""
+    from delta_lora import console
+    from scripts import train
+    from scripts.runs.run import Run
+
+    overrides, outputs = _apart(arguments)
+    known = _composed(overrides, outputs)
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, force=True)
+
+    def make() -> Run:
+        config = known.config.copy()
+        config.paths.outputs = outputs
+        run = Run(config)
+        run.meaning = known.meaning
+        if known.pretraining is not None:
+            run.pretraining.meaning = known.pretraining.meaning  # type: ignore[union-attr]
+        return run
+
+    def work() -> None:
+        train.carry_out(make, is_sweep=False)
+
+    console.run(work)
+
+
+def _apart(arguments: list[str]) -> tuple[tuple[str, ...], str]:
+    """Return the overrides of a run without its folder of outputs, and that."""
+    place = next(a for a in arguments if a.startswith("paths.outputs="))
+    return tuple(a for a in arguments if a != place), place.partition("=")[2]
+
+
+_RUNS: dict[tuple[str, ...], Any] = {}
+
+
+def _composed(overrides: tuple[str, ...], outputs: str) -> Any:
+    """Return a run, composed once; everything of it that costs time is known."""
+    from scripts.runs.run import Run
+
+    if overrides not in _RUNS:
+        run = Run.compose([*overrides, f"paths.outputs={outputs}"])
+        if run.pretraining is not None:
+            assert run.pretraining.meaning
+        assert run.meaning
+        _RUNS[overrides] = run
+    return _RUNS[overrides]
 
 
 def _stream(number: int, closed: list[int]) -> Any:
