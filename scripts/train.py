@@ -92,7 +92,7 @@ def carry_out(make: Callable[[], Run], *, is_sweep: bool) -> float | None:
         _stop(str(error))
     except KeyboardInterrupt as stop:
         _stop(f"{str(stop) or 'stopped'}; the same command continues", code=130)
-    except Exception as error:
+    except BaseException as error:  # a panic of a tokenizer is no Exception
         if is_sweep or faults.kind_of(error) is None:
             raise
         _stop(faults.reason_of(error), code=1)
