@@ -272,6 +272,12 @@ def _refuse(place: _Place, lacking: Sequence[str]) -> None:
     """Raise where files are missing, with what is there instead and what to do."""
     if not lacking:
         return
+    for link in (place.path(name) for name in lacking if name in place.names):
+        if link.is_symlink():
+            raise FileNotFoundError(
+                f"{link} is a link to {link.readlink()}, which is not there; copy the folder again "
+                "with what its links name (cp -rL)"
+            )
     message = f"{place.name} has no {', '.join(lacking)}"
     if WEIGHTS in lacking:
         others = [name for name in OTHER_WEIGHTS if place.has(name)]

@@ -69,12 +69,19 @@ def find_file(folder: Path, name: str) -> Path | None:
     """Return ``folder/name`` or ``folder/name.gz``, or None if neither is there.
 
     Raises:
-        ValueError: both are there, so it is not clear which one counts.
+        ValueError: both are there, so it is not clear which one counts; or a link to nothing.
     """
     plain, packed = folder / name, folder / f"{name}.gz"
     if plain.is_file() and packed.is_file():
         raise ValueError(f"{folder} holds both {plain.name} and {packed.name}; remove one of them")
-    return next((path for path in (plain, packed) if path.is_file()), None)
+    found = next((path for path in (plain, packed) if path.is_file()), None)
+    for path in (plain, packed) if found is None else ():
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {path.readlink()}, which is not there; mend the link, or put "
+                "the file in its place"
+            )
+    return found
 
 
 def read_document(path: Path) -> Document:
