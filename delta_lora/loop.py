@@ -163,9 +163,10 @@ class Loop:
             self._enable_gradient_checkpointing()
         self.model.to(self.device)
         check_weights(
-            self.model.named_parameters(), "the model that the run starts from",
+            ((n.replace(".base_layer", ""), p) for n, p in self.model.named_parameters()),
+            "the model that the run starts from",
             "copy its weights again, or take others",
-        )  # fmt: skip
+        )
         optimizer = self.settings.build_optimizer(self.model, self.method)
         if stored is not None:
             self._restore_model(stored)

@@ -188,7 +188,9 @@ class Release:
             "a full hash (40 hexadecimal digits); a branch or a short hash does not pin the data",
         ),
     ]
-    url: str
+    url: Annotated[
+        str, Matches(r"(https?|file)://\S+", "an address, as https://example.org/data/COMMIT")
+    ]
     files: Mapping[str, Annotated[str, Matches("[0-9a-f]{64}", "a sha256, 64 hexadecimal digits")]]
 
     def __post_init__(self) -> None:

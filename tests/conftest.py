@@ -43,6 +43,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether the long tests run too: `make faults` tries all faults, `make test` some of them."""
+    return "not long" not in request.config.option.markexpr
+
+
+@pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Iterator[faults.Tally]:
     """Count the faults that a test injects: see `tests.faults.tally`."""
     counted = faults.Tally()

@@ -317,8 +317,15 @@ def _refusing(peft_type: str, values: Mapping[str, Any], model: str = "") -> Ite
 
 def _check_types(peft_type: str, values: Mapping[str, Any]) -> None:
     """Check values by the types of PEFT's fields, and numbers by what their names mean."""
+    fields = dataclasses.fields(_config_class(peft_type))
     hints = typing.get_type_hints(_config_class(peft_type))
-    for field in dataclasses.fields(_config_class(peft_type)):
+    needed = "num_virtual_tokens"
+    if needed in {field.name for field in fields} and values.get(needed) is None:
+        raise ValueError(
+            f"peft.{needed}=None, and {peft_type} needs a number; write one, for example "
+            f"method.peft.{needed}=20"
+        )
+    for field in fields:
         if field.name not in values or (values[field.name] is None and field.default is None):
             continue
         hint, rule = _declared(field.name, hints[field.name], field.default)

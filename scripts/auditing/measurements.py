@@ -110,24 +110,26 @@ def measure(measurement: Measurement) -> dict[str, Any]:
         raise ValueError(f"{measurement.label}: the run {measurement.start} is not finished")
     if measurement.path.is_dir():
         raise ValueError(f"{measurement.path} is a folder instead of a file; remove it")
-    record = {
-        "schema": RECORD_SCHEMA,
-        "signature": measurement.signature,
-        "status": "completed",
-        "part": measurement.part,
-        "label": measurement.label,
-        "start": measurement.start,
-        "settings": measurement.settings,
-        "model": label(run.model_facts),
-        "result": MEASURE[measurement.part](run, measurement.settings),
-        "provenance": {
-            "git": provenance.git_state(ROOT),
-            "packages": provenance.packages(),
-            "device": provenance.device(_device(run)),
-        },
-    }
+    record = stored.sealed(
+        {
+            "schema": RECORD_SCHEMA,
+            "signature": measurement.signature,
+            "status": "completed",
+            "part": measurement.part,
+            "label": measurement.label,
+            "start": measurement.start,
+            "settings": measurement.settings,
+            "model": label(run.model_facts),
+            "result": MEASURE[measurement.part](run, measurement.settings),
+            "provenance": {
+                "git": provenance.git_state(ROOT),
+                "packages": provenance.packages(),
+                "device": provenance.device(_device(run)),
+            },
+        }
+    )
     make_folder(measurement.path.parent)
-    checkpoint.write_json(measurement.path, stored.sealed(record))
+    checkpoint.write_json(measurement.path, record)
     return record
 
 

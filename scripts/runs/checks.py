@@ -12,13 +12,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import stored
-from delta_lora.checks import expanded
+from delta_lora.checks import expanded, shown
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.faults import NO_DEVICE
-from scripts.runs.meaning import hash_of
+from scripts.runs.meaning import hash_of, plain
 from scripts.runs.run import Run
+from scripts.runs.space import gib
 from scripts.runs.workers import CELLS_ON_DEVICE
 
 
@@ -29,8 +30,10 @@ def check(run: Run) -> None:
         ConfigError: a value is not allowed; the message says which and what is. Or the run needs a
             device that this process has not.
     """
-    check_settings(run)
+    model = _check_settings(run)
     _check_device(run)
+    if model is not None:
+        _check_memory(run, model)
 
 
 def check_settings(run: Run) -> None:
@@ -39,6 +42,11 @@ def check_settings(run: Run) -> None:
     Raises:
         ConfigError: a value is not allowed; the message says which and what is.
     """
+    _check_settings(run)
+
+
+def _check_settings(run: Run) -> Any:
+    """Check settings; return the model without storage, or None where that is not known yet."""
     from hydra.utils import instantiate
 
     cfg = run.config
@@ -71,8 +79,7 @@ def check_settings(run: Run) -> None:
     if cfg.model.init != "random":
         weights_of(run)
     architecture = _architecture(run)
-    if architecture is not None:
-        _check_fits(run, architecture)
+    return None if architecture is None else _check_fits(run, architecture)
 
 
 def _architecture(run: Run) -> Any:
@@ -116,8 +123,12 @@ def _check_device(run: Run) -> None:
         )
 
 
-def _check_fits(run: Run, architecture: Any) -> None:
-    """Inject the method into a model without storage: finds ranks and names that do not fit."""
+def _check_fits(run: Run, architecture: Any) -> Any:
+    """Inject the method into a model without storage: finds ranks and names that do not fit.
+
+    Returns:
+        The model.
+    """
     import torch
     from hydra.utils import instantiate
 
@@ -135,6 +146,36 @@ def _check_fits(run: Run, architecture: Any) -> None:
             head=task.head,
             total_steps=most if is_short else 10**9,
             seed=cfg.seed,
+        )
+    return model
+
+
+def _check_memory(run: Run, model: Any) -> None:
+    """Check that the weights of a model, which has no storage yet, fit into this machine at all.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    import torch
+
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        devices_have = (
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        )
+        have = max(have, *devices_have)
+    if need > have:
+        cfg = run.config.model
+        key = "architecture" if cfg.path is None else "path"
+        if run.pretraining is not None:
+            key = "pretrain"
+        raise ConfigError(
+            f"model.{key}={shown(plain(cfg[key]), 300)} makes a model of {numel:.3g} parameters, "
+            f"whose weights take {gib(need)}, and this machine has {gib(have)} of memory; use a "
+            "smaller model or another machine"
         )
 
 

@@ -58,6 +58,7 @@ class Root:
     score_references: bool
     save_model: bool
     scale: Annotated[str, NAME]
+    part_of: Sequence[Annotated[str, NOT_EMPTY]] | None
 
 
 class ConfigError(ValueError):

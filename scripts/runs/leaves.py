@@ -27,6 +27,7 @@ from delta_lora.checks import (
     NOT_EMPTY,
     Matches,
     OneOf,
+    Range,
     check_mapping,
     check_value,
     check_values,
@@ -230,6 +231,19 @@ def _check_model(content: Mapping[str, Any]) -> None:
                 f"{type(defaults).__name__} has no such value; "
                 f"{near(str(name), defaults.to_dict())}correct it or leave it out"
             )
+    _check_numbers(architecture)
+
+
+def _check_numbers(architecture: Mapping[str, Any]) -> None:
+    """Check the numbers of an architecture that `transformers` takes as they come."""
+    vocab_size = architecture.get("vocab_size")
+    for name, value in architecture.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        allowed = Range(at_least=0)
+        if name.endswith("token_id") and isinstance(vocab_size, int):
+            allowed = Range(at_least=0, below=vocab_size, why="vocab_size")
+        check_value(f"model.architecture.{name}", value, int, allowed)
 
 
 @functools.cache

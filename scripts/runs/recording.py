@@ -102,17 +102,19 @@ def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:
     from delta_lora import checkpoint, stored
 
     start = completed(run.start.folder if isinstance(run.start, Run) else run.start)
-    record = {
-        **_identity(run),
-        "status": "pruned",
-        "task": {"name": run.choices.task},
-        "model": {"name": run.config.model.name, "pretrained_sha256": _pretrained_sha256(run)},
-        "init_from": None if start is None else {"adapter_sha256": start["adapter_sha256"]},
-        "pruned": {"step": stop.step, "of": stop.total_steps, "reason": stop.reason},
-        "training": {"steps": stop.step, "validation": stop.result.validation},
-        "config": config_of(run),
-    }
-    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
+    record = stored.sealed(
+        {
+            **_identity(run),
+            "status": "pruned",
+            "task": {"name": run.choices.task},
+            "model": {"name": run.config.model.name, "pretrained_sha256": _pretrained_sha256(run)},
+            "init_from": None if start is None else {"adapter_sha256": start["adapter_sha256"]},
+            "pruned": {"step": stop.step, "of": stop.total_steps, "reason": stop.reason},
+            "training": {"steps": stop.step, "validation": stop.result.validation},
+            "config": config_of(run),
+        }
+    )
+    checkpoint.write_json(run.folder / RECORD, record)
     return record
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -55,6 +56,8 @@ SWEEPER = "hydra/sweeper"
 OPTUNA = f"{SWEEPER}=optuna"
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 JOURNAL = "study.journal"
+#: settings of which one must be allowed.
+NUM_TRIED = 64
 #: how Hydra's own plugin for Optuna calls settings -> how they are called here.
 _ALIASES = {"sampler.seed": "seed"}
 
@@ -135,10 +138,10 @@ class Study:
         Raises:
             ConfigError: it cannot.
         """
-        firsts = {d.key: d.first for d in space}
+        firsts = _firsts(fixed, space)
         first = Run.compose([*fixed, *(f"{key}={text}" for key, text in firsts.items())])
         for dimension in space:
-            for text in dimension.texts[1:]:
+            for text in dimension.texts:
                 chosen = {**firsts, dimension.key: text}
                 Run.compose([*fixed, *(f"{key}={value}" for key, value in chosen.items())])
         if first.config.trainer.evaluate_every_epochs is None:
@@ -301,6 +304,21 @@ class Study:
         curve = curve_of(entries[:count], metric)
         step = int(entries[count - 1]["step"])
         return replace(trial, state="pruned", reason=reason, value=None, curve=curve, step=step)
+
+
+def _firsts(fixed: Sequence[str], space: Sequence[Dimension]) -> dict[str, str]:
+    """Return the first values that a run can have; one that is refused costs its trials only.
+
+    Where no setting of the first `NUM_TRIED` can be had: the very first, of which it will be said.
+    """
+    texts = [d.texts or [d.first] for d in space]
+    for chosen in itertools.islice(itertools.product(*texts), NUM_TRIED):
+        found = dict(zip((d.key for d in space), chosen, strict=True))
+        with contextlib.suppress(ConfigError):
+            run = Run.compose([*fixed, *(f"{key}={text}" for key, text in found.items())])
+            assert run.name  # its values are checked for it
+            return found
+    return {d.key: d.first for d in space}
 
 
 class _Work:

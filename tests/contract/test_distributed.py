@@ -67,7 +67,7 @@ def test_several_processes_give_the_run_of_one(
             assert b == pytest.approx(a, rel=1e-6), name  # the loss is summed in float32
         assert lines(folder / "predictions.jsonl") == predictions
         assert len(predictions) == NUM_PREDICTED
-        assert not list(folder.glob("*.partial*"))
+        assert not list(folder.glob(".writing-*"))
         if CASES_OF_RUNS[name][3] == "best":
             assert result.chosen_step in {entry["step"] for entry in result.validation}
 

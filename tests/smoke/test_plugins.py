@@ -143,7 +143,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     ),
     "a method that is none": (
         "toy_method.py", "(WeightsMethod)", "(nn.Module)",
-        r"method\._target_=toy_method\.ToyMethod is no Method; .* delta_lora\.protocols\.Method",
+        r"_target_=toy_method\.ToyMethod is no Method; .* delta_lora\.protocols\.Method",
     ),
     "a method whose settings have no names": (
         "toy_method.py", "    def choose(\n",
@@ -153,10 +153,10 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     ),
     "a method in no module": (
         "method/toy.yaml", "toy_method", "toymethod",
-        r"method\._target_=toymethod\.ToyMethod cannot be imported.* PYTHONPATH=FOLDER",
+        r"_target_=toymethod\.ToyMethod cannot be imported.* PYTHONPATH=FOLDER",
     ),
     "a method in no class": (
-        "method/toy.yaml", "ToyMethod", "ToyMethd", r"method\._target_=toy_method\.ToyMethd cannot",
+        "method/toy.yaml", "ToyMethod", "ToyMethd", r"_target_=toy_method\.ToyMethd cannot",
     ),
     "a method's unknown setting": (
         "method/toy.yaml", "learning_rate:", "learning_rat: 1\nlearning_rate:", "'learning_rat'",

@@ -28,6 +28,7 @@ from scripts.runs.folder import LockedError, lock
 from scripts.runs.mirroring import group_of
 from scripts.runs.run import Run, Status
 from scripts.sweeping.spec import load_sweep
+from tests.faults.damage import rewrite
 from tests.smoke.conftest import command, environment
 from tests.smoke.mirrored import logged
 
@@ -234,9 +235,7 @@ def test_a_run_on_another_base_is_stale(
     execute(run)
     base = run.pretraining.folder / "record.json"
     original = base.read_text()
-    record = json.loads(original)
-    record["model"]["saved_weights_sha256"] = "0" * 64
-    base.write_text(json.dumps(record))
+    rewrite(base, lambda record: record["model"].update(saved_weights_sha256="0" * 64))
     try:
         assert run.status().state == "stale"
     finally:

@@ -23,6 +23,7 @@ from scripts.runs.folder import read_record
 from scripts.runs.run import Run
 from tasks.glue import Glue
 from tasks.tiny.bpe import train_tokenizer
+from tests.faults.damage import rewrite
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"
 MNLI_SIZES = "task.embedded_sizes={train:24,validation_matched:6,validation_mismatched:6}"
@@ -99,9 +100,7 @@ def test_the_run_on_mnli_is_made_first_and_shared(small: Callable[..., list[str]
     assert read_record(before.folder)["training"]["steps"] == 4
     assert record["init_from"]["signature"] == before.name
     assert run.status().state == "done"
-    path = before.folder / "record.json"
-    changed = {**json.loads(path.read_text()), "adapter_sha256": "0" * 64}
-    path.write_text(json.dumps(changed))
+    rewrite(before.folder / "record.json", lambda record: record.update(adapter_sha256="0" * 64))
     assert run.status().state == "stale"
 
 
@@ -244,6 +243,5 @@ def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
     stored = json.loads(base.read_text())
     assert record["model"]["pretrained_sha256"] == stored["model"]["saved_weights_sha256"]
     assert run.status().state == "done"
-    stored["model"]["saved_weights_sha256"] = "0" * 64
-    base.write_text(json.dumps(stored))
+    rewrite(base, lambda record: record["model"].update(saved_weights_sha256="0" * 64))
     assert run.status().state == "stale"

@@ -89,7 +89,7 @@ def test_what_no_row_sets_is_free() -> None:
         ("rank", "method.rank=4", "recipe.rank"),
         ("rank", "recipe.rank=4", "sets the axis rank"),
         ("dropout", "method.dropout=0.1", "recipe.lora_dropout"),
-        ("lambda_k", "method={start_step: 3}", "would undo 'method=delta_lora'"),
+        ("lambda_k", "method={start_step: 3}", "method is set by the rows of configs/table"),
         ("lambda_k", "recipe.update_ratio=3", "'lora_scaled lambda=0.25'"),
     ],
 )
@@ -112,4 +112,4 @@ def test_commands_say_it_before_any_work(
     assert audit.main([*where, "method.dropout=0.2"]) == 2
     assert "'method.dropout=0.2' would undo" in capsys.readouterr().err
     assert audit.main([*where, "method.start_step=3"]) == 2
-    assert "'method.start_step=3' would undo" in capsys.readouterr().err
+    assert "Lora has no setting 'start_step'" in capsys.readouterr().err

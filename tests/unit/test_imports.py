@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "scripts/planning": (),
     "scripts/runs": ("delta_lora", "tasks", "scripts.planning"),
     "scripts/reporting": ("delta_lora", "scripts.runs"),
-    "scripts/htmlreport": ("scripts.runs", "scripts.reporting"),
+    "scripts/htmlreport": ("delta_lora.stored", "scripts.runs", "scripts.reporting"),
     "scripts/auditing": ("delta_lora", "scripts.runs", "scripts.reporting"),
     "scripts/sweeping": ("delta_lora", "scripts.runs", "scripts.reporting"),
     "scripts/dashboards": (

@@ -142,7 +142,10 @@ def test_refused_failed_and_held_cells_cost_themselves_only(tmp_path: Path) -> N
     done = launch(tmp_path, "method.update_ratio=-1,1,2,3,4", "seed=1,2")
     assert done.returncode == 1, done.stderr
     errors = done.stderr.splitlines()
-    assert "refused: delta_lora method.update_ratio=-1 on e2e: update_ratio=-1" in errors[0]
+    assert (
+        "refused: delta_lora method.update_ratio=-1 on e2e: method.update_ratio=-1 is not"
+        in errors[0]
+    )
     assert "skipped: process 7 is already working in" in done.stderr
     assert errors[-1] == (
         "4 done, 2 failed, 2 refused, 2 not run: delta_lora, λ = -1 on e2e, seeds 1, 2; "

@@ -243,7 +243,7 @@ def test_prepare_only_prepares(command: Callable[..., int], outputs: Path) -> No
         (["--args", "recipe.rank"], "is no override"),
         (["--args", "a='b"], "No closing quotation"),
         (["--args", "wrong=1"], "table1, row full: unknown key 'wrong'"),
-        (["--args", "recipe.rank=0"], "row lora on e2e: rank=0"),
+        (["--args", "recipe.rank=0"], "recipe.rank=0 is not allowed"),
         (["--args", "model.path=/nowhere"], "table1, row full: model.path=/nowhere: no such fold"),
     ],
 )

@@ -167,7 +167,9 @@ def test_a_refused_a_failed_and_a_held_cell_cost_themselves_only(
     said = capsys.readouterr()
     assert "lambda=2 K=4 on e2e, seed 1: left: process 7 is already working in" in said.out
     error = said.err
-    assert "refused: delta_lora lambda=-1 K=0 on e2e: update_ratio=-1 is not allowed" in error
+    assert (
+        "refused: delta_lora lambda=-1 K=0 on e2e: method.update_ratio=-1 is not allowed" in error
+    )
     assert error.splitlines()[-1] == (
         "12 done, 1 failed, 6 refused, 1 held by another process: "
         "Delta-LoRA, λ = 1, K = 0 on e2e, seed 2; Delta-LoRA, λ = 2, K = 4 on e2e, seed 1; "
@@ -179,7 +181,7 @@ def test_a_refused_a_failed_and_a_held_cell_cost_themselves_only(
     for line in (
         "- Delta-LoRA, λ = 1, K = 0 on e2e, seed 2: failed: RuntimeError: loss is &lt;nan>",
         "- Delta-LoRA, λ = 2, K = 4 on e2e, seed 1: held by another process: another process",
-        "- Delta-LoRA, λ = -1, K = 4 on e2e, seeds 1, 2: refused: update_ratio=-1 is not allowed",
+        "- Delta-LoRA, λ = -1, K = 4 on e2e, seeds 1, 2: refused: method.update_ratio=-1",
         "12 done, 1 failed, 6 refused, 1 held by another process.",
     ):
         assert line in page
@@ -211,7 +213,7 @@ def test_where_every_cell_is_refused_nothing_is_run(
     fake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep.main(arguments_for(fake, "--args", "recipe.rank=0")) == 2
-    assert "error: rank=0" in capsys.readouterr().err
+    assert "error: sweep lambda_k: recipe.rank=0" in capsys.readouterr().err
     assert not (fake / "outputs").exists()
     assert not view(fake).exists()
 
