@@ -13,12 +13,14 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 #: of every file and folder that is not whole yet.
 UNFINISHED = ".writing-"
 #: what to do, where no caller knows better.
 CONTINUES = "give the same command again: it continues"
+_then: ContextVar[str | None] = ContextVar("then", default=None)
 _ADVICE = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or raise the quota",
@@ -72,10 +74,20 @@ def writing(path: Path, then: str = CONTINUES) -> Iterator[None]:
         raise failed(path, error, then) from error
 
 
+@contextlib.contextmanager
+def advising(then: str) -> Iterator[None]:
+    """Say `then` behind whatever cannot be written in the block: a caller who knows better."""
+    token = _then.set(then)
+    try:
+        yield
+    finally:
+        _then.reset(token)
+
+
 def failed(path: Path, error: Exception, then: str = CONTINUES) -> WriteError:
     """Return the error for a path that could not be written, as `writing` raises it."""
     shown = " ".join(str(path).split()) if "\n" in str(path) else str(path)
-    message = f"cannot write {shown}: {reason_of(path, error)}, then {then}"
+    message = f"cannot write {shown}: {reason_of(path, error)}, then {_then.get() or then}"
     return WriteError(message, _number_of(error))
 
 

@@ -324,7 +324,8 @@ def do(job: Job) -> Answer:
     try:
         getattr(importlib.import_module(module), name)(*job.arguments)
     except Exception as error:  # whatever one cell does must not end the table
-        traceback.print_exc()
+        with suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exc()
         return Answer(faults.reason_of(error), faults.kind_of(error))
     return Answer(None)
 

@@ -71,7 +71,8 @@ def test_a_full_disk_stops_a_run_with_its_own_error_and_the_run_goes_on(
          "error: cannot write /x: it is full; free space\n", 2),
         (ConfigError("a\nb"), "error: a b\n", 2),
         (LockedError("process 7 works there"), "error: process 7 works there\n", 2),
-        (RuntimeError("can't start new thread"), "error: RuntimeError: can't start new thread (", 1),
+        (RuntimeError("can't start new thread"),
+         "error: RuntimeError: can't start new thread (", 1),
     ],
 )  # fmt: skip
 def test_what_stops_a_run_is_one_line(
