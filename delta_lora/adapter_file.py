@@ -62,13 +62,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
         if not base["source"].startswith("."):
             base["source"] = f"./{base['source']}"
     content = as_json({"format": FORMAT, **description, "base": base})
-    writing.make_folder(folder)
-    # Until the new tensors are whole, the old adapter stays.
-    with writing.whole(folder / TENSORS) as temporary:
-        checkpoint.write_tensors(temporary, tensors)
-        digest = checkpoint.sha256_file(temporary)
+    # Until the new adapter is whole, the old one stays.
+    with writing.filling(folder) as temporary:
+        checkpoint.write_tensors(temporary / TENSORS, tensors)
+        digest = checkpoint.sha256_file(temporary / TENSORS)
+        sealed = stored.sealed({**content, "tensors_sha256": digest})
+        checkpoint.write_json(temporary / CONFIG, sealed)
         (folder / CONFIG).unlink(missing_ok=True)
-    checkpoint.write_json(folder / CONFIG, stored.sealed({**content, "tensors_sha256": digest}))
+        (temporary / TENSORS).replace(folder / TENSORS)
     return digest
 
 

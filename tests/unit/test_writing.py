@@ -92,6 +92,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     tally.add("full disk in the library", "clear error")
 
 
+def test_an_adapter_that_cannot_be_written_anew_stays_as_it_was(tmp_path: Path) -> None:
+    adapter().save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = adapter()
+    other.model.lm_head.weight.data += 1
+    with full_disk(), pytest.raises(WriteError):
+        other.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [
