@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 #: of a manifest; raised when an older version could not read a checkpoint as it is meant.
 SCHEMA = 1
+#: checkpoints that stay: a kill before the next one may need the one before.
+KEPT = 2
 _PREFIX = "step-"
 
 
@@ -103,7 +105,7 @@ def save(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    keep: int = 2,
+    keep: int = KEPT,
 ) -> Path:
     """Write the checkpoint of `step` into `folder` and remove all but the `keep` newest.
 
@@ -179,7 +181,7 @@ class Writer:
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
-        keep: int = 2,
+        keep: int = KEPT,
     ) -> None:
         """Begin to write a checkpoint; arguments as `save` of this module."""
         self.wait()
@@ -223,10 +225,16 @@ class Writer:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, which a continued run will write again."""
+    """Remove the checkpoints of later steps, which a continued run will write again.
+
+    And what a process that was killed was about to remove, or has not removed as a whole.
+    """
+    writing.remove_unfinished(folder)
     for path in _folders(folder):
         if int(path.name.removeprefix(_PREFIX)) > step:
             _delete(path)
+    for path in _folders(folder)[:-KEPT]:
+        _delete(path)
 
 
 def latest(folder: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint | None:
@@ -319,7 +327,10 @@ def _folders(folder: Path) -> list[Path]:
 def _delete(path: Path) -> None:
     """Remove a checkpoint, or what stands in its place."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # Under another name first: a kill leaves no part of it where a whole one is looked for.
+        aside = path.with_name(f"{writing.UNFINISHED}old-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(path.replace(aside))
     else:
         path.unlink(missing_ok=True)
 

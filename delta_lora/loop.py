@@ -500,7 +500,6 @@ class Loop:
                 self.step,
                 tensors=self._changed_tensors(),
                 state={**values, "identity": self.identity},
-                keep=2,  # a kill before the next checkpoint needs the one before
             )
 
     def _restore_best(self) -> None:

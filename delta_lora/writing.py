@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -86,8 +87,7 @@ def advising(then: str) -> Iterator[None]:
 
 def failed(path: Path, error: Exception, then: str = CONTINUES) -> WriteError:
     """Return the error for a path that could not be written, as `writing` raises it."""
-    shown = " ".join(str(path).split()) if "\n" in str(path) else str(path)
-    message = f"cannot write {shown}: {reason_of(path, error)}, then {_then.get() or then}"
+    message = f"cannot write {_shown(path)}: {reason_of(path, error)}, then {_then.get() or then}"
     return WriteError(message, _number_of(error))
 
 
@@ -97,6 +97,13 @@ def reason_of(path: Path, error: Exception) -> str:
     reason = str(error) if number is None else os.strerror(number)
     advice = _ADVICE.get(number or 0, "mend that")
     return f"{' '.join(reason.split())}{_room(path, number)}; {advice}"
+
+
+def _shown(path: Path) -> str:
+    """Return a path in one line, without the names of what is not whole yet."""
+    parts = [re.sub(rf"^{re.escape(UNFINISHED)}(\d+-)?", "", part) for part in path.parts]
+    named = Path(*(new for new, old in zip(parts, path.parts, strict=True) if old == new or new))
+    return " ".join(str(named).split()) if "\n" in str(named) else str(named)
 
 
 def _number_of(error: Exception) -> int | None:
@@ -203,7 +210,7 @@ def filling(folder: Path, then: str = CONTINUES) -> Iterator[Path]:
         WriteError: one could not be written.
     """
     is_new = not folder.exists()
-    temporary = folder / f"{UNFINISHED}{os.getpid()}-new"
+    temporary = folder / f"{UNFINISHED}{os.getpid()}-"
     with writing(folder, then):
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)

@@ -13,7 +13,7 @@ from delta_lora import checkpoint
 from delta_lora.writing import UNFINISHED, WriteError
 from scripts import train
 from scripts.runs.composition import ConfigError
-from scripts.runs.execution import execute
+from scripts.runs.execution import execute, prepare
 from scripts.runs.folder import LockedError
 from scripts.runs.run import Run
 from tests.faults.tally import Tally
@@ -38,6 +38,7 @@ def test_a_full_disk_stops_a_run_with_its_own_error_and_the_run_goes_on(
     tally: Tally,
 ) -> None:
     run = Run.compose(small("method=lora", f"seed={700 + len(moment)}"))
+    prepare([run])
     name = "write_tensors" if moment == "checkpoint" else "write_json"
     known = getattr(checkpoint, name)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
