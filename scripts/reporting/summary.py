@@ -250,7 +250,7 @@ def _reasons(content: Results) -> list[str]:
             lost.setdefault(key, []).append(item["seed"])
         for spec in content.get("column_specs", []):
             for reason in row["metrics"][spec["name"]]["missing"]:
-                unscored[f"{spec['label']}: {' '.join(reason.split())}"] = None
+                unscored[" ".join(reason.split())] = None  # it begins with the column's label
     lines = [
         f"{name}, seed {_list(seeds)}: {state}{': ' if reason else ''}{reason[:300]}"
         for (name, state, reason), seeds in lost.items()

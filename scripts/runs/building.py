@@ -160,9 +160,9 @@ def build_tokenizer(run: Run, task: Any) -> Any:
     from delta_lora.models import load_tokenizer
 
     model = run.config.model
-    if model.init == "random" and (built := task.build_tokenizer()) is not None:
-        return built
     with as_config_error():
+        if model.init == "random" and (built := task.build_tokenizer()) is not None:
+            return built
         if model.tokenizer_path is not None:
             return load_tokenizer(model.tokenizer_path, None)
         return load_tokenizer(*_checked_weights(run))

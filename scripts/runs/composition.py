@@ -9,6 +9,7 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,16 +123,37 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     _check_single(overrides)
     check_choices(overrides)
     try:
-        with hydra_ready():
-            cfg = hydra_compose("train", overrides, return_hydra_config=True)
-        choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
-        with open_dict(cfg):
-            del cfg["hydra"]
-            cfg.choices = choices
-            cfg.overrides = overrides
+        if any(override.startswith(SEARCH_PATH) for override in overrides):
+            cfg = _read(tuple(overrides))
+        else:
+            cfg = _read_once(tuple(overrides), _version_of(CONFIGS)).copy()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     return checked(cfg)
+
+
+def _read(overrides: tuple[str, ...]) -> DictConfig:
+    """Return what Hydra makes of overrides, with the chosen groups, its references as they are."""
+    with hydra_ready():
+        cfg = hydra_compose("train", list(overrides), return_hydra_config=True)
+    choices = {group: cfg.hydra.runtime.choices[group] for group in GROUPS}
+    with open_dict(cfg):
+        del cfg["hydra"]
+        cfg.choices = choices
+        cfg.overrides = list(overrides)
+    return cfg
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_once(overrides: tuple[str, ...], version: object) -> DictConfig:
+    """Return the same, read once for a version of the files: Hydra takes half a second."""
+    return _read(overrides)
+
+
+def _version_of(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Return what changes where a configuration file of a folder does."""
+    files = sorted(folder.rglob("*.yaml"))
+    return tuple((str(path), path.stat().st_mtime_ns) for path in files)
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -302,9 +324,7 @@ def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for folder in folders(overrides):
         for name in _members(folder / "experiment"):
-            content: Any = yaml.safe_load(
-                (folder / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-            )
+            content: Any = _content(folder / "experiment" / f"{name}.yaml")
             pair: dict[str, str] = {}
             for entry in content.get("defaults", []):
                 if isinstance(entry, dict):
@@ -312,6 +332,16 @@ def experiments(overrides: Iterable[str] = ()) -> dict[str, dict[str, str]]:
             if {"task", "model", "recipe"} <= pair.keys():
                 found[name] = pair
     return found
+
+
+def _content(path: Path) -> Any:
+    """Return what a YAML file holds; not to be changed."""
+    return _content_of(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _content_of(path: Path, version: int) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def check_files(cfg: DictConfig) -> None:
@@ -326,7 +356,7 @@ def check_files(cfg: DictConfig) -> None:
                 f"{group}={cfg.choices[group]} has no _target_; its yaml names a class, such as "
                 f"_target_: my_module.My{group.capitalize()}"
             )
-    keys = yaml.safe_load((CONFIGS / "model" / "_base.yaml").read_text(encoding="utf-8"))
+    keys = _content(CONFIGS / "model" / "_base.yaml")
     lacking = [key for key in keys if key not in cfg.model or OmegaConf.is_missing(cfg.model, key)]
     if lacking:
         raise ConfigError(

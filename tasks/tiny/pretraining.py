@@ -170,8 +170,9 @@ class Pretraining(Task):
         )
         if len(tokenizer) < self.vocab_size:
             raise ValueError(
-                f"vocab_size={self.vocab_size}, but {len(texts)} documents only make "
-                f"{len(tokenizer)} tokens; lower vocab_size or raise tokenizer_documents"
+                f"task.vocab_size={self.vocab_size}, but the {len(texts)} texts of "
+                f"task.tokenizer_documents={self.tokenizer_documents} only make {len(tokenizer)} "
+                "tokens; lower the first or raise the second"
             )
         return tokenizer
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.choices import first
 from tests.contract.distributed import CASES_OF_RUNS, NUM_PREDICTED, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 3, 4])
+@pytest.mark.parametrize("num_processes", first([2, 3, 4]))
 def test_several_processes_give_the_run_of_one(
     num_processes: int, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
@@ -72,7 +73,7 @@ def test_several_processes_give_the_run_of_one(
             assert result.chosen_step in {entry["step"] for entry in result.validation}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -34,7 +34,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {path.stem: run(path, tmp_path_factory.mktemp(path.stem)) for path in EXAMPLES}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_runs_and_reports(outputs: dict[str, str]) -> None:
     assert all(text.strip() for text in outputs.values())
 

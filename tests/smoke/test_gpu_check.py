@@ -52,7 +52,7 @@ def test_the_bare_machine_is_bare(bare: dict[str, str]) -> None:
         assert found.returncode == 1, module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cpu_shows_what_it_can(bare: dict[str, str], tmp_path: Path) -> None:
     committed = ROOT / "results" / "gpu"
     before = sorted(committed.glob("*")) if committed.exists() else []

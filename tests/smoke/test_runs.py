@@ -309,6 +309,7 @@ def test_a_sweep_runs_every_combination_but_the_refused_one(
     assert not list(tmp_path.iterdir())  # the working folder of the command
 
 
+@pytest.mark.long
 def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
     small: Callable[..., list[str]], train: Any
 ) -> None:
@@ -345,6 +346,7 @@ def test_a_study_searches_gives_up_what_is_hopeless_and_costs_nothing_again(
     assert execute(run)["training"]["steps"] == 6
 
 
+@pytest.mark.long
 def test_a_launcher_gives_the_same_runs_to_the_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts import train
+from scripts.runs.building import build_tokenizer, load_task
 from scripts.runs.checks import check
 from scripts.runs.composition import ConfigError
 from scripts.runs.run import Run
@@ -195,3 +196,11 @@ def test_wrong_values_of_a_sweep_are_named(tmp_path: Path) -> None:
     for case in configurations.sample(found, 120, seed=1):
         verdicts.append((case, configurations.judge_sweep(case, tmp_path)))
     assert unlike(verdicts) == []
+
+
+def test_a_corpus_that_makes_too_few_tokens_is_no_traceback() -> None:
+    """It is found when the tokenizer is built, which is before any training."""
+    small = ["experiment=pretraining", *configurations.SMALL, "task.tokenizer_documents=1"]
+    run = Run.compose(small)
+    with pytest.raises(ConfigError, match=r"task\.tokenizer_documents=1 only make \d+ tokens"):
+        build_tokenizer(run, load_task(run.config))

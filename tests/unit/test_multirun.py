@@ -158,6 +158,7 @@ def test_refused_failed_and_held_cells_cost_themselves_only(tmp_path: Path) -> N
     assert [row["test"]["n"] for row in content["rows"]] == [0, 2, 0, 0, 2]
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_done_answers_with_the_same_view(tmp_path: Path) -> None:
     arguments = ("method.update_ratio=1,4", "method.start_step=0,4")
     done = launch(tmp_path, *arguments)

@@ -23,6 +23,7 @@ from scripts.runs.durations import Durations, format_seconds
 from scripts.runs.jobs import Job, Outcome
 from scripts.runs.run import Run
 from scripts.runs.workers import Pool
+from tests.choices import first
 from tests.unit import fake_runs
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -296,7 +297,7 @@ def _is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states from /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", first([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
 def test_stopping_the_command_stops_its_workers(
     tmp_path: Path, outputs: Path, number: signal.Signals
 ) -> None:

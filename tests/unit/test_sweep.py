@@ -125,6 +125,7 @@ def test_a_plan_runs_nothing(fake: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not any(fake.iterdir())
 
 
+@pytest.mark.long
 def test_a_grid_that_was_killed_and_continued_gives_the_same_bytes(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
