@@ -139,10 +139,10 @@ def test_what_is_made_of_runs_on_a_bad_disk(
     command = replace(MADE[name](results, straight.outputs), watch=str(tmp_path))
     good = bench.warm.run(command)
     assert good.code in (0, 1), good.output
-    shutil.copytree(results, tmp_path / "good")
+    shutil.copytree(results, tmp_path / "good", symlinks=True)
     count = len(good.events)
     assert count
-    for fault, numbers in ((FULL, spread(count, 8)), (READ_ONLY, spread(count, 3))):
+    for fault, numbers in ((FULL, spread(count, 5)), (READ_ONLY, spread(count, 2))):
         for number in numbers:
             shutil.rmtree(results)
             start(results)
@@ -176,8 +176,8 @@ def spread(count: int, number: int) -> Sequence[int]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the files of a folder, by name."""
-    found = (p for p in folder.rglob("*") if p.is_file())
+    """Return the files of a folder, by name, but for that of the process that holds it."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".owner")
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
