@@ -151,7 +151,7 @@ def _check_fits(run: Run, architecture: Any) -> Any:
 
 
 def _check_memory(run: Run, model: Any) -> None:
-    """Check that the weights of a model, which has no storage yet, fit into this machine at all.
+    """Check that a model, which has no storage yet, fits into this machine with its gradients.
 
     Raises:
         ConfigError: they do not.
@@ -159,7 +159,7 @@ def _check_memory(run: Run, model: Any) -> None:
     import torch
 
     numel = sum(parameter.numel() for parameter in model.parameters())
-    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    need = sum(p.numel() * p.element_size() * (1 + p.requires_grad) for p in model.parameters())
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         devices_have = (
@@ -174,8 +174,8 @@ def _check_memory(run: Run, model: Any) -> None:
             key = "pretrain"
         raise ConfigError(
             f"model.{key}={shown(plain(cfg[key]), 300)} makes a model of {numel:.3g} parameters, "
-            f"whose weights take {gib(need)}, and this machine has {gib(have)} of memory; use a "
-            "smaller model or another machine"
+            f"whose weights and gradients take {gib(need)}, and this machine has {gib(have)} of "
+            "memory; use a smaller model or another machine"
         )
 
 

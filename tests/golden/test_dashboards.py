@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from scripts import dashboard
+from tests.choices import first
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # of wandb-workspaces
 
@@ -45,7 +46,7 @@ def made(name: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first(NAMES, 2))
 def test_views_and_reports_are_as_they_were(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_APP_URL", "https://example.org")
     assert made(name) == json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

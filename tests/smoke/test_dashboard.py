@@ -315,6 +315,7 @@ def run_command(server: Server, *arguments: str) -> tuple[subprocess.CompletedPr
     return done, time.monotonic() - began
 
 
+@pytest.mark.long
 def test_a_view_and_a_report_are_saved_and_the_report_takes_the_place_of_the_old_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,6 +20,7 @@ import delta_lora
 from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
 from scripts.runs.run import Run
+from tests.choices import first
 from tests.smoke.conftest import command, environment
 
 TOYS = Path(__file__).with_name("toys")
@@ -82,6 +83,7 @@ def record_of(done: Done, folder: Path) -> Path:
     return folder / name
 
 
+@pytest.mark.long
 def test_they_run_and_load(here: Path) -> None:
     path = record_of(train(here, *BY_NAME), here)
     record = json.loads(path.read_text())
@@ -224,7 +226,7 @@ def test_a_mistake_is_said_with_what_to_do(mistake: str, here: Path) -> None:
     assert not (here / "outputs").exists()
 
 
-@pytest.mark.parametrize("mistake", APART)
+@pytest.mark.parametrize("mistake", first(APART, 2))
 def test_it_is_said_without_a_traceback(mistake: str, mine: Path) -> None:
     file, text, instead, message = MISTAKES[mistake]
     spoil(mine / file, text, instead)

@@ -135,8 +135,15 @@ RUNNERS: dict[str, Callable[[str, Path, Path, Train], None]] = {
 }
 
 
+#: commands that take long even so: a whole table, a sweep.
+LONG = [command for command, how in RUNNERS.items() if how is run_table or " -m " in command]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.long) if c in LONG else c for c in commands(README)],
+)
 def test_a_command_of_readme_runs(
     command: str, outputs: Path, tmp_path: Path, train: Train
 ) -> None:
