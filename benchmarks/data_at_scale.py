@@ -37,6 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from delta_lora import console
+from delta_lora.console import as_path
 
 ROWS = {
     "mnli": {"train": 392_702, "dev_matched": 9_815, "dev_mismatched": 9_832},
@@ -55,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=[*ROWS], help=f"of {', '.join(ROWS)}")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows, above 0 to 1")
-    parser.add_argument("--folder", type=Path, help="keep the data here and use them again")
+    parser.add_argument("--folder", type=as_path, help="keep the data here and use them again")
     parser.add_argument("--source", choices=("hub", "files"), default="hub")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -267,4 +269,4 @@ def _status_gib(name: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora import adapter_file, checkpoint, methods
+from delta_lora.checks import expanded
 from delta_lora.models import fingerprint
 from delta_lora.protocols import Method
 from delta_lora.step_watch import StepWatch
+from delta_lora.writing import advising
 
 #: names under which classification models keep a head that is new.
 USUAL_HEADS = (
@@ -218,11 +220,14 @@ class Adapter:
 
         Raises:
             RuntimeError: the last optimiser step was taken without the two calls around it.
+            OSError: a file cannot be written; the message has its path and what to do, and an
+                adapter that stood there stays.
         """
         self._watch.check()
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         description = {**self.description, "facts": self.method.describe(), "step": self.step}
-        adapter_file.write(folder, self.method.updated_tensors(self.model), description)
+        with advising("save it again"):
+            adapter_file.write(folder, self.method.updated_tensors(self.model), description)
         return folder
 
 

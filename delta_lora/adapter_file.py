@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delta_lora import checkpoint, stored
+from delta_lora import checkpoint, stored, writing
+from delta_lora.checks import expanded
 from delta_lora.families import family_of
 from delta_lora.models import DTYPES, fingerprint, load_model
-from delta_lora.sources import looks_local
+from delta_lora.sources import located, looks_local
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: of the run whose folder holds the adapter's, where it is one of the suite.
@@ -50,6 +51,9 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
 
     Returns:
         The sha256 of the file of tensors.
+
+    Raises:
+        WriteError: a file cannot be written; the message has its path.
     """
     base = dict(description["base"])
     if base["source"] is not None and (Path(base["source"]) / "config.json").is_file():
@@ -58,18 +62,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
         if not base["source"].startswith("."):
             base["source"] = f"./{base['source']}"
     content = as_json({"format": FORMAT, **description, "base": base})
-    folder.mkdir(parents=True, exist_ok=True)
-    # Until the new tensors are whole, the old adapter stays.
-    temporary = folder / f".{TENSORS}.{os.getpid()}"
-    try:
-        checkpoint.write_tensors(temporary, tensors)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # half a file would fill the disk further
-        raise
-    digest = checkpoint.sha256_file(temporary)
-    (folder / CONFIG).unlink(missing_ok=True)
-    temporary.replace(folder / TENSORS)
-    checkpoint.write_json(folder / CONFIG, stored.sealed({**content, "tensors_sha256": digest}))
+    # Until the new adapter is whole, the old one stays.
+    with writing.filling(folder) as temporary:
+        checkpoint.write_tensors(temporary / TENSORS, tensors)
+        digest = checkpoint.sha256_file(temporary / TENSORS)
+        sealed = stored.sealed({**content, "tensors_sha256": digest})
+        checkpoint.write_json(temporary / CONFIG, sealed)
+        (folder / CONFIG).unlink(missing_ok=True)
+        (temporary / TENSORS).replace(folder / TENSORS)
     return digest
 
 
@@ -134,7 +134,7 @@ def describe_base(
 
 def base_name(source: str) -> str:
     """Return how people are told of a base model: its hub id, or the name of its folder alone."""
-    return Path(source).expanduser().absolute().name if looks_local(source) else source
+    return expanded(source).absolute().name if looks_local(source) else source
 
 
 def _source_of(config: Any) -> str | None:
@@ -156,7 +156,7 @@ def find_folder(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither holds one.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file() and (folder / TENSORS).is_file():
             return folder
@@ -275,7 +275,7 @@ def base_source(
     base = description["base"]
     if given is not None:
         same = str(given) == base["source"]
-        return str(given), base["revision"] if same else None
+        return str(located(given)), base["revision"] if same else None
     source = base["source"]
     if source is not None and source.startswith("."):
         # As it was written, by names; through links a folder's ".." is another one.

@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from delta_lora import stored
+from delta_lora import stored, writing
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 #: of a manifest; raised when an older version could not read a checkpoint as it is meant.
 SCHEMA = 1
+#: checkpoints that stay: a kill before the next one may need the one before.
+KEPT = 2
 _PREFIX = "step-"
-_TEMPORARY = ".writing-"
 
 
 class NoneIntactError(stored.UnreadableError, RuntimeError):
@@ -64,14 +64,10 @@ def write_json(path: Path, content: Any) -> None:
 
     Raises:
         ValueError: a number in it is infinite or NaN, which JSON does not have.
+        WriteError: the file cannot be written.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    writing.write_text(path, f"{text}\n")
 
 
 def sha256_file(path: Path) -> str:
@@ -84,7 +80,11 @@ def sha256_file(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file and flush it to disk."""
+    """Write tensors as one safetensors file and flush it to disk.
+
+    Raises:
+        WriteError: it cannot be written; nothing half is left.
+    """
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -95,9 +95,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             value = value.to("cpu", copy=True).contiguous()  # a file holds no views
         storages.add(value.untyped_storage()._cdata)
         plain[name] = value
-    save_file(plain, path)
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    with writing.whole(path) as temporary:
+        save_file(plain, temporary)
 
 
 def save(
@@ -106,7 +105,7 @@ def save(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    keep: int = 2,
+    keep: int = KEPT,
 ) -> Path:
     """Write the checkpoint of `step` into `folder` and remove all but the `keep` newest.
 
@@ -119,28 +118,31 @@ def save(
 
     Returns:
         The folder of the new checkpoint.
+
+    Raises:
+        WriteError: it cannot be written; the checkpoints before it stand, and nothing half.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    writing.make_folder(folder)
     final = folder / f"{_PREFIX}{step:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    for unfinished in folder.glob(f"{_TEMPORARY}*"):  # of a process that was killed
-        shutil.rmtree(unfinished)
-    temporary.mkdir()
+    temporary = folder / f"{writing.UNFINISHED}{final.name}"
+    writing.remove_unfinished(folder)  # of a process that was killed
     try:
+        writing.make_folder(temporary)
         for part, content in tensors.items():
             write_tensors(temporary / f"{part}.safetensors", content)
         write_json(temporary / STATE, {"step": step, **state})
         checksums = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": checksums})
-        _sync_folder(temporary)
+        with writing.writing(final):
+            writing.flush(temporary)
+            _delete(final)
+            temporary.replace(final)
+            writing.flush(folder)
+            for old in _folders(folder)[:-keep]:
+                _delete(old)
     except BaseException:  # half a checkpoint would only fill the disk further
-        shutil.rmtree(temporary, ignore_errors=True)
+        writing.discard(temporary)
         raise
-    _delete(final)
-    temporary.replace(final)
-    _sync_folder(folder)
-    for old in _folders(folder)[:-keep]:
-        _delete(old)
     return final
 
 
@@ -179,7 +181,7 @@ class Writer:
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
-        keep: int = 2,
+        keep: int = KEPT,
     ) -> None:
         """Begin to write a checkpoint; arguments as `save` of this module."""
         self.wait()
@@ -223,10 +225,16 @@ class Writer:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, which a continued run will write again."""
+    """Remove the checkpoints of later steps, which a continued run will write again.
+
+    And what a process that was killed was about to remove, or has not removed as a whole.
+    """
+    writing.remove_unfinished(folder)
     for path in _folders(folder):
         if int(path.name.removeprefix(_PREFIX)) > step:
             _delete(path)
+    for path in _folders(folder)[:-KEPT]:
+        _delete(path)
 
 
 def latest(folder: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint | None:
@@ -319,7 +327,10 @@ def _folders(folder: Path) -> list[Path]:
 def _delete(path: Path) -> None:
     """Remove a checkpoint, or what stands in its place."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # Under another name first: a kill leaves no part of it where a whole one is looked for.
+        aside = path.with_name(f"{writing.UNFINISHED}old-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(path.replace(aside))
     else:
         path.unlink(missing_ok=True)
 
@@ -361,11 +372,3 @@ def _check_identity(path: Path, theirs: Any, mine: Mapping[str, Any], advice: st
     if differing:
         changes = "; ".join(f"{k}: {theirs.get(k)} then, {mine.get(k)} now" for k in differing)
         raise stored.UnreadableError(f"{path} belongs to another run ({changes}); {advice}")
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 import textwrap
@@ -371,7 +372,7 @@ def check_text(name: str, value: str) -> str:
 
 
 def check_path(name: str, value: str | Path) -> Path:
-    """Return `value` as a path, with ``~`` as the home folder.
+    """Return `value` as a path, with ``~`` as the home folder and ``$NAME`` as that variable.
 
     Raises:
         TypeError: the value is no text and no path.
@@ -388,11 +389,27 @@ def check_path(name: str, value: str | Path) -> Path:
             f"{name}={shown(value)} is not allowed: it must be the path of a folder or a file, "
             "not empty; write . for the working folder"
         )
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~nobody
+    path = expanded(text)
+    unset = re.search(r"\$(\w+|\{\w+\})", str(path))
+    if unset and not path.exists():
         raise ValueError(
-            f"{name}={shown(value)}: {error}; write the whole path, or ./~... for a name with ~"
+            f"{name}={shown(value)}: there is no variable {unset[0]}; set it, or write the whole "
+            "path"
+        )
+    return path
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` and ``$NAME`` as what they stand for.
+
+    Raises:
+        ValueError: ``~name``, and there is no such user.
+    """
+    try:
+        return Path(os.path.expandvars(path)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{shown(str(path))}: {error}; write the whole path, or ./~... for a name with ~"
         ) from error
 
 

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from delta_lora import adapter_file
+from delta_lora import adapter_file, writing
 from delta_lora.adapter import Adapter, put
-from delta_lora.checks import check_integer
+from delta_lora.checks import check_integer, expanded
 from delta_lora.families import FAMILIES
 from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
 from delta_lora.peft_folder import import_peft, write_peft_folder
@@ -119,7 +119,7 @@ def export_peft(
         task_type=FAMILIES[family].peft_task if family in FAMILIES else None,
         base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
     )
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     write_peft_folder(
         folder,
         config=config,
@@ -162,8 +162,9 @@ def export_merged(
         TypeError: the model is none of transformers and has no `save_pretrained`.
         ValueError: the weights are narrower than the change and cannot hold it, or the method
             (prompt tuning, for one) has none that could be merged.
+        WriteError: a file cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     source = adapter_file.find_folder(path)
     if isinstance(base, nn.Module):
         model = copy.deepcopy(base)
@@ -189,7 +190,8 @@ def export_merged(
                 f"this method cannot be merged into the weights: {differing[0]} is not in both the "
                 "base and the trained model; delta_lora.load(path) gives the trained model"
             )
-        save(str(folder), safe_serialization=True)
+        with writing.filling(folder) as temporary:
+            save(str(temporary), safe_serialization=True)
     return folder
 
 

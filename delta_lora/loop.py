@@ -33,7 +33,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from delta_lora import checkpoint, engine, memory
+from delta_lora import checkpoint, engine, memory, writing
 from delta_lora.draws import seed_everything, step_indices
 from delta_lora.finite import NonFiniteLossError, Trained, check_values, check_weights
 from delta_lora.optimization import schedule_factor
@@ -212,7 +212,7 @@ class Loop:
     def _open_log(self, state: Mapping[str, Any]) -> None:
         """Open log and progress where `state` says; only the main process has a log."""
         is_main = self.accelerator.is_main_process
-        self.folder.mkdir(parents=True, exist_ok=True)
+        writing.make_folder(self.folder)
         path = self.folder / "metrics.jsonl"
         at = {"position": state["log_position"], "known": state["log"]}
         self.log = RunLog(path, **at, mirrors=self.mirrors) if is_main else None
@@ -500,7 +500,6 @@ class Loop:
                 self.step,
                 tensors=self._changed_tensors(),
                 state={**values, "identity": self.identity},
-                keep=2,  # a kill before the next checkpoint needs the one before
             )
 
     def _restore_best(self) -> None:

@@ -22,7 +22,7 @@ def reset_peak(device: torch.device) -> None:
     marks = Path("/proc/self/clear_refs")
     if marks.exists():
         try:
-            marks.write_text("5")
+            marks.write_text("5", encoding="ascii")
         except OSError:
             return
 

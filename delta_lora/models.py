@@ -16,7 +16,7 @@ from torch import nn
 from delta_lora.checks import OneOf, Range, check_integer, check_real, check_values, near, shown
 from delta_lora.families import FAMILIES
 from delta_lora.finite import NonFiniteError, check_weights
-from delta_lora.sources import CONFIG, HubError, check_source, looks_local
+from delta_lora.sources import CONFIG, HubError, check_source, located, looks_local
 from delta_lora.stored import UnreadableError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
 def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     from transformers import AutoTokenizer, GPT2Tokenizer
 
+    source = located(source)
     folder = Path(source)
     if folder.is_dir() and (folder / "encoder.json").exists():
         merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()
@@ -126,6 +127,7 @@ def load_model(
             return auto_class.from_config(
                 config, dtype=DTYPES[dtype], attn_implementation=attention
             )
+    source = located(source)
     if looks_local(source):
         check_source(source, tokenizer=False)
     config = load_config(source, revision)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from delta_lora import writing
 from delta_lora.checkpoint import write_tensors
 
 #: the file that PEFT reads a LoRA from.
@@ -52,6 +53,9 @@ def write_peft_folder(
             (``base_model.model.roberta.encoder.layer.0.attention.self.query``).
         others: more tensors of the adapter under the names of `peft.get_peft_model_state_dict`
             (``modules_to_save``, biases).
+
+    Raises:
+        WriteError: a file cannot be written; the message has its path.
     """
     ranks = {name: A_RI.shape[0] for name, (A_RI, _) in factors.items()}
     common = max(ranks.values())
@@ -72,6 +76,6 @@ def write_peft_folder(
     for name, (A_RI, B_OR) in factors.items():
         tensors[f"{name}.lora_A.weight"] = A_RI
         tensors[f"{name}.lora_B.weight"] = B_OR
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / PEFT_WEIGHTS, tensors)
-    plain.save_pretrained(str(folder))
+    with writing.filling(folder) as temporary:
+        write_tensors(temporary / PEFT_WEIGHTS, tensors)
+        plain.save_pretrained(str(temporary))

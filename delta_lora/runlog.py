@@ -21,6 +21,8 @@ from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
+from delta_lora.writing import writing
+
 logger = logging.getLogger(__name__)
 
 MEASURED = "measured.jsonl"
@@ -110,7 +112,19 @@ class RunLog:
         known: str | None = None,
         mirrors: Sequence[MetricLogger] = (),
     ) -> None:
-        self._stream = path.open("r+b" if path.exists() else "w+b")
+        self._path, self._measured_path = path, path.with_name(MEASURED)
+        with writing(path):
+            self._open(position, known)
+        steps = [json.loads(line)["step"] for line in self._written.splitlines()]
+        with writing(self._measured_path):
+            self._measured = _measured_until(self._measured_path, max(steps, default=-1))
+        self._mirrors = [Guarded(partial(_same, mirror)) for mirror in mirrors]
+
+    def _open(self, position: int, known: str | None) -> None:
+        """Open the file, cut behind `position`, with what is `known` of it."""
+        path = self._path
+        # Unbuffered: what cannot be written is not tried again when the file is closed.
+        self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._written = bytearray(self._stream.read(position))
         if known is not None and self._written != known.encode():
             logger.warning(
@@ -118,12 +132,9 @@ class RunLog:
             )
             self._written = bytearray(known.encode())
             self._stream.seek(0)
-            self._stream.write(self._written)
+            _write(self._stream, self._written)
         self._stream.truncate(len(self._written))
-        self._stream.seek(0)
-        steps = [json.loads(line)["step"] for line in self._stream]
-        self._measured = _measured_until(path.with_name(MEASURED), max(steps, default=-1))
-        self._mirrors = [Guarded(partial(_same, mirror)) for mirror in mirrors]
+        self._stream.seek(len(self._written))
 
     def log(
         self, step: int, values: Mapping[str, float], measured: Mapping[str, float] | None = None
@@ -135,20 +146,24 @@ class RunLog:
             values: by ``split/name``; written to ``metrics.jsonl``.
             measured: what this very session used, and what else is for mirrors alone; written to
                 ``measured.jsonl``.
+
+        Raises:
+            WriteError: a file cannot be written; the message has its path.
         """
         if measured:  # before the line that a reader of both waits for
-            self._measured.write(_line({"step": step, **measured}))
-            self._measured.flush()
+            with writing(self._measured_path):
+                _write(self._measured, _line({"step": step, **measured}))
         line = _line({"step": step, **values})
         self._written += line
-        self._stream.write(line)
-        self._stream.flush()
+        with writing(self._path):
+            _write(self._stream, line)
         for mirror in self._mirrors:
             mirror.log(step, {**values, **(measured or {})})
 
     def position(self) -> int:
         """Return the byte offset behind the last line, safely on disk."""
-        os.fsync(self._stream.fileno())
+        with writing(self._path):
+            os.fsync(self._stream.fileno())
         return self._stream.tell()
 
     def text(self, position: int) -> str:
@@ -161,6 +176,13 @@ class RunLog:
         self._measured.close()
 
 
+def _write(stream: IO[bytes], line: bytes | bytearray) -> None:
+    """Write a line to an unbuffered file, which may take a part at a time."""
+    rest = memoryview(line)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
 def _same(mirror: MetricLogger) -> MetricLogger:
     return mirror
 
@@ -171,9 +193,9 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 def _measured_until(path: Path, step: int) -> IO[bytes]:
     """Open the file of measured values behind those of `step`; what is no line ends them."""
-    stream = path.open("r+b" if path.exists() else "w+b")
+    stream: IO[bytes] = path.open("r+b" if path.exists() else "w+b", buffering=0)
     kept = 0
-    for line in stream:
+    for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n") or not _is_until(line, step):
             break
         kept += len(line)

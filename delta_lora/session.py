@@ -127,16 +127,17 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the running step."""
+    """Turn the first SIGINT or SIGTERM into a request to stop at the next line of the log."""
     stop = Stop()
 
     def request(signum: int, frame: Any) -> None:
         if stop.requested or stop._is_interruptible:
             stop.requested = True
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped at once")
         stop.requested = True
         logger.warning(
-            "signal %d: finishing this step and writing a checkpoint (again to stop at once)",
+            "signal %d: stopping at the next line of the log, with a checkpoint (again to stop at "
+            "once, and do the steps since the last checkpoint again)",
             signum,
         )
 

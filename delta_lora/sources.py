@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from delta_lora import stored
+from delta_lora.checks import expanded
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -124,7 +125,12 @@ def list_files(
 def looks_local(source: str | Path) -> bool:
     """Return whether `source` means a folder and not a repository of the hub."""
     path = Path(source)
-    return path.is_absolute() or str(source).startswith((".", "~")) or path.exists()
+    return path.is_absolute() or str(source).startswith((".", "~", "$")) or path.exists()
+
+
+def located(source: str | Path) -> str | Path:
+    """Return a folder with ``~`` and ``$NAME`` as what they stand for, and a hub id as it is."""
+    return expanded(source) if looks_local(source) else source
 
 
 def check_source(
@@ -155,7 +161,7 @@ def check_source(
         HubUnreachableError: the cache lacks a needed file, and the hub does not answer.
     """
     if looks_local(source):
-        place = _folder(Path(source))
+        place = _folder(expanded(source))
         _refuse(place, _lacking(place, model=model, tokenizer=tokenizer))
         _check_readable(place, model=model)
         return
@@ -290,6 +296,12 @@ def _refuse(place: _Place, lacking: Sequence[str]) -> None:
     """Raise where files are missing, with what is there instead and what to do."""
     if not lacking:
         return
+    for link in (place.path(name) for name in lacking if name in place.names):
+        if link.is_symlink():
+            raise FileNotFoundError(
+                f"{link} is a link to {link.readlink()}, which is not there; copy the folder again "
+                "with what its links name (cp -rL)"
+            )
     message = f"{place.name} has no {', '.join(lacking)}"
     if WEIGHTS in lacking:
         others = [name for name in OTHER_WEIGHTS if place.has(name)]

@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
+from delta_lora.writing import make_folder, write_text
 from scripts.auditing.measurements import Measurement
 from scripts.auditing.page import build, to_markdown
 from scripts.auditing.pictures import draw
@@ -33,7 +35,6 @@ from scripts.reporting.results import (
     collect,
     collect_accepted,
     read_accepted,
-    write_text,
 )
 from scripts.reporting.scope import other_model
 from scripts.runs import launchers
@@ -131,7 +132,7 @@ def read_records(plan: AuditPlan, accepted: Mapping[str, Any] | None = None) -> 
 
 def write(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write page, data and pictures of an audit to `folder`; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return [
         write_text(folder / "audit.md", to_markdown(content)),
@@ -159,7 +160,7 @@ def keep(plan: AuditPlan, folder: Path) -> None:
         if record["provenance"]["git"]["dirty"] is not False:
             dirty.append(measurement.signature)
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, record)
     if dirty:
         raise ValueError(
@@ -232,4 +233,4 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

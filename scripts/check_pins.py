@@ -23,6 +23,8 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
+from delta_lora.console import as_path
 from delta_lora.sources import HubError, HubUnreachableError, RemoteFile, list_files
 from scripts.runs.composition import CONFIGS
 from tasks.sources import remote_size
@@ -153,13 +155,12 @@ def main(arguments: Sequence[str] | None = None, github: str = GITHUB) -> int:
     )
     parser.add_argument("repositories", nargs="*", metavar="OWNER/NAME", help="default: all")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds for each answer")
-    parser.add_argument("--listing", type=Path, default=LISTING, help=argparse.SUPPRESS)
+    parser.add_argument("--listing", type=as_path, default=LISTING, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
         pins = read_pins(options.listing)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return console.complain(error)
     names = {pin.repository for pin in pins}
     if unknown := [name for name in options.repositories if name not in names]:
         print(f"error: {unknown} is not pinned; pinned are {sorted(names)}", file=sys.stderr)
@@ -192,4 +193,4 @@ def main(arguments: Sequence[str] | None = None, github: str = GITHUB) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

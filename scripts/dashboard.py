@@ -37,9 +37,12 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import DictConfig, OmegaConf
 
-from delta_lora import mirror
+from delta_lora import console, mirror
+from delta_lora.checks import expanded
+from delta_lora.console import as_path
 from delta_lora.mirror import RunFacts, WandbMirror
 from delta_lora.stored import UnreadableError, damaged, read_json
+from delta_lora.writing import write_text
 from scripts.dashboards import reports, views
 from scripts.dashboards.subjects import Subject, load_subject, membership, subject_names
 from scripts.reporting.spec import table_names
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sync = commands.add_parser("sync", help="write runs from their folders")
-    sync.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
+    sync.add_argument("runs", nargs="*", type=as_path, metavar="RUN", help="folders of runs")
     sync.add_argument("--mode", choices=mirror.MODES[:-1], help="default: WANDB_MODE, or auto")
     sync.add_argument("--tags", type=lambda text: text.split(","), help="more tags, by commas")
     summary = commands.add_parser(
@@ -68,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     summary.add_argument("--scale", choices=SCALES, default="tiny", help="default: tiny")
     summary.add_argument("--mode", choices=mirror.MODES[:-1], help="default: WANDB_MODE, or auto")
-    summary.add_argument("--results", type=Path, default=ROOT / "results", help="their folder")
+    summary.add_argument("--results", type=as_path, default=ROOT / "results", help="their folder")
     for name in (*subject_names(), "all"):
         what = "all that have results" if name == "all" else name
         made = commands.add_parser(name, help=f"save a view and a report of {what}")
         made.add_argument("--scale", choices=SCALES, default="tiny", help="default: tiny")
-        made.add_argument("--results", type=Path, default=ROOT / "results", help="their folder")
+        made.add_argument("--results", type=as_path, default=ROOT / "results", help="their folder")
         made.add_argument(
             "--dry-run", nargs="?", const="-", metavar="FILE",
             help="save nothing; write JSON to the file, or to the terminal",
@@ -296,7 +299,7 @@ def save_dashboards(parser: argparse.ArgumentParser, asked: argparse.Namespace) 
         if asked.dry_run == "-":
             print(text, end="")
         else:
-            Path(asked.dry_run).write_text(text, encoding="utf-8")
+            write_text(expanded(asked.dry_run), text)
             where = f"{len(found_views)} views, {len(found_reports)} reports in {asked.dry_run}"
             print(where)
         return 0
@@ -354,7 +357,7 @@ def _save(name: str, save: Callable[[], str]) -> bool:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # wandb's own exit hooks may wait for a service for ever
+    try:
+        console.run(main)
+    except SystemExit as stop:
+        os._exit(int(stop.code or 0))  # wandb's own exit hooks may wait for a service for ever

@@ -27,6 +27,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
+from delta_lora.console import as_path
+from delta_lora.writing import make_folder, write_text
 from scripts.planning import disk, memory
 from scripts.planning.adaptation import read_adaptation
 from scripts.planning.architecture import read_architecture
@@ -97,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tables", default=",".join(TABLES), help="default: table1 to table4")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON; a page stands beside it")
+    parser.add_argument(
+        "--out", type=as_path, default=OUT, help="the JSON; a page stands beside it"
+    )
     parser.add_argument("--small", action="store_true", help="models of few parameters, as a test")
     return parser
 
@@ -325,9 +330,9 @@ def _read(path: Path, *, is_small: bool) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), page(content))
 
 
 def page(content: dict[str, Any]) -> str:
@@ -367,4 +372,4 @@ def _pair(
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # what models and data say of themselves
-    sys.exit(main())
+    console.run(main)

@@ -23,7 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from delta_lora import stored
+from delta_lora import console, stored
+from delta_lora.checks import expanded
+from delta_lora.console import as_path
+from delta_lora.writing import filling, write_text
 from scripts.reporting.results import RESULTS
 from scripts.reporting.scope import words_of_part
 from scripts.runs import weights
@@ -173,7 +176,8 @@ def _copy_tokenizer(
         logger.warning("no tokenizer beside the export: %s", error)
         return
     for folder in folders:
-        tokenizer.save_pretrained(str(folder))
+        with filling(folder) as temporary:
+            tokenizer.save_pretrained(str(temporary))
 
 
 # ---------------------------------------------------------------------- the card
@@ -212,7 +216,7 @@ def _write_card(
             f"- run `{record['signature']}`",
         ]
     lines += ["", f"Method: [Delta-LoRA]({PAPER}) and its relatives, by the Delta-LoRA suite.", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(lines))
 
 
 def _model_of(base: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -298,14 +302,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="outputs/<signature>, a signature, or an adapter's folder")
-    parser.add_argument("--output", type=Path, help="default: export in the run's folder")
+    parser.add_argument("--output", type=as_path, help="default: export in the run's folder")
     parser.add_argument("--base", help="folder or hub id of the base model, if it has moved")
     parser.add_argument("--rank", type=int, help="compress the LoRA to this rank")
     parser.add_argument("--eval-rank", type=int, help="DyLoRA: export at this rank")
     parser.add_argument("--no-merged", action="store_true", help="write the LoRA only")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    run = Path(options.run)
+    run = expanded(options.run)
     if not run.exists() and (ROOT / "outputs" / options.run).is_dir():
         run = ROOT / "outputs" / options.run
     try:
@@ -318,11 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             is_merged_wanted=not options.no_merged,
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return console.complain(error)
     print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

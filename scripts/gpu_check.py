@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from delta_lora import console
+from delta_lora.console import as_path
 from scripts.checking import catalogue, report
 from scripts.checking.finding import Context
 from scripts.checking.worker import Worker
@@ -107,9 +109,11 @@ def _parse() -> argparse.Namespace:
         default=540.0,
         help="no check is started after so many seconds (default: 540)",
     )
-    parser.add_argument("--out", type=Path, help="the report (default: results/gpu/<device>.json)")
     parser.add_argument(
-        "--add-to", type=Path, metavar="FILE",
+        "--out", type=as_path, help="the report (default: results/gpu/<device>.json)"
+    )
+    parser.add_argument(
+        "--add-to", type=as_path, metavar="FILE",
         help="put the checks of this run into an earlier report of the same device",
     )  # fmt: skip
     options = parser.parse_args()
@@ -153,4 +157,4 @@ def _head(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.run(main)

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import OmegaConf
 
+from delta_lora import console
+from delta_lora.console import as_path
 from delta_lora.stored import UnreadableError
 from scripts.runs import item_spread
 from scripts.runs.building import load_task
@@ -35,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="of all of them")
+    parser.add_argument("runs", nargs="*", type=as_path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--outputs", type=as_path, default=ROOT / "outputs", help="of all of them")
     parser.add_argument("--again", action="store_true", help="also where it is measured already")
     asked = parser.parse_args(arguments)
     for folder in asked.runs:
@@ -94,4 +96,4 @@ def _words(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -22,6 +22,8 @@ import numpy as np
 import yaml
 from hydra.utils import instantiate
 
+from delta_lora import console
+from delta_lora.console import as_path
 from scripts.planning.lengths import SHARES
 from scripts.runs.composition import compose
 
@@ -119,8 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--data", type=as_path, required=True)
+    parser.add_argument("--tokenizer", type=as_path, required=True)
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.tokenizer)
     found: dict[str, Any] = {
@@ -137,4 +139,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # what models and data say of themselves
-    main()
+    console.run(main)

@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from delta_lora import console
+from delta_lora.writing import write_text
+
 _BLOCK = re.compile(r"(<!-- (results/[\w./-]+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,10 +43,10 @@ def main() -> int:
     except FileNotFoundError as error:
         sys.stderr.write(f"error: {error.filename} is missing; make that table first\n")
         return 2
-    readme.write_text(filled, encoding="utf-8")
+    write_text(readme, filled)
     print(f"wrote {readme}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

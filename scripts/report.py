@@ -18,9 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
+from delta_lora.console import as_path
+from delta_lora.writing import make_folder, write_text
 from scripts.htmlreport import page, samples
 from scripts.htmlreport.sources import PAGE, REPORT, SAMPLES, read_sources
-from scripts.reporting.results import RESULTS, write_text
+from scripts.reporting.results import RESULTS
 from scripts.runs.composition import ROOT
 from scripts.runs.scale import CHOICES, resolve_scale
 from scripts.tables import left_out
@@ -40,7 +43,7 @@ def make(results: Path, scale: str, outputs: Path, problems: list[str] | None = 
     """
     sources = read_sources(results, scale, outputs)
     folder = sources.folder / REPORT
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     found = samples.collect(sources, outputs)
     known = sources.problems
     if found != sources.samples:
@@ -67,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=CHOICES, default="auto")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--results", type=as_path, default=RESULTS)
+    parser.add_argument("--outputs", type=as_path, default=ROOT / "outputs")
     parser.add_argument("--check", action="store_true", help="compare, from committed files only")
     options = parser.parse_args(arguments)
     try:
@@ -82,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wrote {make(options.results, scale, options.outputs, problems)}")
         return left_out(problems)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return console.complain(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -32,6 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
 from scripts.reporting.page import write_page
 from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, Entry, collect
@@ -174,4 +175,4 @@ def _finish(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -30,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
 from scripts.reporting.plan import describe, describe_costs, describe_refusals, describe_scope
 from scripts.reporting.results import RESULTS, collect_accepted, read_accepted
 from scripts.reporting.scope import other_model
@@ -152,4 +153,4 @@ def _without_refused(batch: Batch, refused: Refused) -> tuple[Batch, Refused]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

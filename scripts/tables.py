@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from delta_lora import console
+from delta_lora.console import as_path
 from scripts.reporting.figures import build_figure, draw_figure, try_to_draw, write_figure
 from scripts.reporting.forest import draw_forest
 from scripts.reporting.page import write_page
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=CHOICES, default="auto")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--args", default="", metavar="OVERRIDES", dest="overrides")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=as_path, default=RESULTS)
     parser.add_argument("--accept", action="store_true", help="keep the records in results/runs")
     parser.add_argument("--check", action="store_true", help="compare, from accepted records only")
     options = parser.parse_args(arguments)
@@ -155,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1 if problems else 0
             return left_out(problems)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return console.complain(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

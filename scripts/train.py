@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from delta_lora import console
 from delta_lora.stored import UnreadableError
-from scripts.runs import composition
+from scripts.runs import composition, faults
 from scripts.runs.command import exit_code
 from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute
@@ -56,11 +57,27 @@ def main(_: DictConfig) -> float | None:
         selected by, else the loss there, as stored (of the loss, less is better). None where there
         is none, in other processes than the main one, and where another process holds the run.
     """
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    return carry_out(
+        lambda: Run.compose(overrides_of(hydra_config)),
+        is_sweep=hydra_config.mode == RunMode.MULTIRUN,
+    )
+
+
+def carry_out(make: Callable[[], Run], *, is_sweep: bool) -> float | None:
+    """Execute a run and report it; what went wrong ends the process with one line.
+
+    Args:
+        make: composes the run.
+        is_sweep: whether it is one of many, so that its error is for Hydra to note.
+
+    Returns:
+        As `main`.
+    """
     if int(os.environ.get("RANK", "0")) > 0:
         logging.disable(logging.INFO)  # the main process reports
     try:
-        run = Run.compose(overrides_of(HydraConfig.get()))
+        run = make()
         if run.is_done:
             logger.info("already done: %s (delete the folder to run it again)", run.folder)
         record = execute(run, wait=False)
@@ -69,12 +86,16 @@ def main(_: DictConfig) -> float | None:
             _stop(str(error))
         logger.warning("skipped: %s", error)
         return None
-    except (ConfigError, UnreadableError) as error:
+    except (ConfigError, UnreadableError, OSError) as error:
         if is_sweep:  # Hydra notes it and goes on
             raise
         _stop(str(error))
     except KeyboardInterrupt as stop:
-        _stop(f"{stop or 'stopped'}; the same command continues", code=130)
+        _stop(f"{str(stop) or 'stopped'}; the same command continues", code=130)
+    except BaseException as error:  # a panic of a tokenizer is no Exception
+        if is_sweep or faults.kind_of(error) is None:
+            raise
+        _stop(faults.reason_of(error), code=1)
     if not record:  # a process of a distributed run other than the main one
         return None
     for name, value in record["metrics"].items():
@@ -95,7 +116,7 @@ def overrides_of(hydra_config: Any) -> list[str]:
 def _stop(message: str, code: int = 2) -> None:
     """End the process with a message and no traceback."""
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     sys.exit(code)
 
 
@@ -145,7 +166,11 @@ def with_search_path(arguments: Sequence[str]) -> list[str]:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command; return the exit code.
+
+    Raises:
+        KeyboardInterrupt: before there is anything to continue.
+    """
     sys.argv[1:] = with_search_path(arguments)
     if asks_for_study(sys.argv[1:]):
         return exit_code(lambda: read_study(sys.argv[1:]).run())
@@ -173,4 +198,4 @@ if __name__ == "__main__":
     # The processes that a launcher starts import this repository too.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    sys.exit(command(sys.argv[1:]))
+    console.run(lambda: command(sys.argv[1:]))

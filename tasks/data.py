@@ -297,6 +297,7 @@ def read_tsv(
     *,
     header: Sequence[str] | None = None,
     short: list[int] | None = None,
+    named_by: str = "",
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, column -> value) of a tab-separated file without quoting.
 
@@ -310,6 +311,7 @@ def read_tsv(
         header: names of the columns of a file whose first line is a row; None takes the first line.
         short: numbers of the lines with fewer fields are put here, and the lines left out; None
             refuses them.
+        named_by: the setting that names the required columns, for the message.
 
     Raises:
         ValueError: a required column is missing or one is twice in the header, or a row has more or
@@ -324,7 +326,8 @@ def read_tsv(
             problem = "no" if column not in header else "more than one"
             raise ValueError(
                 f"{document.path}, line 1: {problem} column {column!r}; the header is "
-                f"{shorten(list(header), 400)}, needed are {list(required)}, separated by tabs"
+                f"{shorten(list(header), 400)}, needed are {list(required)}"
+                f"{f' ({named_by})' if named_by else ''}, separated by tabs"
             )
     wanted = [column for column in (*required, *optional) if column in header]
     for number, line in lines:

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +27,9 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
+
+from delta_lora import locks
+from delta_lora.writing import make_folder, whole, write_text
 
 T = TypeVar("T")
 #: one or more texts of a row.
@@ -295,7 +296,7 @@ def _read_or_make(path: Path, about: str, split: Split) -> EncodedSplit:
     """
     with contextlib.suppress(FileNotFoundError, _UnfitError):
         return _read(path, about)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _locked(path.with_suffix(".lock")):
         try:
             return _read(path, about)  # another process has made it meanwhile
@@ -309,17 +310,17 @@ def _read_or_make(path: Path, about: str, split: Split) -> EncodedSplit:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the system frees it where its process ends."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("waiting for another process, which encodes %s", path.stem)
-        lock.acquire()
+    """Hold the lock file `path`."""
+    held = locks.take(path, wait=False)
+    if held is None:
+        advice = locks.advice(path)
+        logger.info("waiting for another process, which encodes %s%s", path.stem, advice)
+        held = locks.take(path, wait=True)
+    assert held is not None
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _checksum_of(path: Path) -> Path:
@@ -328,20 +329,13 @@ def _checksum_of(path: Path) -> Path:
 
 def _write(path: Path, about: str, split: Split) -> None:
     """Encode a split into `path`, which appears when it is complete; its checksum comes last."""
-    temporary = path.with_name(f"{path.name}.tmp")
     _checksum_of(path).unlink(missing_ok=True)
     logger.info("encoding %d %s, once, into %s", len(split.texts), split.what, path)
-    try:
+    with whole(path) as temporary:
         with temporary.open("wb") as stream:
             _write_arrow(stream, about, split)
-            stream.flush()
-            os.fsync(stream.fileno())
         line = f"{_sha256(temporary)}  {path.name}\n"
-        temporary.replace(path)
-        temporary.write_text(line, encoding="ascii")
-        temporary.replace(_checksum_of(path))
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(_checksum_of(path), line)
 
 
 def _write_arrow(stream: Any, about: str, split: Split) -> None:

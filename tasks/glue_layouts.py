@@ -280,6 +280,7 @@ def _tsv(
         (theirs[LABEL],),
         header=header if is_bare else None,
         short=short,
+        named_by=f"task.columns={list(columns)}",
     )
     count = 0
     for number, values in rows:

@@ -24,7 +24,8 @@ import pooch
 import requests
 from requests.exceptions import RequestException
 
-from delta_lora.checks import Matches, OneOf, Range, check_choice, check_values, shown
+from delta_lora.checks import Matches, OneOf, Range, check_choice, check_values, expanded, shown
+from delta_lora.writing import failed, writing
 from tasks.data import listing
 
 KINDS = ("hub", "files", "embedded")
@@ -40,6 +41,8 @@ Sizes = Mapping[
     ],
 ]
 _HUB = "https://huggingface.co"
+#: behind what is wrong with the cache.
+_ELSEWHERE = "give the same command again; task.cache_dir=FOLDER names another cache"
 _ADVICE = (
     "where there is no network, take a copy of the files and use task.source=files "
     "task.data_dir=FOLDER"
@@ -133,11 +136,13 @@ class Source:
             FileNotFoundError: the folder is missing.
             RuntimeError: a file cannot be downloaded.
             ValueError: what was downloaded is not the pinned file.
+            WriteError: the files cannot be written.
         """
         if self.kind == "embedded":
             with TemporaryDirectory() as temporary:
                 folder = Path(temporary)
-                self.write(folder, seed=self.embedded_seed, sizes=self.embedded_sizes)
+                with writing(folder, "give the same command again; TMPDIR names another folder"):
+                    self.write(folder, seed=self.embedded_seed, sizes=self.embedded_sizes)
                 yield folder
         elif self.kind == "files":
             assert self.data_dir is not None
@@ -218,6 +223,7 @@ class Release:
         Raises:
             RuntimeError: a file cannot be downloaded.
             ValueError: what was downloaded is not the pinned file.
+            WriteError: the cache cannot be written.
         """
         folder = self._folder(cache_dir)
         fetcher = pooch.create(
@@ -235,6 +241,8 @@ class Release:
                     f"could not download {fetcher.get_url(name)} ({self.revision}): {error}; "
                     f"{_ADVICE}"
                 ) from error
+            except OSError as error:
+                raise failed(folder / name, error, _ELSEWHERE) from error
             except ValueError as error:
                 raise ValueError(
                     f"{fetcher.get_url(name)} is not the pinned file of {self.revision} "
@@ -310,7 +318,7 @@ def remote_size(url: str, *, timeout_s: float) -> int | None:
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return `cache_dir`, or the suite's folder in the user's cache where it is None."""
-    return Path(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir).expanduser()
+    return expanded(pooch.os_cache("delta_lora") if cache_dir is None else cache_dir)
 
 
 def open_folder(data_dir: str | Path) -> Path:
@@ -320,7 +328,7 @@ def open_folder(data_dir: str | Path) -> Path:
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
     """
-    folder = Path(data_dir).expanduser().resolve()
+    folder = expanded(data_dir).resolve()
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delta_lora import writing
 from delta_lora.checkpoint import sha256_file, write_json, write_tensors
 from delta_lora.stored import UnreadableError, checksum, damaged, read_json, read_tensors
 
@@ -36,17 +37,19 @@ def write(
         content: JSON values; the checksum of the tensors is added.
         tensors: by name.
         export: writes the trained model to a folder; None leaves it out.
+
+    Raises:
+        WriteError: a file cannot be written; the message has its path.
     """
-    folder, temporary = checkpoint / FOLDER, checkpoint / f".writing-{FOLDER}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write_tensors(temporary / TENSORS, tensors)
-    if export is not None:
-        export(temporary / EXPORT)
-    digest = sha256_file(temporary / TENSORS)
-    write_json(temporary / STATE, {**content, "tensors_sha256": digest})
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    folder = checkpoint / FOLDER
+    with writing.whole(folder, "train on from the checkpoint before it") as temporary:
+        writing.make_folder(temporary)
+        write_tensors(temporary / TENSORS, tensors)
+        if export is not None:
+            export(temporary / EXPORT)
+        digest = sha256_file(temporary / TENSORS)
+        write_json(temporary / STATE, {**content, "tensors_sha256": digest})
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -46,7 +46,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from delta_lora import delta, step_watch
-from delta_lora.checks import check_bool, check_choice, check_integer, check_real
+from delta_lora.checks import check_bool, check_choice, check_integer, check_real, expanded
 from delta_lora.integrations import callback_state
 from delta_lora.integrations.callback_state import FOLDER, STATE
 from delta_lora.integrations.peft_layers import (
@@ -334,7 +334,7 @@ class DeltaLoraCallback(TrainerCallback):
             RuntimeError: this callback has not trained `model`.
             ValueError: weights were trained that no adapter of PEFT holds.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         layers = dict(model.named_modules())
         if not self._targets or any(layers.get(t.name) is not t.layer for t in self._targets):
             raise RuntimeError(
@@ -403,7 +403,7 @@ class DeltaLoraCallback(TrainerCallback):
         """Restore the state from the checkpoint that `Trainer` has loaded the adapter from."""
         loaded = None if self._places is None else self._places.loaded
         if self.resume_from_checkpoint is not None:
-            guesses = [Path(self.resume_from_checkpoint).expanduser()]
+            guesses = [expanded(self.resume_from_checkpoint)]
         elif loaded is not None:  # a named adapter lies in a folder of the checkpoint
             guesses = [loaded, loaded.parent]
         else:

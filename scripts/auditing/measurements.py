@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stored
+from delta_lora.writing import make_folder
 from scripts.runs import provenance
 from scripts.runs.building import base_model, build_tokenizer, load_task
 from scripts.runs.composition import ROOT
@@ -127,7 +128,7 @@ def measure(measurement: Measurement) -> dict[str, Any]:
             },
         }
     )
-    measurement.path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(measurement.path.parent)
     checkpoint.write_json(measurement.path, record)
     return record
 

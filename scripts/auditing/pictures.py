@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from delta_lora.writing import whole
 from scripts.auditing.sections.memory import MIB, largest_point
 from scripts.auditing.sections.precision import FORM_LABELS
 from scripts.reporting.figures import STYLES
@@ -46,7 +47,8 @@ def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
             figure.suptitle(title, fontsize=9)
             for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 path = folder / f"audit_{section['key']}.{suffix}"
-                figure.savefig(path, metadata=metadata, dpi=150)
+                with whole(path) as temporary:
+                    figure.savefig(temporary, metadata=metadata, dpi=150, format=suffix)
                 paths.append(path)
     return paths
 

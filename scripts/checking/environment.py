@@ -93,8 +93,13 @@ def _driver() -> str | None:
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             answer = subprocess.run(  # noqa: S603 - found by name, no input
-                query, capture_output=True, text=True, timeout=30, check=True
+                query,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=30,
+                check=True,
             )
             return answer.stdout.split("\n")[0].strip()
     version = Path("/proc/driver/nvidia/version")
-    return version.read_text().split("\n")[0] if version.exists() else None
+    return version.read_text(encoding="utf-8").split("\n")[0] if version.exists() else None

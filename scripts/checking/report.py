@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora.writing import make_folder, write_text
 from scripts.checking import recipes
 from scripts.checking.catalogue import by_number
 
@@ -206,7 +207,5 @@ def measured_method(row: str, times: dict[str, float]) -> str | None:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write the report, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1, sort_keys=False) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+from delta_lora.checks import expanded
 
 #: how each family calls what is planned with: name here -> (key, default of transformers).
 KEYS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -135,7 +136,7 @@ def read_architecture(cfg: Any) -> Architecture:
 def _raw(cfg: Any) -> dict[str, Any]:
     model = cfg.model
     if model.get("path") is not None:
-        path = Path(model.path).expanduser() / "config.json"
+        path = expanded(model.path) / "config.json"
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:

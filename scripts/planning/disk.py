@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 import yaml
 
+from delta_lora.checks import expanded
 from scripts.planning.architecture import ROOT, read_plan_file
 from scripts.planning.ledger import FLOAT, Ledger
 from scripts.planning.workload import Workload
@@ -124,13 +125,13 @@ def _pins() -> list[dict[str, Any]]:
 
 def _data_cache(cfg: Any) -> Path:
     own = cfg.task.get("cache_dir")
-    return Path(platformdirs.user_cache_dir("delta_lora") if own is None else own).expanduser()
+    return expanded(platformdirs.user_cache_dir("delta_lora") if own is None else own)
 
 
 def hub_cache() -> Path:
     """Return the folder of the Hugging Face hub's downloads."""
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    return expanded(os.environ.get("HF_HUB_CACHE", f"{home}/hub"))
 
 
 def _is_cached(name: str) -> bool:

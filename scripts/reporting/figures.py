@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_lora.writing import make_folder, whole, write_text
 from scripts.reporting import stats
 from scripts.reporting.formats import UNDECIDED, claims_table, head_lines, md_table
-from scripts.reporting.results import Entry, absent, facts_of, shown_spec, write_text
+from scripts.reporting.results import Entry, absent, facts_of, shown_spec
 from scripts.reporting.scope import check_one_model
 from scripts.reporting.spec import SERIES, Part, TableSpec
 
@@ -207,7 +208,7 @@ def figure_to_csv(results: Mapping[str, Any]) -> str:
 
 def write_figure(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write the data to ``folder/<figure>.{json,csv,md}``; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     name = results["figure"]
     content = {
         "json": json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -315,5 +316,6 @@ def picture(stem: Path, *, size: tuple[float, float], title: str) -> Iterator[tu
         yield figure, paths
         for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             path = stem.with_name(f"{stem.name}.{suffix}")
-            figure.savefig(path, metadata=metadata, dpi=150)
+            with whole(path) as temporary:
+                figure.savefig(temporary, metadata=metadata, dpi=150, format=suffix)
             paths.append(path)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stored
+from delta_lora.writing import write_text
 from scripts.reporting import key_rows
 from scripts.reporting.figures import try_to_draw
 from scripts.reporting.formats import md_table, md_text
-from scripts.reporting.results import write_text
 from scripts.reporting.scope import MODELS
 from scripts.reporting.spec import PAPER, paper_table_names, read_yaml
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_lora import stored
+from delta_lora.writing import make_folder, write_text
 from scripts.reporting import stats
 from scripts.reporting.claims import RESOURCE_LABELS, Place, compare_contrasts, judge_claims
 from scripts.reporting.formats import FORMATS
@@ -233,21 +233,16 @@ def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
         folder: created if missing.
 
     Returns:
-        The files, each written under a temporary name and renamed.
+        The files.
+
+    Raises:
+        WriteError: one cannot be written; the others are whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return [
         write_text(folder / f"{results['table']}.{suffix}", write(results))
         for suffix, write in FORMATS.items()
     ]
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write `text` under a temporary name and rename it; return `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-    return path
 
 
 def accept(entries: Sequence[Entry], folder: Path) -> list[Path]:
@@ -263,12 +258,11 @@ def accept(entries: Sequence[Entry], folder: Path) -> list[Path]:
             f"{len(dirty)} of {len(records)} records come from uncommitted or unknown code "
             f"({', '.join(sorted(dirty)[:5])}); commit, delete their run folders and run them again"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for record in records:
         path = folder / f"{record['signature']}.json"
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        paths.append(path)
+        paths.append(write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n"))
     return paths
 
 

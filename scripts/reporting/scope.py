@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from delta_lora.checks import expanded
 from scripts.reporting.spec import TableSpec
 from scripts.runs.cells import Cell
 from scripts.runs.composition import SEARCH_PATH
@@ -90,7 +91,7 @@ def _is_same(run: Run, own: Run) -> bool:
         return True
     if "same_as" in mine and mine["same_as"]["hub_id"] == own.config.model.hub_id:
         return True
-    return has_architecture(Path(path).expanduser(), architecture)
+    return has_architecture(expanded(path), architecture)
 
 
 def _slug(run: Run) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from delta_lora.writing import make_folder, reason_of
 from scripts.runs import checks, starts
 from scripts.runs.allotment import Allotment, largest_need, parse_workers
 from scripts.runs.cells import Cell
@@ -178,10 +179,11 @@ class Batch:
         if self.refusal is not None:
             raise ValueError(self.refusal)
         try:
-            results.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=results).close()
+            make_folder(results)
+            with tempfile.TemporaryFile(dir=results) as stream:
+                stream.write(b"a full disk takes names, and no content")
         except OSError as error:
-            reason = f"cannot write to the results folder {results}: {error.strerror}"
+            reason = f"cannot write to the results folder {results}: {reason_of(results, error)}"
             raise OSError(reason) from error
         self.launcher.check(self.scale, self.extra)
 

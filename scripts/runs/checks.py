@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from delta_lora import fitting, stored
-from delta_lora.checks import shown
+from delta_lora.checks import expanded, shown
 from scripts.runs import devices
 from scripts.runs.building import describe_method, random_model, weights_of
 from scripts.runs.composition import ConfigError, as_config_error
@@ -126,7 +126,7 @@ def _architecture(run: Run) -> tuple[Any, Path | None]:
         return run.pretraining.config.model.architecture, None
     if model.path is None:
         return model.architecture, None
-    described = Path(model.path).expanduser() / "config.json"
+    described = expanded(model.path) / "config.json"
     if not described.is_file():
         return None, None  # `check_sources` says what the folder lacks
     with as_config_error():

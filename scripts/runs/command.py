@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from delta_lora.console import as_path, complain
 from scripts.runs import launchers
 from scripts.runs.batch import PreparationError
 from scripts.runs.scale import CHOICES
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, results: Path) -> None:
         "--args", default="", metavar="OVERRIDES", dest="overrides", help="of every run, for Hydra"
     )
     parser.add_argument("--plan", action="store_true", help="show what is missing and stop")
-    parser.add_argument("--results", type=Path, default=results, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=as_path, default=results, help=argparse.SUPPRESS)
 
 
 def exit_code(work: Callable[[], int]) -> int:
@@ -51,8 +52,7 @@ def exit_code(work: Callable[[], int]) -> int:
         with stop_in_order():
             return work()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except PreparationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -129,7 +129,8 @@ def _ask_torch() -> dict[str, Any]:
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", _PROBE],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=PROBE_TIMEOUT_S,
         check=False,
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from delta_lora.checks import expanded
 from delta_lora.stored import UnreadableError
 from scripts.runs.checksums import RECORD, read_record
 from scripts.runs.run import Run
@@ -86,7 +87,7 @@ def _kind(config: Any) -> str:
     values["init_from"] = values["init_from"] is not None
     for key in FOLDERS:
         if values[key] is not None:
-            values[key] = str(Path(values[key]).expanduser().resolve())
+            values[key] = str(expanded(values[key]).resolve())
     return json.dumps(values, sort_keys=True, default=_plain)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from delta_lora import processes
+from delta_lora import processes, writing
 from delta_lora.result import PrunedError
 from delta_lora.runlog import Guarded
 from delta_lora.stored import UnreadableError
@@ -19,7 +19,7 @@ from scripts.runs import checksums, item_spread
 from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict
+from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict, tidy
 from scripts.runs.mirroring import mirror_of, write_references
 from scripts.runs.own_files import own_files
 from scripts.runs.recording import Scored, record_of, write_failure, write_pruned
@@ -50,6 +50,7 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
         ConfigError: the input is wrong; nothing was written.
         UnreadableError: a file of its folder is damaged, or of another run; nothing was written.
         LockedError: another process works in the run folder.
+        WriteError: a file cannot be written; asking again continues the run.
         Exception: whatever stopped the run; the record then says ``failed`` and why.
     """
     if _is_done(run):
@@ -62,6 +63,7 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
             return checksums.check_files(run.folder)
         if run.status().state == "stale":
             clear(run.folder)
+        tidy(run.folder)
         checksums.check_places(run.folder)
         (run.folder / RECORD).unlink(missing_ok=True)  # of an attempt that failed or was pruned
         try:
@@ -114,7 +116,8 @@ def _execute(run: Run, *, is_main: bool, prune: Prune | None) -> dict[str, Any]:
     _log_start(run, built)
     own = own_files(run.config)  # as they are now, before hours of training
     if is_main:
-        OmegaConf.save(run.config, run.folder / "config.yaml", resolve=True)
+        text = OmegaConf.to_yaml(run.config, resolve=True)
+        writing.write_text(run.folder / "config.yaml", text)
     with _mirrored(run, task, is_main=is_main) as mirrors:
         fitted = _fit(run, built, mirrors, prune)
         adapter = _write_adapter(run, built, fitted.chosen_step) if is_main else None
@@ -279,8 +282,10 @@ def _save_model(run: Run, built: Built) -> str:
     """Write the whole model with its tokenizer; return the checksum of its weights."""
     from delta_lora.models import fingerprint
 
-    built.model.save_pretrained(run.folder / "model")
-    built.tokenizer.save_pretrained(run.folder / "model")
+    folder = run.folder / "model"
+    with writing.filling(folder) as temporary:
+        built.model.save_pretrained(temporary)
+        built.tokenizer.save_pretrained(temporary)
     return fingerprint(built.model)
 
 

@@ -18,7 +18,8 @@ _KIND_OF_TYPE = {"AcceleratorError": DEVICE, "OutOfMemoryError": MEMORY, "Memory
 _KIND_OF_TEXT = {
     # A library's status may be its way to say so.
     MEMORY: re.compile(
-        r"CUDA out of memory|_STATUS_ALLOC_FAILED|can't allocate memory|error: out of memory"
+        r"CUDA out of memory|_STATUS_ALLOC_FAILED|can't allocate memory|error: out of memory|"
+        r"Cannot allocate memory|can't start new thread|ThreadPoolBuildError"
     ),
     DEVICE: re.compile(
         rf"CUDA error|CUDA driver error|HIP error|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_STATUS_|"

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from delta_lora import stored
+from delta_lora import locks, stored, writing
 from scripts.runs import checksums
 from scripts.runs.checksums import ADAPTER as ADAPTER
 from scripts.runs.checksums import ITEM_SPREAD as ITEM_SPREAD
@@ -38,9 +36,7 @@ class LockedError(RuntimeError):
 
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the run folder for this process; the system frees it where the process ends.
-
-    It holds between machines too, on a file system whose locks do: NFS 4, Lustre with ``flock``.
+    """Hold the run folder for this process, as `delta_lora.locks` does.
 
     Args:
         folder: made where it does not exist.
@@ -50,31 +46,28 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
         LockedError: another process holds it and `wait` is False.
         ConfigError: the folder cannot be written.
     """
-    held, owner = FileLock(folder / LOCK), folder / OWNER
+    owner, held = folder / OWNER, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout):
-            held.acquire(blocking=False)
-        if not held.is_locked:
+        writing.make_folder(folder)
+        held = locks.take(folder / LOCK, wait=False)
+        if held is None:
             who = (
                 owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "unknown"
             )
+            advice = locks.advice(folder / LOCK)
             if not wait:
                 raise LockedError(
-                    f"process {who} is already working in {folder}; wait for it, or stop it"
+                    f"process {who} is already working in {folder}; wait for it, or stop it{advice}"
                 )
-            logger.info("waiting for process %s, which works in %s", who, folder)
-            held.acquire()
+            logger.info("waiting for process %s, which works in %s%s", who, folder, advice)
+            held = locks.take(folder / LOCK, wait=True)
+        assert held is not None
         owner.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    except NotImplementedError as error:
-        raise ConfigError(
-            f"the file system of {folder} has no locks, so two processes could spoil one run; "
-            "choose another place with paths.outputs=FOLDER"
-        ) from error
     except OSError as error:
-        held.release()
+        if held is not None:
+            held.release()
         raise ConfigError(
-            f"cannot write to the output folder {folder}: {error.strerror}; "
+            f"cannot write to the output folder {folder}: {writing.reason_of(folder, error)}, or "
             "choose another with paths.outputs=FOLDER"
         ) from error
     try:
@@ -85,14 +78,13 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Return whether a process works in a run folder at this moment."""
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).exists() and not locks.soft(folder / LOCK).exists():
         return False
-    held = FileLock(folder / LOCK)
     try:
-        held.acquire(blocking=False)
-    except NotImplementedError:  # a file system without locks: `lock` refuses to work there
-        return False
-    except (Timeout, OSError):
+        held = locks.take(folder / LOCK, wait=False)
+    except OSError:
+        return True
+    if held is None:
         return True
     held.release()
     return False
@@ -159,10 +151,7 @@ def predict(
         return []
     order = {p["id"]: p for p in predictions}
     predictions = [order[key] for key in sorted(order)]
-    whole = folder / f".writing-{PREDICTIONS}"
-    with _lines_of(whole, None) as write:
-        write(predictions)
-    whole.replace(folder / PREDICTIONS)
+    writing.write_text(folder / PREDICTIONS, "".join(_line(p, None) for p in predictions))
     return predictions
 
 
@@ -185,25 +174,33 @@ class _Chain:
 
 @contextlib.contextmanager
 def _lines_of(
-    path: Path | None, chain: _Chain | None
+    path: Path | None, chain: _Chain
 ) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
     """Open a JSONL file for writing and yield what adds lines to it.
 
     Args:
         path: None writes nowhere.
-        chain: gives every line its checksum; None writes none.
+        chain: gives every line its checksum.
+
+    Raises:
+        WriteError: a line cannot be written.
     """
     if path is None:
         yield lambda _: None
         return
-    with path.open("w", encoding="utf-8") as stream:
+    with writing.writing(path):  # unbuffered: what cannot be written is not tried again
+        stream = path.open("wb", buffering=0)
+    with stream:
 
         def write(predictions: Sequence[dict[str, Any]]) -> None:
-            stream.writelines(_line(p, chain) for p in predictions)
-            stream.flush()
+            rest = memoryview("".join(_line(p, chain) for p in predictions).encode())
+            with writing.writing(path):
+                while rest:
+                    rest = rest[stream.write(rest) :]
 
         yield write
-        os.fsync(stream.fileno())
+        with writing.writing(path):
+            os.fsync(stream.fileno())
 
 
 def _line(prediction: Mapping[str, Any], chain: _Chain | None) -> str:
@@ -306,11 +303,20 @@ def finish(
         (folder / PARTIAL).unlink(missing_ok=True)
 
 
+def tidy(folder: Path) -> None:
+    """Remove what processes that were killed have left half written in a run folder.
+
+    Only the process that holds the folder may call it.
+    """
+    for place in (folder, *(folder / name for name in ("adapter", "checkpoints", "best"))):
+        writing.remove_unfinished(place)
+
+
 def clear(folder: Path) -> None:
     """Remove the results of a stale run; its folder and lock stay."""
     logger.info("run %s is stale: starting it again", folder.name)
     for path in folder.iterdir():
-        if path.name in (LOCK, OWNER):
+        if path.name in (LOCK, locks.soft(folder / LOCK).name, OWNER):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

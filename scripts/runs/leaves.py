@@ -240,7 +240,9 @@ def _check_numbers(architecture: Mapping[str, Any]) -> None:
     for name, value in architecture.items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
-        allowed = Range(at_least=0)
+        allowed = Range(
+            at_least=0, at_most=2**20, why="models are trained from nothing at these sizes"
+        )
         if name.endswith("token_id") and isinstance(vocab_size, int):
             allowed = Range(at_least=0, below=vocab_size, why="vocab_size")
         check_value(f"model.architecture.{name}", value, int, allowed)

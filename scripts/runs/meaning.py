@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from delta_lora.checks import expanded
 from scripts.runs import provenance
 from scripts.runs.composition import ConfigError, as_config_error
 from scripts.runs.leaves import class_of
@@ -221,22 +222,27 @@ def folder_checksum(key: str, path: str) -> str:
     Raises:
         ConfigError: it does not exist.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise ConfigError(
             f"{key}={path}: no such folder (looked in {folder.resolve()}); write the folder's path"
         )
-    # A link that leads nowhere (an editor's lock is one) has no content; what needs it says so.
-    states = [(str(p), p.stat()) for p in sorted(folder.rglob("*")) if _leads_somewhere(p)]
-    files = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
-    cache_key = (str(folder.resolve()), *files)
-    if cache_key not in _CHECKSUMS:
-        _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
+    try:
+        # A link to nothing is no file: whoever needs that file says so.
+        paths = (p for p in sorted(folder.rglob("*")) if _is_file(p))
+        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        cache_key = (str(folder.resolve()), *files)
+        if cache_key not in _CHECKSUMS:
+            _CHECKSUMS[cache_key] = provenance.sha256_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={path}: {error.filename or folder} cannot be read: {error.strerror}"
+        ) from error
     return _CHECKSUMS[cache_key]
 
 
-def _leads_somewhere(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return path.exists()
+        return path.is_file()
     except OSError:  # a link to itself
         return False

@@ -11,6 +11,7 @@ from typing import Any
 
 from delta_lora.mirror import RunFacts
 from delta_lora.runlog import MetricLogger
+from delta_lora.writing import write_text
 from scripts.runs.composition import ConfigError
 from scripts.runs.folder import RECORD, read_record
 from scripts.runs.meaning import default_settings
@@ -154,7 +155,7 @@ def write_references(task: Any, folder: Path) -> None:
     ]
     if references or scores:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / "references.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_text(folder / "references.jsonl", "".join(lines))
 
 
 def title_of(run: Run) -> str:

@@ -48,7 +48,9 @@ def _committed() -> frozenset[Path] | None:
     """Return the files that git knows in this repository; None where there is no git to tell."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, check=True, capture_output=True, encoding="utf-8", errors="surrogateescape"
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return frozenset(ROOT / name for name in done.stdout.split("\0") if name)

@@ -123,4 +123,6 @@ def _cpu_name() -> str:
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    return subprocess.run(  # noqa: S603
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def record_of(
 
 
 def write_failure(run: Run, error: Exception) -> None:
-    """Write the record of a run that was stopped by `error`."""
+    """Write the record of a run that was stopped by `error`, where the disk takes it."""
     from delta_lora import checkpoint, stored
 
     record = {
@@ -92,7 +93,8 @@ def write_failure(run: Run, error: Exception) -> None:
         },
         "config": config_of(run),
     }
-    checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
+    with contextlib.suppress(OSError):  # which would hide the error that stopped the run
+        checkpoint.write_json(run.folder / RECORD, stored.sealed(record))
 
 
 def write_pruned(run: Run, stop: PrunedError) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from delta_lora.checks import check_path, shown
+from delta_lora.checks import check_path, expanded, shown
 from delta_lora.stored import UnreadableError
 from scripts.runs import composition
 from scripts.runs.checksums import RECORD, read_record
@@ -218,7 +218,7 @@ class Run:
                 raise ConfigError(f"init_from={name} is the task of this run itself; use null")
             kept = (*_kept(overrides), f"experiment={name}", f"model={self.choices.model}")
             return _composed(kept).with_seed(self.seed)
-        folder = Path(name).expanduser().resolve()
+        folder = expanded(name).resolve()
         if not (folder / RECORD).is_file():
             raise ConfigError(
                 f"init_from={name} is neither an experiment nor the folder of a run with a "
@@ -238,7 +238,7 @@ class Run:
         if self.pretraining is not None:
             return str(self.pretraining.folder / "model"), None
         if model.path is not None:
-            return str(Path(model.path).expanduser()), None
+            return str(expanded(model.path)), None
         return None if model.hub_id is None else (model.hub_id, model.revision)
 
 

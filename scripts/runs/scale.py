@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from delta_lora import console
 from scripts.runs import devices
 from scripts.runs.faults import NO_DEVICE
 
@@ -62,9 +63,13 @@ def missing_device(scale: str, overrides: Sequence[str]) -> str | None:
     )
 
 
-if __name__ == "__main__":
+def _main() -> None:
     parser = argparse.ArgumentParser(description="print the scale that a choice stands for")
     parser.add_argument("choice", choices=CHOICES)
     chosen, why = resolve_scale(parser.parse_args().choice)
     print(chosen)
     print(f"scale: {chosen} ({why})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    console.run(_main)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from delta_lora.checks import expanded
 from delta_lora.families import FAMILIES
 from delta_lora.sources import CONFIG, WEIGHTS
 from scripts.runs.composition import CONFIGS
@@ -43,7 +44,7 @@ def model_facts(config: DictConfig, *, is_made_here: bool) -> dict[str, Any]:
         return facts
     keys = {key_of(override) for override in config.get("overrides") or ()}
     if model.path is not None:
-        folder = Path(model.path).expanduser().absolute()
+        folder = expanded(model.path).absolute()
         same = pinned(folder / WEIGHTS)
         if not _is_called_so(config, folder, keys, same):
             facts["name"] = folder.name
@@ -71,7 +72,7 @@ def facts_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
     facts = dict(record["model"])
     path = record["config"]["model"].get("path")
     if path is not None and facts["init"] != RANDOM and "folder" not in facts:
-        name = Path(path).expanduser().absolute().name
+        name = expanded(path).absolute().name
         facts |= {"name": name, "folder": name, "hub_id": None, "revision": None}
     return facts
 

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from delta_lora.writing import make_folder
 from scripts.runs import faults
 from scripts.runs.jobs import Job, Outcome, Queue
 
@@ -171,7 +172,7 @@ class Pool:
     def __init__(self, *, environments: Sequence[Mapping[str, str]], logs: Path, name: str) -> None:
         if not environments:
             raise ValueError("a pool needs at least one worker")
-        logs.mkdir(parents=True, exist_ok=True)
+        make_folder(logs)
         began = {COMMAND_BEGAN: repr(when_began())}
         self._slots = [
             _Slot(logs / f"{name}-worker{index}.log", {**environment, **began})
@@ -323,7 +324,8 @@ def do(job: Job) -> Answer:
     try:
         getattr(importlib.import_module(module), name)(*job.arguments)
     except Exception as error:  # whatever one cell does must not end the table
-        traceback.print_exc()
+        with suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exc()
         return Answer(faults.reason_of(error), faults.kind_of(error))
     return Answer(None)
 

@@ -10,7 +10,6 @@ ran at the same time, and so does one that is given more trials.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from delta_lora.checks import OneOf, Range, check_values, documented
+from delta_lora.writing import whole
 from scripts.sweeping.space import Dimension
 
 SAMPLERS = ("tpe", "random")
@@ -231,13 +231,11 @@ class Search:
         import optuna
         from optuna.storages import journal
 
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(temporary)))
-        study = _empty_study(self.direction, storage=storage, study_name=name)
-        study.set_user_attr("identity", dict(identity))
-        study.add_trials([self._stored(trial) for trial in trials])
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(temporary)))
+            study = _empty_study(self.direction, storage=storage, study_name=name)
+            study.set_user_attr("identity", dict(identity))
+            study.add_trials([self._stored(trial) for trial in trials])
 
     def read(self, path: Path, identity: Mapping[str, Any]) -> list[Trial]:
         """Return the trials of the file; none where there is no file.

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delta_lora.writing import write_text
 from scripts.reporting.figures import try_to_draw
 from scripts.reporting.formats import head_lines, md_table
-from scripts.reporting.results import Entry, facts_of, write_text
+from scripts.reporting.results import Entry, facts_of
 from scripts.reporting.spec import Row, TableSpec
 from scripts.runs.cells import Cell
 from scripts.sweeping.content import CHOSEN_ON, SHOWN, all_scores, values_of

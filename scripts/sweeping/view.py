@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from delta_lora.writing import make_folder, write_text
 from scripts.reporting.figures import try_to_draw
-from scripts.reporting.results import Entry, accept, collect, write_text
+from scripts.reporting.results import Entry, accept, collect
 from scripts.runs.batch import HELD
 from scripts.runs.cells import Cell
 from scripts.runs.folder import is_held
@@ -61,7 +62,7 @@ def write(content: Mapping[str, Any], folder: Path) -> list[Path]:
         content: from `scripts.sweeping.content.build`.
         folder: created if missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return [
         write_text(folder / "sweep.json", text),

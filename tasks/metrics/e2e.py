@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+from delta_lora import console
+from delta_lora.console import as_path
 from delta_lora.protocols import ItemScores, OfSets, Scores
 from tasks.metrics import items
 from tasks.metrics.bleu import bleu
@@ -193,9 +194,12 @@ def _one_line(text: str, name: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of a file of outputs; exit code 1: one is missing, 2: a file is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--predictions", type=Path, required=True, help="one output a line")
+    parser.add_argument("--predictions", type=as_path, required=True, help="one output a line")
     parser.add_argument(
-        "--references", type=Path, required=True, help="one a line, groups end at an empty line"
+        "--references",
+        type=as_path,
+        required=True,
+        help="one a line, groups end at an empty line",
     )
     parser.add_argument("--nist-perl", action="store_true", help="also NIST of mteval-v13a.pl")
     parser.add_argument("--json", action="store_true", help="full precision, as one JSON object")
@@ -213,4 +217,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.run(main)

@@ -34,13 +34,14 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nltk.tokenize import word_tokenize
 from sacrebleu.metrics import BLEU
 
+from delta_lora import console
+from delta_lora.console import as_path
 from delta_lora.protocols import ItemScores, OfSets, Scores
 from tasks.metrics import items
 from tasks.metrics.e2e import check_texts
@@ -380,9 +381,12 @@ _SUMMANDS: dict[tuple[str, str], Callable[[Texts, Groups], Summands]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores of a file of outputs; exit code 1: one is missing, 2: a file is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--predictions", type=Path, required=True, help="one output a line")
+    parser.add_argument("--predictions", type=as_path, required=True, help="one output a line")
     parser.add_argument(
-        "--references", type=Path, required=True, help="one a line, groups end at an empty line"
+        "--references",
+        type=as_path,
+        required=True,
+        help="one a line, groups end at an empty line",
     )
     parser.add_argument("--protocol", choices=list(METRICS), default="lora")
     parser.add_argument("--json", action="store_true", help="full precision, as one JSON object")
@@ -396,4 +400,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.run(main)

@@ -61,7 +61,10 @@ def initialise_encoder(model: Any, counts_V: Tensor) -> None:
     config = model.config
     _check(config, "roberta", heads=getattr(config, "num_attention_heads", 0))
     if config.type_vocab_size != 2:
-        raise ValueError(f"type_vocab_size={config.type_vocab_size}: pairs need 2 segments")
+        raise ValueError(
+            f"model.architecture.type_vocab_size={config.type_vocab_size}: pairs have 2 segments; "
+            "write 2"
+        )
     size, half = config.hidden_size, config.hidden_size // 2
     embeddings = model.roberta.embeddings
     _set_words(embeddings.word_embeddings.weight)
@@ -136,9 +139,13 @@ def initialise_encoder_decoder(model: Any, counts_V: Tensor) -> None:
 def _check(config: Any, model_type: str, *, heads: int) -> None:
     size = getattr(config, "hidden_size", 0)
     if config.model_type != model_type or heads < NUM_HEADS or size % (2 * heads) or size % 4:
+        own = {
+            k: v for k, v in config.to_dict().items() if k.endswith(("attention_heads", "d_model"))
+        }
         raise ValueError(
-            f"a {config.model_type} of {heads} heads and {size} hidden dimensions cannot be "
-            f"initialised; needed: a {model_type} with at least {NUM_HEADS} heads, and dimensions "
+            f"model.architecture: a {config.model_type} of {heads} heads and {size} hidden "
+            f"dimensions ({', '.join(f'{k}={v}' for k, v in own.items())}) cannot be initialised; "
+            f"needed: a {model_type} with at least {NUM_HEADS} heads, and dimensions "
             "that are a multiple of 4 and of twice the heads"
         )
 

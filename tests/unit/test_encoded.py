@@ -65,6 +65,10 @@ def files(folder: Path, ending: str) -> list[Path]:
     return sorted(folder.glob(f"*{ending}"))
 
 
+def unfinished(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".writing-*"))
+
+
 # What is kept
 
 
@@ -79,7 +83,7 @@ def test_memory_and_disk_give_the_same(tmp_path: Path, tokenizer: Any) -> None:
     assert memory.row("ids", 7).dtype == read.row("ids", 7).dtype == np.int32
     assert (memory.num_cut, memory.first_cut) == (2, 4)
     assert (first.rows, second.rows) == (list(range(20)), [])
-    assert not files(tmp_path / "a", ".tmp")
+    assert not unfinished(tmp_path / "a")
 
 
 def test_small_splits_and_tokenizers_without_a_state_stay_in_memory(
@@ -181,12 +185,13 @@ def test_what_a_killed_process_left_is_made_again_without_a_word(
     encoded.encode(split(), tokenizer, tmp_path)
     (path,), (checksum,) = files(tmp_path, ".arrow"), files(tmp_path, ".sha256")
     checksum.unlink()
-    path.with_name(f"{path.name}.tmp").write_bytes(path.read_bytes()[:500])
+    left = path.with_name(f".writing-{2**22 + 1}-{path.name}")  # no process has this number
+    left.write_bytes(path.read_bytes()[:500])
     again = Counted()
     encoded.encode(split(again), tokenizer, tmp_path)
     assert again.rows
     assert checksum.exists()
-    assert not files(tmp_path, ".tmp")
+    assert not left.exists()
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
@@ -214,7 +219,7 @@ def test_a_full_disk_costs_one_warning(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert everything(found) == expected
     assert "File too large" in caplog.text
-    assert not [*files(tmp_path, ".arrow"), *files(tmp_path, ".tmp"), *files(tmp_path, ".sha256")]
+    assert not [*files(tmp_path, ".arrow"), *unfinished(tmp_path), *files(tmp_path, ".sha256")]
 
 
 def test_what_the_encoder_says_of_a_row_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -225,7 +230,7 @@ def test_what_the_encoder_says_of_a_row_is_an_error(tmp_path: Path, tokenizer: A
 
     with pytest.raises(ValueError, match="row 7 is wrong"):
         encoded.encode(split(encode), tokenizer, tmp_path)
-    assert not [*files(tmp_path, ".arrow"), *files(tmp_path, ".tmp")]
+    assert not [*files(tmp_path, ".arrow"), *unfinished(tmp_path)]
 
 
 def test_one_makes_a_file_and_the_others_wait(tmp_path: Path, tokenizer: Any) -> None:

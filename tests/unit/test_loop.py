@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -151,6 +152,28 @@ def test_a_write_that_fails_stops_the_run_and_leaves_no_litter(
         fit(tmp_path, max_steps=20)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000006"]
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, max_steps=20)
+    places = tmp_path / "checkpoints"
+    names = sorted(path.name for path in places.iterdir())
+    shutil.copytree(places / names[0], places / "step-00000001")
+    shutil.copytree(places / names[0], places / ".writing-old-step-00000002")
+    fit(tmp_path, max_steps=20)
+    assert sorted(path.name for path in places.iterdir()) == names
+
+    def killed(path: Path, **_: Any) -> None:
+        for file in sorted(path.iterdir())[:1] if path.is_dir() else ():
+            file.unlink()
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.drop_after(places, 0)
+    assert len([path for path in places.iterdir() if path.name.startswith("step-")]) == 1
 
 
 def test_step_time_holds_neither_evaluation_nor_checkpoints(tmp_path: Path) -> None:
