@@ -327,7 +327,8 @@ def read_tsv(
             raise ValueError(
                 f"{document.path}, line 1: {problem} column {column!r}; the header is "
                 f"{shorten(list(header), 400)}, needed are {list(required)}"
-                f"{f' ({named_by})' if named_by else ''}, separated by tabs"
+                f"{f' ({named_by})' if named_by else ''}, separated by tabs; correct the one or "
+                "the other"
             )
     wanted = [column for column in (*required, *optional) if column in header]
     for number, line in lines:

@@ -146,7 +146,7 @@ def _check(config: Any, model_type: str, *, heads: int) -> None:
             f"model.architecture: a {config.model_type} of {heads} heads and {size} hidden "
             f"dimensions ({', '.join(f'{k}={v}' for k, v in own.items())}) cannot be initialised; "
             f"needed: a {model_type} with at least {NUM_HEADS} heads, and dimensions "
-            "that are a multiple of 4 and of twice the heads"
+            "that are a multiple of 4 and of twice the heads; set them so"
         )
 
 

@@ -87,13 +87,6 @@ def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-PATIENT = [
-    sys.executable, "-c",
-    f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); from delta_lora import mirror; "
-    f"mirror.be_patient(); runpy.run_path({str(ROOT / 'scripts/train.py')!r}, run_name='__main__')",
-]  # fmt: skip
-
-
 def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
 

@@ -253,9 +253,10 @@ def test_the_untrained_model_is_a_run_of_no_steps(small: Callable[..., list[str]
 def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
     small: Callable[..., list[str]], train: Any
 ) -> None:
-    arguments = small("method=delta_lora", "seed=79")
+    # A seed of its own: of a run that another test has made nothing would be left to mirror.
+    arguments = small("method=delta_lora", "seed=75")
     run = Run.compose(arguments)
-    done = train([*arguments, "logger=wandb"], patient=True)
+    done = train([*arguments, "logger=wandb"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "WARNING delta_lora.runlog" not in done.stdout
     (path,) = run.outputs.glob(f"wandb/offline-run-*/run-{run.name}.wandb")
