@@ -69,14 +69,11 @@ def small(outputs: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process and a working folder of its own.
+    """Run the command line in a process and a working folder of its own."""
 
-    A patient one waits for its mirror as long as it takes: what a busy machine does is no failure.
-    """
-
-    def run(arguments: Sequence[str], *, patient: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*PATIENT, *arguments] if patient else command(arguments),
+            command(arguments),
             cwd=tmp_path,
             env=environment(),
             capture_output=True,
