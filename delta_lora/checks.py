@@ -389,7 +389,7 @@ def check_path(name: str, value: str | Path) -> Path:
             f"{name}={shown(value)} is not allowed: it must be the path of a folder or a file, "
             "not empty; write . for the working folder"
         )
-    path = expanded(text)
+    path = expanded(text, name)
     unset = re.search(r"\$(\w+|\{\w+\})", str(path))
     if unset and not path.exists():
         raise ValueError(
@@ -399,8 +399,12 @@ def check_path(name: str, value: str | Path) -> Path:
     return path
 
 
-def expanded(path: str | Path) -> Path:
+def expanded(path: str | Path, name: str = "") -> Path:
     """Return a path with ``~`` and ``$NAME`` as what they stand for.
+
+    Args:
+        path: as it is written.
+        name: of the setting, for the message.
 
     Raises:
         ValueError: ``~name``, and there is no such user.
@@ -409,7 +413,8 @@ def expanded(path: str | Path) -> Path:
         return Path(os.path.expandvars(path)).expanduser()
     except RuntimeError as error:
         raise ValueError(
-            f"{shown(str(path))}: {error}; write the whole path, or ./~... for a name with ~"
+            f"{name}{'=' if name else ''}{shown(str(path))}: {str(error).rstrip('.')}; write the "
+            "whole path, or ./~... for a name with ~"
         ) from error
 
 

@@ -6,6 +6,7 @@ every batch; The file gets the trained and the kept factors in full.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -20,8 +21,10 @@ from tests.contract.test_closed_form import delta
 
 
 def main(engine: str, out: str) -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    # They meet at a file: a port that is free now may be taken by another test a moment later.
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = f"file://{out}.meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     case = CASES["llama"]
     method = delta("closed_form", start_step=1)
     model = inject(method, case.model(dtype=torch.float64), case)

@@ -48,7 +48,7 @@ def check_accuracies(out: str) -> None:
     assert exported == after
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_callback_learns_and_its_export_is_what_it_learned(outputs: dict[str, str]) -> None:
     check_accuracies(outputs["trainer_callback"])
 

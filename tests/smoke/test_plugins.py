@@ -114,6 +114,7 @@ def test_they_run_and_load(here: Path) -> None:
         assert not torch.equal(adapter.model(ids).logits, base(ids).logits)
 
 
+@pytest.mark.long
 def test_what_no_experiment_pairs_must_be_named(mine: Path) -> None:
     shutil.rmtree(mine / "experiment")
     said = refusal(train(mine, "task=toy", "model=toy", "method=toy", *SETTINGS))
@@ -122,6 +123,7 @@ def test_what_no_experiment_pairs_must_be_named(mine: Path) -> None:
     assert str(mine / "experiment" / "toy.yaml") in said
 
 
+@pytest.mark.long
 def test_a_model_is_named_or_comes_with_the_experiment(mine: Path) -> None:
     said = refusal(train(mine, "task=toy", "recipe=e2e", "method=toy", *SETTINGS))
     assert "model=gpt2_medium is not made for task=toy, which goes with model=toy" in said

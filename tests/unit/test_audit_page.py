@@ -60,6 +60,7 @@ def test_settings_are_a_base_and_a_scale(tmp_path: Path) -> None:
         load_settings("tiny", tmp_path)
 
 
+@pytest.mark.long
 def test_runs_are_shared_with_the_tables() -> None:
     few = copy.deepcopy(SETTINGS)
     few["dropout"]["dropouts"], few["low_resource"]["fractions"] = [0.0, 0.1], [0.01, 1.0]
