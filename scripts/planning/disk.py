@@ -30,8 +30,6 @@ LINE_BYTES, PREDICTION_BYTES, RECORD_BYTES = 400, 600, 200_000
 PINS = ROOT / "configs" / "pins.yaml"
 #: of a tensor's name, type and place in a safetensors file, about.
 HEADER_BYTES = 120
-#: of ``adapter_config.json``, beyond what its tensors' headers are taken too large by.
-DESCRIPTION_BYTES = 250
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def run_disk(cfg: Any, ledger: Ledger, workload: Workload, predictions: int) -> 
     # In place, whole layers are kept, though of a fused one only slices change.
     kept = ledger.adapters if adaptation.kept_factors == 1 else 0  # A_k and B_k
     beside = ledger.written if adaptation.writes_weight else kept
-    adapter = (ledger.trained + beside) * FLOAT + tensors * HEADER_BYTES + DESCRIPTION_BYTES
+    adapter = (ledger.trained + beside) * FLOAT + tensors * HEADER_BYTES
     state = adaptation.states * ledger.trained * FLOAT + adaptation.states * tensors * HEADER_BYTES
     if adaptation.method == "adalora":
         state += adaptation.kept_factors * (ledger.adapters * FLOAT + tensors * HEADER_BYTES)

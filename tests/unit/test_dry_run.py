@@ -17,6 +17,8 @@ ROWS = [(name, row.name) for name in dry_run.TABLES for row in load_table(name).
 EXACT = ("trainable", "updatable", "total", "weights", "gradients", "optimizer", "method")
 #: of activations and of a step's peak; small models show differences that full ones do not.
 WITHIN = 0.03
+#: of an adapter, beside whose few tensors its description weighs something here.
+WITHIN_ADAPTER = 0.04
 
 
 @pytest.mark.parametrize(("table", "name"), ROWS)
@@ -30,7 +32,8 @@ def test_a_row_takes_what_was_planned(table: str, name: str) -> None:
         if key in EXACT:
             assert value == measured[key], key
         else:
-            assert value == pytest.approx(measured[key], rel=WITHIN), key
+            within = WITHIN_ADAPTER if key == "adapter" else WITHIN
+            assert value == pytest.approx(measured[key], rel=within), key
     assert ("peak" in planned) == (name != "untrained")
 
 
