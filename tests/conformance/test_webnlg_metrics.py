@@ -89,7 +89,7 @@ def test_meteor_equals_the_official_one(system, protocol):
     assert found == pytest.approx(_official(system, protocol, "meteor"), rel=0, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("system", first(SYSTEMS))
 def test_ter_equals_the_official_one(system):
     found = _score(system, "lora", "ter")

@@ -103,6 +103,7 @@ def test_a_run_that_was_killed_is_written_whole_and_one_that_cannot_be_read_cost
     assert (found.exit_code, found.summary["status"]) == (255, "stopped")
 
 
+@pytest.mark.long
 def test_predictions_of_a_run_without_a_mirror_get_their_references(
     small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +133,7 @@ def test_a_service_that_serves_gets_a_run_whole(
     assert server.exit_code == 0
 
 
-@pytest.mark.parametrize("trouble", ["401", "hanging", "hanging later", "refused"])
+@pytest.mark.parametrize("trouble", first(["401", "hanging", "hanging later", "refused"], 2))
 def test_a_service_that_does_not_serve_leaves_offline_files(
     trouble: str,
     folder: Path,

@@ -16,6 +16,7 @@ from scripts.runs.composition import ConfigError
 from scripts.runs.execution import execute, prepare
 from scripts.runs.folder import LockedError
 from scripts.runs.run import Run
+from tests.choices import first
 from tests.faults.tally import Tally
 
 pytestmark = pytest.mark.faults
@@ -29,7 +30,7 @@ def limit() -> Iterator[Callable[[], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "record"])
+@pytest.mark.parametrize("moment", first(["checkpoint", "record"]))
 def test_a_full_disk_stops_a_run_with_its_own_error_and_the_run_goes_on(
     moment: str,
     small: Callable[..., list[str]],

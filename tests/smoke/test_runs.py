@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first(METHODS, 4))
 def test_every_method_runs_through(method: str, small: Callable[..., list[str]]) -> None:
     run = Run.compose(small(f"method={method}"))
     assert run.status().state in ("missing", "done")
@@ -132,6 +132,7 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(
     assert contents(folder) == contents(straight.folder)
 
 
+@pytest.mark.long
 def test_a_pruned_run_is_no_failed_one_and_goes_on_where_it_was_when_asked_without_pruning(
     small: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from scripts.runs.folder import read_record
 from scripts.runs.run import Run
 from tasks.glue import Glue
 from tasks.tiny.bpe import train_tokenizer
+from tests.choices import first
 from tests.faults.damage import rewrite
 
 SIZES = "task.embedded_sizes={train:24,validation:12}"
@@ -64,7 +65,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["delta_lora", "dylora", "full_query_value"])
+@pytest.mark.parametrize("method", first(["delta_lora", "dylora", "full_query_value"]))
 def test_a_run_starts_from_what_the_same_method_learned_on_mnli(
     small: Callable[..., list[str]], method: str
 ) -> None:
@@ -142,7 +143,7 @@ def test_a_start_has_the_settings_of_the_run(
     assert column.name != Run.compose(small("mnli", "method=lora")).name
 
 
-@pytest.mark.parametrize("setting", ["rank", "alpha"])
+@pytest.mark.parametrize("setting", first(["rank", "alpha"]))
 def test_a_start_of_another_scaling_is_refused(
     small: Callable[..., list[str]], setting: str
 ) -> None:
@@ -221,6 +222,7 @@ def test_group_by_length_keeps_the_examples_of_a_step(small: Callable[..., list[
     assert "group_by_length" not in plain["meaning"]["trainer"]
 
 
+@pytest.mark.long
 def test_a_classifier_on_pre_trained_weights_is_stale_only_if_they_are_new(
     small: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def test_measurements_of_scale_paper_need_a_gpu_too(
         audit.run_missing(plan, "auto", tmp_path, launchers.Here())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not (RESULTS / "tiny" / "audit.md").exists(), reason="no page of the audit is committed"
 )

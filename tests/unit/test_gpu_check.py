@@ -327,6 +327,7 @@ def test_syncs_are_counted_between_two_steps_and_named(
     assert modes == ["warn", "default"]
 
 
+@pytest.mark.long
 def test_the_half_precision_run_stops_and_resumes(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +377,7 @@ def test_an_epoch_of_one_step_cannot_be_measured(context: Context) -> None:
         steps.Workload("gpt2_medium", workload.groups[:1], 1, 8, True)
 
 
+@pytest.mark.long
 def test_processes_that_train_together_are_counted(context: Context) -> None:
     found = speed.together(context, 1, {}, {})
     assert found["processes"] == 1

@@ -312,6 +312,7 @@ def slurm(tmp_path: Path) -> Callable[..., Elsewhere]:
     return make
 
 
+@pytest.mark.long
 def test_a_lost_job_is_given_once_more_and_then_named(
     slurm: Callable[..., Elsewhere], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,6 +365,7 @@ def test_stopping_ends_what_runs(slurm: Callable[..., Elsewhere], tmp_path: Path
         os.kill(process, 0)
 
 
+@pytest.mark.long
 def test_two_commands_at_once_make_every_run_once(tmp_path: Path) -> None:
     """Each on a cluster of its own, as two machines on one folder."""
     pytest.importorskip("submitit", reason="submitit is not installed (requirements.lock)")

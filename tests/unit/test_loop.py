@@ -29,6 +29,7 @@ from delta_lora.result import PrunedError
 from delta_lora.session import Session
 from delta_lora.trainer import Trainer
 from delta_lora.watched_loss import WatchedLoss
+from tests.choices import first
 from tests.contract.models import CASES
 from tests.golden.test_trajectories import CopyTask
 from tests.toy import ToyMethod, ToyTask, toy_model
@@ -198,7 +199,7 @@ def test_step_time_holds_neither_evaluation_nor_checkpoints(tmp_path: Path) -> N
 # ---------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("where", ["loss", "score"])
+@pytest.mark.parametrize("where", first(["loss", "score"]))
 def test_a_signal_in_an_evaluation_loses_nothing(where: str, tmp_path: Path) -> None:
     """Also where the evaluation is at no log step; the log is that of an undisturbed run."""
     settings = {"log_every_steps": 7, "checkpoint_every_steps": None}
@@ -236,7 +237,7 @@ def test_a_signal_in_an_evaluation_loses_nothing(where: str, tmp_path: Path) -> 
 # ---------------------------------------------------------------------- pruning
 
 
-@pytest.mark.parametrize("log_every_steps", [2, 7])
+@pytest.mark.parametrize("log_every_steps", first([2, 7]))
 def test_a_pruned_run_is_continued_to_the_same_bits_without_pruning(
     log_every_steps: int, tmp_path: Path
 ) -> None:
@@ -402,7 +403,7 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("variables", FOREIGN, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize("variables", first(FOREIGN), ids=lambda v: next(iter(v)))
 def test_the_environment_of_other_tools_changes_no_gradient(
     variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

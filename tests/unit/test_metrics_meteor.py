@@ -110,8 +110,8 @@ def test_forked_process_leaves_the_pipes_to_its_parent(make_process):
     theirs.stdout.close()
 
 
+@pytest.mark.long
 @pytest.mark.java
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java on PATH")
 def test_real_jar():
     process = MeteorProcess()

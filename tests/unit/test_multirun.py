@@ -138,6 +138,7 @@ def test_a_folder_is_held_while_a_process_works_in_it(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- whole commands
 
 
+@pytest.mark.long
 def test_refused_failed_and_held_cells_cost_themselves_only(tmp_path: Path) -> None:
     done = launch(tmp_path, "method.update_ratio=-1,1,2,3,4", "seed=1,2")
     assert done.returncode == 1, done.stderr

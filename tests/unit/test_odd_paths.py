@@ -22,6 +22,7 @@ from scripts.runs.run import Run
 from tasks.data import find_file
 from tasks.sources import cache_folder, open_folder
 from tasks.tiny.bpe import train_tokenizer
+from tests.choices import first
 from tests.contract.models import CASES
 
 NAMES = [
@@ -78,7 +79,7 @@ def test_a_variable_that_is_not_set_is_said(home: Path) -> None:
     assert check_path("paths.outputs", "$NOWHERE") == Path("$NOWHERE")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first(NAMES, 9))
 def test_a_folder_of_any_name_holds_adapters_and_runs(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     adapter().save(folder)

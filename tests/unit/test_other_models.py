@@ -56,6 +56,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
+@pytest.mark.long
 def test_another_model_has_its_name_its_folder_and_no_paper(
     command: Callable[..., int], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_plan_runs_nothing_and_estimates_from_earlier_runs(
     assert not (outputs / "calls.txt").exists()
 
 
+@pytest.mark.long
 def test_failures_do_not_stop_the_table_and_the_same_command_mends_them(
     command: Callable[..., int],
     outputs: Path,
@@ -154,6 +155,7 @@ def test_failures_do_not_stop_the_table_and_the_same_command_mends_them(
     assert "12 of 12 runs finished" in (tmp_path / "results" / "tiny" / "table1.md").read_text()
 
 
+@pytest.mark.long
 def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     command: Callable[..., int],
     outputs: Path,
@@ -180,6 +182,7 @@ def test_a_start_runs_once_and_what_needs_it_is_not_run_where_it_fails(
     assert [method for _, method, *_ in calls(outputs)][23:] == ["dylora", "dylora"]
 
 
+@pytest.mark.long
 def test_models_are_pre_trained_only_where_they_lack(
     command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -365,6 +365,7 @@ def test_failed_refused_and_held_trials_cost_themselves_only(
     assert content_of(fake)["best"] is not None
 
 
+@pytest.mark.long
 def test_what_lost_its_record_is_made_again_to_the_same_view(fake: Path) -> None:
     few = ["hydra.sweeper.n_trials=8", "hydra.sweeper.pruner_startup=3"]
     assert study(*SPACE, *few) == 0
@@ -384,6 +385,7 @@ def test_without_optuna_a_study_says_what_to_install(monkeypatch: pytest.MonkeyP
         read_study([*BASE, *SPACE])
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_costs_its_trial_only(fake: Path) -> None:
     few = ["hydra.sweeper.n_trials=4", "hydra.sweeper.sampler=random"]
     killing = "fake.kill=delta_lora:1:2:3"
@@ -424,6 +426,7 @@ def test_one_process_works_on_a_study(fake: Path, capsys: pytest.CaptureFixture[
     assert "one process chooses the trials of a study" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_a_table_or_another_study_has_made_costs_nothing(fake: Path) -> None:
     def compose(ratio: int) -> Run:
         return Run.compose([*BASE[2:], f"method.update_ratio={ratio}"])
@@ -449,6 +452,7 @@ def test_a_score_that_more_is_better_of_is_maximised() -> None:
     assert (found.search.metric, found.search.direction) == ("accuracy", "maximize")
 
 
+@pytest.mark.long
 def test_the_test_score_of_the_best_stands_beside_the_validation_score(fake: Path) -> None:
     assert study(*SPACE, "hydra.sweeper.n_trials=5", "seed=2") == 0
     content = content_of(fake)
@@ -463,6 +467,7 @@ def test_the_test_score_of_the_best_stands_beside_the_validation_score(fake: Pat
     assert not math.isclose(best["test"], best["validation"])
 
 
+@pytest.mark.long
 def test_the_picture_says_what_the_content_says(
     fake: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -485,6 +490,7 @@ def test_the_picture_says_what_the_content_says(
     assert [p.read_bytes() for p in draw_study(content, again)] == [p.read_bytes() for p in files]
 
 
+@pytest.mark.long
 def test_a_whole_command_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAUNCH, str(tmp_path), *BASE, *SPACE, "hydra.sweeper.n_trials=3"],

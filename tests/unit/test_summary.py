@@ -59,7 +59,7 @@ def line_of(text: str, label: str) -> str:
 
 
 @pytest.mark.parametrize("width", first([60, 80, 100, 140]))
-@pytest.mark.parametrize("table", first(["table4", "figure3", "table1", "table2"], 2))
+@pytest.mark.parametrize("table", first(["table1", "figure3", "table4", "table2"]))
 def test_no_line_is_wider_than_asked(table: str, width: int) -> None:
     paths = [Path(f"results/tiny/{table}.{suffix}") for suffix in ("md", "csv", "json")]
     text = summary(content(table=table, without=("lora",)), paths, width)
