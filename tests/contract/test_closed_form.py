@@ -394,9 +394,13 @@ def test_two_processes_give_the_run_of_one(engine, tmp_path):
         )
         for rank in ("0", "1")
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:  # one that waits for another that has failed
+            process.kill()
     case = CASES["llama"]
     method = delta("closed_form", start_step=1)
     model = inject(method, case.model(dtype=F64), case)
