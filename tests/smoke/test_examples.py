@@ -53,7 +53,7 @@ def test_the_callback_learns_and_its_export_is_what_it_learned(outputs: dict[str
     check_accuracies(outputs["trainer_callback"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loop_learns_and_saves_what_it_learned(outputs: dict[str, str]) -> None:
     out = outputs["own_loop"]
     before, after, loaded = (
