@@ -377,7 +377,7 @@ def test_under_autocast_to_bfloat16_it_stays_near_in_place():
     assert results[0] == pytest.approx(results[1], abs=2e-2)
 
 
-@pytest.mark.parametrize("engine", first(["ddp", "fsdp"]))
+@pytest.mark.parametrize("engine", first(["ddp", "fsdp"], 0))
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(engine, tmp_path):
     """DDP and FSDP2 (A, B and the kept factors sharded) over gloo."""

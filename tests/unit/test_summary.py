@@ -68,6 +68,7 @@ def test_no_line_is_wider_than_asked(table: str, width: int) -> None:
     assert f"wrote results/tiny/{table}.{{md,csv,json}}" in text
 
 
+@pytest.mark.long
 def test_many_scores_are_split_and_none_is_lost() -> None:
     metrics = {column.metric: 0.5 for column in load_table("table4").columns if column.metric}
     results = content(table="table4", metrics=metrics)

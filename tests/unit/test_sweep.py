@@ -196,6 +196,7 @@ def test_a_refused_a_failed_and_a_held_cell_cost_themselves_only(
     assert sweep.main(arguments_for(fake)) == 0
 
 
+@pytest.mark.long
 def test_what_is_committed_follows_from_the_records(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
