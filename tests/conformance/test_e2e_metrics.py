@@ -77,7 +77,7 @@ def _assert_official(scores, system, missing):
 @needs_java
 @pytest.mark.java
 @pytest.mark.slow
-@pytest.mark.parametrize("system", first(SYSTEMS, 2))
+@pytest.mark.parametrize("system", first(SYSTEMS))
 def test_scores_equal_the_official_ones(system):
     metrics = e2e.METRICS + e2e.OPTIONAL_METRICS
     scores = e2e.score(_outputs(system), _references(), metrics=metrics)

@@ -170,6 +170,7 @@ def test_the_hook_follows_the_adapter(tmp_path):
         model(input_ids=ids, adapter_names=["default", "__base__"])
 
 
+@pytest.mark.long
 def test_a_compiled_model_sees_the_closed_form(tmp_path, reference):
     start, final = reference(K=1, num_steps=12)
     model = lora_model(start)

@@ -136,7 +136,9 @@ RUNNERS: dict[str, Callable[[str, Path, Path, Train], None]] = {
 
 
 #: commands that take long even so: a whole table, a sweep.
-LONG = [command for command, how in RUNNERS.items() if how is run_table or " -m " in command]
+LONG = [
+    command for command, how in RUNNERS.items() if how in (run_table, run_plan) or " -m " in command
+]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from scripts import audit, reproduce, sweep
 from scripts.reporting.spec import load_table
 from scripts.runs.cells import parse_overrides
 from scripts.runs.conflicts import check_extra, meet
+from tests.choices import firsts
 from tests.unit import fake_runs
 
 TABLES = ("table1", "table2", "table3", "table4")
@@ -85,13 +86,16 @@ def test_what_no_row_sets_is_free() -> None:
 
 @pytest.mark.parametrize(
     ("name", "extra", "words"),
-    [
-        ("rank", "method.rank=4", "recipe.rank"),
-        ("rank", "recipe.rank=4", "sets the axis rank"),
-        ("dropout", "method.dropout=0.1", "recipe.lora_dropout"),
-        ("lambda_k", "method={start_step: 3}", "method is set by the rows of configs/table"),
-        ("lambda_k", "recipe.update_ratio=3", "'lora_scaled lambda=0.25'"),
-    ],
+    firsts(
+        [
+            ("rank", "method.rank=4", "recipe.rank"),
+            ("rank", "recipe.rank=4", "sets the axis rank"),
+            ("dropout", "method.dropout=0.1", "recipe.lora_dropout"),
+            ("lambda_k", "method={start_step: 3}", "method is set by the rows of configs/table"),
+            ("lambda_k", "recipe.update_ratio=3", "'lora_scaled lambda=0.25'"),
+        ],
+        3,
+    ),
 )
 def test_a_sweep_keeps_its_axes_and_references(
     name: str, extra: str, words: str, capsys: pytest.CaptureFixture[str]

@@ -73,6 +73,7 @@ def test_one_line_says_status_name_value_and_limit(
     assert catalogue.line(catalogue.run(check, context)) == expected
 
 
+@pytest.mark.long
 def test_a_check_that_hangs_or_crashes_fails_and_the_next_one_runs(context: Context) -> None:
     with Worker(context) as worker:
         first = worker.run(fake("fine"), 60)

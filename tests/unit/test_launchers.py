@@ -351,6 +351,7 @@ def test_a_job_that_is_preempted_goes_on_under_its_own_number(
     assert "once more" not in caplog.text
 
 
+@pytest.mark.long
 def test_stopping_ends_what_runs(slurm: Callable[..., Elsewhere], tmp_path: Path) -> None:
     with slurm(cluster="local") as place:
         for _ in place.run([job("long:60")], tick_s=0.2):

@@ -109,8 +109,8 @@ def test_meteor_without_java_is_missing_with_its_reason() -> None:
     assert set(found.of_sets) == {"bleu"}
 
 
+@pytest.mark.long
 @pytest.mark.java
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java on PATH")
 def test_meteor_of_resampled_sets_is_that_of_the_jar() -> None:
     found = e2e.item_scores(OUTPUTS, REFERENCES, metrics=("meteor",))

@@ -319,8 +319,8 @@ def test_what_cannot_be_scored_is_refused(predictions, references, settings, mes
         webnlg.score(predictions, references, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.java
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java on PATH")
 def test_meteor_of_parts_equals_meteor_of_each():
     parts = {"seen": [0, 2], "unseen": [1], "all": [0, 1, 2]}

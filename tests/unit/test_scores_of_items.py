@@ -31,6 +31,7 @@ def text_predictions(task: Any) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("experiment", "means"),
     [

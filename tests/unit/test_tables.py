@@ -109,6 +109,7 @@ def test_every_method_of_peft_is_a_row_of_an_extended_table() -> None:
         assert f"method=peft/{path.stem}" in rows
 
 
+@pytest.mark.long
 def test_an_incomplete_optional_table_is_left_alone(tmp_path: Path) -> None:
     """Its rows share runs with the paper's tables, so some of its records are always there."""
     for name in table_spec.paper_table_names():

@@ -160,6 +160,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_other_optimisers(
     assert torch.equal(weights(resumed), weights(straight))
 
 
+@pytest.mark.long
 def test_every_optimiser_goes_its_own_way(tmp_path: Path) -> None:
     runs = [{}, *OTHER_OPTIMIZERS]
     ends = [weights(fit(tmp_path / str(i), **run)[0]) for i, run in enumerate(runs)]
