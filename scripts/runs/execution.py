@@ -19,7 +19,16 @@ from scripts.runs import checksums, item_spread
 from scripts.runs.building import Built, build, describe_method, load_task
 from scripts.runs.checks import check, check_sources
 from scripts.runs.composition import ConfigError
-from scripts.runs.folder import ADAPTER, RECORD, clear, finish, lock, predict, tidy
+from scripts.runs.folder import (
+    ADAPTER,
+    RECORD,
+    clear,
+    finish,
+    lock,
+    predict,
+    remove_served,
+    tidy,
+)
 from scripts.runs.mirroring import mirror_of, write_references
 from scripts.runs.own_files import own_files
 from scripts.runs.recording import Scored, record_of, write_failure, write_pruned
@@ -54,13 +63,13 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
         Exception: whatever stopped the run; the record then says ``failed`` and why.
     """
     if _is_done(run):
-        return checksums.check_files(run.folder)
+        return _known(run)
     check(run)
     check_sources(run, set())  # before data are read and tokens made
     is_main = processes.is_main()
     with lock(run.folder, wait=wait) if is_main else contextlib.nullcontext():
         if _is_done(run):  # another process finished it while this one waited
-            return checksums.check_files(run.folder)
+            return _known(run)
         if run.status().state == "stale":
             clear(run.folder)
         tidy(run.folder)
@@ -76,6 +85,14 @@ def execute(run: Run, *, wait: bool = True, prune: Prune | None = None) -> dict[
             if is_main:
                 write_failure(run, error)
             raise
+
+
+def _known(run: Run) -> dict[str, Any]:
+    """Return the record of a run that is done, once its files are compared with it."""
+    record = checksums.check_files(run.folder)
+    if processes.is_main():
+        remove_served(run.folder, record)
+    return record
 
 
 def _is_done(run: Run) -> bool:

@@ -294,12 +294,19 @@ def finish(
 
     Where a score is missing they stay, so that the run can be scored again without training.
     """
+    checksums.write(folder, record, resources, item_spread)
+    remove_served(folder, record)
+
+
+def remove_served(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remove what a completed run needs no more; a kill behind its record may have left some."""
     from delta_lora import checkpoint
 
-    checksums.write(folder, record, resources, item_spread)
-    if not record["missing_metrics"]:
-        checkpoint.remove(folder / "checkpoints")
-        checkpoint.remove(folder / "best")
+    if record["missing_metrics"]:
+        return
+    checkpoint.remove(folder / "checkpoints")
+    checkpoint.remove(folder / "best")
+    with contextlib.suppress(OSError):
         (folder / PARTIAL).unlink(missing_ok=True)
 
 

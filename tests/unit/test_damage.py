@@ -32,7 +32,16 @@ from scripts.runs.run import Run
 from scripts.runs.starts import read_start
 from tests.choices import first
 from tests.contract.models import CASES
-from tests.faults.damage import ALL, OF_BYTES, OF_JSON, Damage, NotApplicableError, copy, damages
+from tests.faults.damage import (
+    ALL,
+    OF_BYTES,
+    OF_JSON,
+    Damage,
+    NotApplicableError,
+    copy,
+    damages,
+    rewrite,
+)
 from tests.faults.tally import Tally
 from tests.smoke.conftest import SMALL
 from tests.toy import ToyMethod, ToyTask, toy_model
@@ -177,6 +186,23 @@ def test_a_killed_run_goes_on_from_what_is_whole_to_the_same_bits(
     assert f"checkpoint {newest} belongs to another run (run: {other.name} then" in caplog.text
     assert f"{folder / 'predictions.partial.jsonl'}, line 1 is damaged" in caplog.text
     assert f"{folder / 'metrics.jsonl'} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("missing", [{}, {"meteor": "Java not found"}])
+def test_what_a_kill_behind_the_record_left_is_removed_where_nothing_needs_it(
+    missing: dict[str, str],
+    finished: tuple[Run, Run],
+    tmp_path: Path,
+) -> None:
+    mine = at(finished[0], tmp_path)
+    folder = copy(finished[0].folder, mine.folder)
+    kept = [folder / "checkpoints", folder / "best", folder / "predictions.partial.jsonl"]
+    for path in kept[:2]:
+        path.mkdir(exist_ok=True)
+    kept[2].write_text("")
+    rewrite(folder / "record.json", lambda record: record.update(missing_metrics=missing))
+    assert execution.execute(mine)["missing_metrics"] == missing
+    assert [path.exists() for path in kept] == [bool(missing)] * 3
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "adapter", "config.yaml"])
