@@ -60,7 +60,7 @@ setup: $(READY)  ## make the environment .venv from requirements.lock (LAUNCHER=
 test: $(READY)  ## run all tests (ARGS go to pytest)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$ARGS
 
-faults: $(READY)  ## inject faults and count what becomes of them; all long tests (an hour; ARGS go to pytest)
+faults: $(READY)  ## inject faults and count what becomes of them; all long tests (ARGS go to pytest)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "long or faults" -n $(TEST_WORKERS) --dist load $$ARGS
 
 coverage: $(READY)  ## the same, with the lines that no test runs; slower
