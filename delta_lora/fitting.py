@@ -1,4 +1,4 @@
-"""Whether the parts of a model fit one another: configuration, weights, tokenizer, memory.
+"""Whether the parts of a model fit one another: configuration, weights, tokenizer.
 
 All of it is found from names, shapes and numbers, before any weight is read and any text encoded.
 """
