@@ -45,11 +45,13 @@ class Run:
     """One run.
 
     Args:
-        config: from `scripts.runs.composition.compose`; not changed afterwards.
+        composed: from `scripts.runs.composition.compose`; not changed afterwards.
+        own: values of its root that are other for this run, as in `with_seed`.
     """
 
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
+    def __init__(self, composed: DictConfig, **own: Any) -> None:
+        self._composed = composed
+        self._own = own
 
     @classmethod
     def compose(cls, overrides: Sequence[str]) -> Run:
@@ -62,40 +64,50 @@ class Run:
 
     def with_seed(self, seed: int) -> Run:
         """Return the same run with another seed; composing it anew takes a quarter of a second."""
-        config = self.config.copy()
-        config.seed = seed
-        run = Run(config)
+        run = Run(self._composed, **{**self._own, "seed": seed})
         if self.start is None:  # nothing else depends on the seed
             run.meaning = {**self.meaning, "seed": seed}
         return run
 
     def as_part_of(self, names: Iterable[str]) -> Run:
         """Return the same run, made for the tables and sweeps called `names`."""
-        config = self.config.copy()
-        config.part_of = list(dict.fromkeys(names))
-        run = Run(config)
-        run.__dict__.update({key: v for key, v in vars(self).items() if key != "config"})
+        run = Run(self._composed, **{**self._own, "part_of": list(dict.fromkeys(names))})
+        run.__dict__.update({key: v for key, v in vars(self).items() if key not in vars(run)})
+        run.__dict__.pop("config", None)
         return run
 
     def __repr__(self) -> str:
         return f"Run({self.name})"
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """Its configuration, not to be changed; runs of many seeds share one until it is asked for.
+
+        Copying one takes longer than all else that lists a run.
+        """
+        if not self._own:
+            return self._composed
+        config = self._composed.copy()
+        for key, value in self._own.items():
+            config[key] = value
+        return config
 
     # ------------------------------------------------------------------ what it is called
 
     @property
     def seed(self) -> int:
         """Its seed."""
-        return int(self.config.seed)
+        return int(self._own.get("seed", self._composed.seed))
 
     @property
     def part_of(self) -> list[str]:
         """Names of the tables and sweeps that it was made for, where a command said so."""
-        return [str(name) for name in self.config.get("part_of") or ()]
+        return [str(name) for name in self._own.get("part_of", self._composed.get("part_of")) or ()]
 
     @property
     def choices(self) -> DictConfig:
         """The chosen member of each group of the configuration: ``choices.method`` and so on."""
-        return self.config.choices
+        return self._composed.choices
 
     @cached_property
     def meaning(self) -> dict[str, Any]:
@@ -134,7 +146,7 @@ class Run:
     @property
     def outputs(self) -> Path:
         """The folder of all run folders."""
-        chosen = self.config.paths.outputs
+        chosen = self._composed.paths.outputs
         return ROOT / "outputs" if chosen is None else check_path("paths.outputs", chosen)
 
     @property
@@ -145,7 +157,7 @@ class Run:
     @cached_property
     def model_facts(self) -> dict[str, Any]:
         """Which model it starts from; see `scripts.runs.weights.model_facts`."""
-        return model_facts(self.config, is_made_here=self.pretraining is not None)
+        return model_facts(self._composed, is_made_here=self.pretraining is not None)
 
     # ------------------------------------------------------------------ how far it is
 
@@ -194,9 +206,10 @@ class Run:
     @cached_property
     def pretraining(self) -> Run | None:
         """The run that pre-trains its model; None where its weights come from outside."""
-        if self.config.model.pretrain is None or self.config.model.path is not None:
+        model = self._composed.model
+        if model.pretrain is None or model.path is not None:
             return None
-        return _pretraining(tuple(self.config.model.pretrain), self.config.paths.outputs)
+        return _pretraining(tuple(model.pretrain), self._composed.paths.outputs)
 
     @cached_property
     def start(self) -> Run | Path | None:
@@ -210,9 +223,9 @@ class Run:
         Raises:
             ConfigError: it is neither, or the run would start from itself.
         """
-        if self.config.init_from is None:
+        if self._composed.init_from is None:
             return None
-        name, overrides = str(self.config.init_from), list(self.config.overrides)
+        name, overrides = str(self._composed.init_from), list(self._composed.overrides)
         if name in composition.experiments(overrides):
             if name == self.choices.task:
                 raise ConfigError(f"init_from={name} is the task of this run itself; use null")
@@ -234,7 +247,7 @@ class Run:
     @property
     def weights(self) -> tuple[str, str | None] | None:
         """Folder or hub id, and revision, of the pre-trained weights; None without any."""
-        model = self.config.model
+        model = self._composed.model
         if self.pretraining is not None:
             return str(self.pretraining.folder / "model"), None
         if model.path is not None:

@@ -65,11 +65,16 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose as the suite does; the same overrides once."""
+    return _finished(tuple(overrides), OUTPUTS)
+
+
+@functools.cache
+def _finished(overrides: tuple[str, ...], outputs: Path | None) -> DictConfig:
     composed = tuple(o for o in overrides if not o.startswith(VALUES))
     cfg = _composed(composed).copy()
     with open_dict(cfg):
         cfg.overrides, cfg.fake = list(overrides), {}
-        cfg.paths.outputs = None if OUTPUTS is None else str(OUTPUTS)
+        cfg.paths.outputs = None if outputs is None else str(outputs)
         for override in overrides:
             key, _, value = override.partition("=")
             if key == "seed":
