@@ -122,22 +122,14 @@ class Glue(Task):
         head: Sequence[Annotated[str, NOT_EMPTY]] = ("classifier",),
     ) -> None:
         check_values(Glue.__init__, locals(), prefix="task.")
-        for name, names in (
-            ("columns", columns), ("labels", labels or ()), ("metrics", metrics), ("parts", parts),
-            ("head", head),
-        ):  # fmt: skip
-            if len(set(names)) < len(names):
-                raise ValueError(f"task.{name}={list(names)} has one twice; name each once")
-        if labels is not None and len(labels) < 2:
-            raise ValueError(
-                f"task.labels={list(labels)}: a class needs another one beside it; write at least "
-                "two labels, or null for a regression"
-            )
+        _check_names(columns, labels, metrics, parts, head)
         if source == "embedded" and task not in embedded.LAYOUTS:
             raise ValueError(
                 f"task.task={task!r} has no embedded corpus; use one of "
                 f"{', '.join(embedded.LAYOUTS)}, or task.source=files"
             )
+        if source != "files" and task in embedded.LAYOUTS:  # own files have the parts they have
+            _check_parts(task, parts)
         self.source = Source(
             kind=source,
             write=partial(embedded.write, task=task),
@@ -153,17 +145,6 @@ class Glue(Task):
             raise ValueError(
                 f"task.scored_split=test with task.source={source}: only your own files can have a "
                 "test set; use task.source=files, or task.scored_split=validation"
-            )
-        if len(columns) not in (1, 2):
-            raise ValueError(
-                f"task.columns={list(columns)}: a task has one or two sentences; write the names "
-                "of their columns"
-            )
-        allowed = CLASSIFICATION if labels is not None else REGRESSION
-        if not metrics or any(name not in allowed for name in metrics):
-            kind = "a regression (task.labels=None)" if labels is None else "classes (task.labels)"
-            raise ValueError(
-                f"task.metrics={list(metrics)} for {kind}; allowed: {', '.join(allowed)}"
             )
         self.task = task
         self.name = f"glue_{task}"
@@ -459,6 +440,47 @@ class Glue(Task):
 
 CLASSIFICATION = tuple(metrics.CLASSIFICATION)
 REGRESSION = tuple(metrics.REGRESSION)
+
+
+def _check_names(
+    columns: Sequence[str],
+    labels: Sequence[str] | None,
+    metrics: Sequence[str],
+    parts: Sequence[str],
+    head: Sequence[str],
+) -> None:
+    """Refuse names that do not fit one another; arguments as of `Glue`."""
+    for name, names in (
+        ("columns", columns), ("labels", labels or ()), ("metrics", metrics), ("parts", parts),
+        ("head", head),
+    ):  # fmt: skip
+        if len(set(names)) < len(names):
+            raise ValueError(f"task.{name}={list(names)} has one twice; name each once")
+    if labels is not None and len(labels) < 2:
+        raise ValueError(
+            f"task.labels={list(labels)}: a class needs another one beside it; write at least two "
+            "labels, or null for a regression"
+        )
+    if len(columns) not in (1, 2):
+        raise ValueError(
+            f"task.columns={list(columns)}: a task has one or two sentences; write the names of "
+            "their columns"
+        )
+    allowed = CLASSIFICATION if labels is not None else REGRESSION
+    if not metrics or any(name not in allowed for name in metrics):
+        kind = "a regression (task.labels=None)" if labels is None else "classes (task.labels)"
+        raise ValueError(f"task.metrics={list(metrics)} for {kind}; allowed: {', '.join(allowed)}")
+
+
+def _check_parts(task: str, parts: Sequence[str]) -> None:
+    """Refuse parts of a dev set that the files of GLUE have not."""
+    known = embedded.LAYOUTS[task].parts
+    if not set(parts) <= set(known) or bool(parts) != bool(known):
+        have = f"the parts {', '.join(known)}" if known else "no parts"
+        raise ValueError(
+            f"task.parts={list(parts)}: the dev set of GLUE {task} has {have}; write "
+            f"task.parts=[{','.join(known)}]"
+        )
 
 
 def _metric_specs(names: Sequence[str], parts: Sequence[str]) -> tuple[MetricSpec, ...]:

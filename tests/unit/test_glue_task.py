@@ -220,12 +220,20 @@ def test_some_hidden_test_labels_are_refused(tmp_path: Path) -> None:
             r"task.metrics=\['pearson'\] for classes .*; allowed: accuracy, f1, matthews",
         ),
         ({"columns": ["a", "b", "c"]}, "a task has one or two sentences"),
+        ({"parts": ["a", "b"]}, r"task.parts=\['a', 'b'\]: .* cola has no parts; write .*\[\]"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match="(?s)" + message) as caught:
         configured("cola", **changes)
     assert isinstance(caught.value.__cause__ or caught.value, ValueError)
+
+
+@pytest.mark.parametrize("parts", [[], ["matched", "other"]])
+def test_parts_of_mnli_are_its_own(parts: list[str]) -> None:
+    with pytest.raises(Exception, match=r"(?s)mnli has the parts matched, mismatched; write"):
+        configured("mnli", parts=parts, source="embedded")
+    assert configured("mnli", parts=["matched"], source="embedded").parts == ("matched",)
 
 
 # ------------------------------------------------------------------------------ model side

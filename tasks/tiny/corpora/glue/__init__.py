@@ -50,6 +50,12 @@ class Layout:
         """Return the names of all columns in their order."""
         return (*self.texts, "label", "idx")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the parts of the dev set, where it has some: matched and mismatched of MNLI."""
+        names = (split.partition("validation_")[2] for split in self.files)
+        return tuple(name for name in names if name)
+
 
 _SENTENCES = ("sentence1", "sentence2")
 LAYOUTS: dict[str, Layout] = {
