@@ -109,12 +109,17 @@ def check_weights_fit(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> 
         )
 
 
-def positions(config: Any) -> int | None:
+def starts_behind_padding(config: Any) -> bool:
+    """Return whether a model numbers its first token behind the padding token, as RoBERTa does."""
+    return getattr(config, "model_type", None) in _OFFSET_TYPES
+
+
+def num_positions(config: Any) -> int | None:
     """Return how many tokens a model can number; None where its configuration does not say."""
     count = getattr(config, "max_position_embeddings", None)
     if not isinstance(count, int) or isinstance(count, bool):
         return None
-    if config.model_type in _OFFSET_TYPES:
+    if starts_behind_padding(config):
         return count - (config.pad_token_id or 0) - 1
     return count
 
@@ -152,7 +157,7 @@ def fit_tokenizer(tokenizer: Any, config: Any, place: str, model_place: str) -> 
             "%s: %s is %d of the tokenizer and %s of %s: is it the tokenizer of another model?",
             place, name, ours, theirs, model_place,
         )  # fmt: skip
-    if (limit := positions(config)) is not None and limit < longest:
+    if (limit := num_positions(config)) is not None and limit < longest:
         tokenizer.model_max_length = limit
 
 

@@ -29,6 +29,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from delta_lora.checks import Range
+from delta_lora.fitting import num_positions
 from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document, warn_of_same_files
 from tasks.encoded import Block, Examples, Split, Store, Texts
@@ -357,7 +358,7 @@ class DataToText(Task):
 
     def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
         """See `Task.check_model`: prompt and output must find room in the model."""
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = num_positions(model.config)
         limits = [self.max_length, *filter(None, [positions])]
         self.decoding.check_room(min(limits))
         if tokenizer is None or positions is None:

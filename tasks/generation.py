@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from delta_lora.checks import OneOf, Range, check_values
+from delta_lora.fitting import num_positions
 
 NumBeams = Annotated[int, Range(at_least=1, at_most=256, why="each is a whole text in memory")]
 #: of a text's length: beyond 10 a score overflows.
@@ -161,7 +162,7 @@ class BeamSearch:
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt is empty; give it at least one token")
         longest = max(len(prompt) for prompt in prompts)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = num_positions(model.config)
         if positions is not None:
             self.check_prompt(longest, positions)
         padding = [longest - len(prompt) for prompt in prompts]
@@ -339,7 +340,7 @@ class Seq2SeqBeamSearch:
         if any(len(source) == 0 for source in sources):
             raise ValueError("a source is empty; give it at least one token")
         longest = max(len(source) for source in sources)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = num_positions(model.config)
         if positions is not None:
             self.check_room(positions)
             self.check_source(longest, positions)

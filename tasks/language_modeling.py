@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delta_lora.fitting import num_positions, starts_behind_padding
 from delta_lora.protocols import Batch
 
 
@@ -116,6 +117,11 @@ def causal_lm_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0)
         ValueError: a sequence has more tokens than the model has positions.
     """
     base = unwrap(model)
+    if starts_behind_padding(getattr(base, "config", None)):
+        raise TypeError(
+            f"{type(base).__name__} numbers its positions from behind the padding token's, and "
+            "padding-free batches from 0; take a decoder such as GPT-2 or Llama"
+        )
     accepted = inspect.signature(type(base).forward).parameters
     if missing := [name for name in ("position_ids", "logits_to_keep") if name not in accepted]:
         raise TypeError(
@@ -124,14 +130,14 @@ def causal_lm_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0)
             "rotary positions"
         )
     position_ids = batch.tensors["position_ids"]
-    num_positions = getattr(base.config, "max_position_embeddings", None)
+    positions = num_positions(base.config)
     # The first test needs no value from the device; only a batch that may be too long needs one.
-    if num_positions is not None and position_ids.shape[1] > num_positions:
+    if positions is not None and position_ids.shape[1] > positions:
         longest = int(position_ids.max()) + 1
-        if longest > num_positions:
+        if longest > positions:
             raise ValueError(
                 f"a sequence of {longest} tokens among {batch.example_ids} but the model has "
-                f"{num_positions} positions; lower task.max_length"
+                f"{positions} positions; lower task.max_length"
             )
     logits_1NV = model(
         input_ids=batch.tensors["input_ids"],

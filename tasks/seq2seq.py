@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delta_lora.fitting import num_positions
 from delta_lora.protocols import Batch
 from tasks.language_modeling import unwrap
 
@@ -131,11 +132,11 @@ def seq2seq_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -
         )
     labels_BT = batch.tensors["labels"]
     longest = max(batch.tensors["input_ids"].shape[1], labels_BT.shape[1])
-    num_positions = getattr(config, "max_position_embeddings", None)
-    if num_positions is not None and longest > num_positions:
+    positions = num_positions(config)
+    if positions is not None and longest > positions:
         raise ValueError(
             f"a text of {longest} tokens among {batch.example_ids} but the model has "
-            f"{num_positions} positions; lower task.max_source_length or task.max_target_length"
+            f"{positions} positions; lower task.max_source_length or task.max_target_length"
         )
     logits_BTV = model(
         input_ids=batch.tensors["input_ids"],

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora.checks import OneOf, Range, check_values
+from delta_lora.fitting import num_positions
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.data import (
     Document,
@@ -413,7 +414,7 @@ class XSum(Task):
     def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
         """See `Task.check_model`: source and output must find room, and have tokens that end."""
         check_start(model)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = num_positions(model.config)
         if positions is not None:
             self.decoding.check_room(positions)
         if tokenizer is not None:

@@ -64,6 +64,7 @@ from delta_lora.checks import (
     shown,
 )
 from delta_lora.families import FAMILIES, family_of
+from delta_lora.fitting import num_positions
 from delta_lora.low_rank import replace_module
 from delta_lora.method_bases import Alpha, Dropout, LearningRate, Rank
 from delta_lora.peft_folder import import_peft
@@ -541,11 +542,5 @@ def _attach_prompts(model: nn.Module, config: Any) -> None:
 
 def _room(model: nn.Module, num_virtual_tokens: int) -> int | None:
     """Return how many tokens fit behind the virtual ones, or None where there is no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return None
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            positions -= module.padding_idx + 1  # RoBERTa counts from there
-            break
-    return int(positions) - num_virtual_tokens
+    positions = num_positions(model.config)
+    return None if positions is None else positions - num_virtual_tokens

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from delta_lora.fitting import positions
+from delta_lora.fitting import num_positions
 from tests.faults.damage import NotApplicableError
 from tests.faults.model_folders import (
     CHANGES,
@@ -132,4 +132,4 @@ def test_other_links_that_lead_nowhere_change_nothing(
     ],
 )
 def test_positions_of_a_model(values: dict[str, object], count: int | None) -> None:
-    assert positions(AutoConfig.for_model(**values)) == count
+    assert num_positions(AutoConfig.for_model(**values)) == count

@@ -15,7 +15,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from delta_lora.protocols import Batch
 from tasks.data import read_document
@@ -416,6 +422,10 @@ def test_too_long_sequences_and_unfit_models() -> None:
     linear = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"Linear.forward takes no position_ids and no logits_to_k"):
         causal_lm_loss(linear, collate(fits))
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 20}
+    config = RobertaConfig(**sizes, num_attention_heads=1, is_decoder=True)
+    with pytest.raises(TypeError, match=r"numbers its positions from behind the padding token's"):
+        causal_lm_loss(RobertaForCausalLM(config), collate(fits))
     wrapped = torch.nn.DataParallel(model)  # a wrapper as DDP is one: the model is its .module
     torch.testing.assert_close(
         causal_lm_loss(wrapped, collate(fits)), causal_lm_loss(model, collate(fits))
