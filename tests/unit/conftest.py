@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from tests.unit import fake_runs
 
 
 @pytest.fixture
@@ -11,3 +15,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.tables.draw_forest", lambda *_: [])
     monkeypatch.setattr("scripts.tables.draw_figure", lambda *_: [])
     monkeypatch.setattr("scripts.reporting.key_rows.draw_key_rows", lambda *_: [])
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let runs take no time, as `fake_runs` says, and return the folder of their folders."""
+    folder = tmp_path / "outputs"
+    fake_runs.install(monkeypatch.setattr)
+    monkeypatch.setattr(fake_runs, "OUTPUTS", folder)
+    return folder

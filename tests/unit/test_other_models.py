@@ -21,15 +21,9 @@ from scripts.runs.run import Run
 from scripts.sweeping.spec import load_sweep, sweep_names
 from tests.unit import fake_runs
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "outputs")
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32}
-
-
-@pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_runs.install(monkeypatch.setattr)
-    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path / "outputs")
 
 
 @pytest.fixture

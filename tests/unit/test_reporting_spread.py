@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,20 +22,12 @@ from scripts.runs.item_spread import resampled
 from tasks.metrics import items
 from tests.unit import fake_runs
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "outputs")
 
 SEEDS = (1, 2, 3)
 NUM_ITEMS = 200
 #: what an item is worth to every run.
 EASE = np.random.default_rng(0).normal(size=NUM_ITEMS)
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "outputs"
-    fake_runs.install(monkeypatch.setattr)
-    monkeypatch.setattr(fake_runs, "OUTPUTS", folder)
-    return folder
 
 
 @pytest.fixture
