@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,15 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let runs take no time, as `fake_runs` says, and return the folder of their folders."""
-    folder = tmp_path / "outputs"
+def outputs(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Let runs take no time, as `fake_runs` says, and give the folder of their folders.
+
+    It is the same for all tests of a process, so that their runs are composed once, and empty.
+    """
+    folder = tmp_path_factory.getbasetemp() / "outputs"
     fake_runs.install(monkeypatch.setattr)
     monkeypatch.setattr(fake_runs, "OUTPUTS", folder)
-    return folder
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
