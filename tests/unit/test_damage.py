@@ -453,10 +453,8 @@ def test_predictions_of_another_training_are_not_gone_on_with(tmp_path: Path) ->
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> list[Run]:
+def table(outputs: Path, no_pictures: None) -> list[Run]:
     """Return the finished runs of Table 1 for one seed, of no length."""
-    fake_runs.install(monkeypatch.setattr)
-    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path / "outputs")
     cells = reproduce.load_table("table1").cells(scale="tiny", seeds=[1], extra=[])
     runs = list({cell.signature: cell.run for cell in cells}.values())
     for run in runs:
@@ -501,16 +499,16 @@ def test_a_damaged_record_costs_its_run_only(
 
 
 def test_a_foreign_record_beside_the_runs_tells_no_times_and_stops_nothing(
-    table: list[Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    table: list[Run], outputs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number, text in enumerate(
         ["", "{}", "[]", '{"status": "completed"}', "\xff\x00", "[" * 9999]
     ):
-        folder = tmp_path / "outputs" / f"foreign{number}"
+        folder = outputs / f"foreign{number}"
         folder.mkdir()
         (folder / "record.json").write_text(text, encoding="latin-1")
     durations = Durations()
-    durations.read([tmp_path / "outputs"])
+    durations.read([outputs])
     assert durations.expect(table[0]) is not None
     for number in range(6):
         assert f"foreign{number}/record.json" in caplog.text

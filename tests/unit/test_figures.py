@@ -28,9 +28,7 @@ SEEDS = [1, 2, 3]
 
 
 @pytest.fixture
-def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableSpec:
-    fake_runs.install(monkeypatch.setattr)
-    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path / "outputs")
+def spec(outputs: Path) -> TableSpec:
     return load_table("figure3")
 
 

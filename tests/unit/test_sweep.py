@@ -39,10 +39,8 @@ LAUNCH = (
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Make runs take no time; return the folder of all that they leave."""
-    fake_runs.install(monkeypatch.setattr)
-    monkeypatch.setattr(fake_runs, "OUTPUTS", tmp_path / "outputs")
+def fake(outputs: Path, tmp_path: Path) -> Path:
+    """Make runs take no time; return the folder of what a sweep makes of them."""
     return tmp_path
 
 
@@ -212,11 +210,11 @@ def test_what_is_committed_follows_from_the_records(
 
 
 def test_where_every_cell_is_refused_nothing_is_run(
-    fake: Path, capsys: pytest.CaptureFixture[str]
+    fake: Path, outputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep.main(arguments_for(fake, "--args", "recipe.rank=0")) == 2
     assert "error: sweep lambda_k: recipe.rank=0" in capsys.readouterr().err
-    assert not (fake / "outputs").exists()
+    assert not outputs.exists()
     assert not view(fake).exists()
 
 
