@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from tests.faults.model_folders import (
     CHANGES,
     FAMILIES,
     Change,
-    Outcome,
     Sound,
     cases,
     judge,
@@ -48,8 +47,19 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sound]:
     return of
 
 
-def wrong(name: str, outcome: Outcome) -> list[str]:
-    return [] if outcome.outcome in GOOD else [f"{name}: {outcome}"]
+def wrong(
+    family: str, names: Sequence[str], sounds: Callable[[str], Sound], folder: Path, tally: Tally
+) -> list[str]:
+    """Damage a folder in each of these ways, and return what did not go well."""
+    failures = []
+    for name in names:
+        try:
+            outcome = judge(sounds(family), CHANGES[name], folder)
+        except NotApplicableError:
+            continue
+        tally.add(PART, outcome.outcome)
+        failures += [] if outcome.outcome in GOOD else [f"{name}: {outcome}"]
+    return failures
 
 
 @pytest.mark.long
@@ -58,31 +68,15 @@ def wrong(name: str, outcome: Outcome) -> list[str]:
 def test_every_damage_to_a_folder(
     family: str, sounds: Callable[[str], Sound], tmp_path: Path, tally: Tally
 ) -> None:
-    failures = []
-    for its, name in cases():
-        if its != family:
-            continue
-        try:
-            outcome = judge(sounds(family), CHANGES[name], tmp_path / "model")
-        except NotApplicableError:
-            continue
-        tally.add(PART, outcome.outcome)
-        failures += wrong(name, outcome)
-    assert failures == []
+    names = [name for its, name in cases() if its == family]
+    assert wrong(family, names, sounds, tmp_path / "model", tally) == []
 
 
 @pytest.mark.faults
 def test_some_damages(sounds: Callable[[str], Sound], tmp_path: Path, tally: Tally) -> None:
-    causal = [name for family, name in cases() if family == "causal_lm"]
-    failures = []
-    for name in random.Random(15).sample(causal, SHORT):
-        try:
-            outcome = judge(sounds("causal_lm"), CHANGES[name], tmp_path / "model")
-        except NotApplicableError:
-            continue
-        tally.add(PART, outcome.outcome)
-        failures += wrong(name, outcome)
-    assert failures == []
+    family = "causal_lm"
+    names = random.Random(15).sample([name for its, name in cases() if its == family], SHORT)
+    assert wrong(family, names, sounds, tmp_path / "model", tally) == []
 
 
 @pytest.mark.faults
