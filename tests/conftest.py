@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -27,6 +28,12 @@ for _name in ("ARGS", "SCALE", "SEEDS", "WORKERS", "MAKEFLAGS", "MAKELEVEL", "MF
     os.environ.pop(_name, None)
 
 _connect = socket.socket.connect
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over what was imported: that took a fifth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
