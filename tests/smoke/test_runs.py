@@ -298,18 +298,20 @@ def test_wandb_runs_offline_without_a_question_and_changes_no_bit(
 
 @pytest.mark.long
 def test_a_sweep_runs_every_combination_but_the_refused_one(
-    small: Callable[..., list[str]], train: Any, tmp_path: Path
+    small: Callable[..., list[str]], train: Any, outputs: Path, tmp_path: Path
 ) -> None:
-    done = train(["-m", *small("method=delta_lora", "method.update_ratio=0.5,-1,1")])
+    before = set((outputs / "sweeps").glob("*"))  # of other tests
+    runs = ("method=delta_lora", "seed=31")  # which no other test makes
+    done = train(["-m", *small(*runs, "method.update_ratio=0.5,-1,1")])
     assert done.returncode == 1, done.stderr[-2000:]
-    last = "2 done, 1 refused: delta_lora, λ = -1 on e2e, seed 1"
+    last = "2 done, 1 refused: delta_lora, λ = -1 on e2e, seed 31"
     assert done.stderr.splitlines()[-1] == last
     for ratio in ("0.5", "1"):
-        run = Run.compose(small("method=delta_lora", f"method.update_ratio={ratio}"))
+        run = Run.compose(small(*runs, f"method.update_ratio={ratio}"))
         assert run.status().state == "done"
-    files = list((run.outputs / "sweeps").glob("update_ratio-*/sweep.*"))
-    assert len(files) == 5
-    assert OmegaConf.load(run.folder / "config.yaml").part_of == [files[0].parent.name]
+    (made,) = set((outputs / "sweeps").glob("update_ratio-*")) - before
+    assert len(list(made.glob("sweep.*"))) == 5
+    assert OmegaConf.load(run.folder / "config.yaml").part_of == [made.name]
     assert not list(tmp_path.iterdir())  # the working folder of the command
 
 
