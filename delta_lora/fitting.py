@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delta_lora.positions import num_positions
 from delta_lora.sources import CONFIG, INDEX, WEIGHTS, shards
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ logger = logging.getLogger(__name__)
 
 #: types of weights that are read as they are.
 _FLOATS = ("F64", "F32", "F16", "BF16")
-#: models whose positions start behind that of the padding token.
-_OFFSET_TYPES = (
-    "bertweet", "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-)  # fmt: skip
 _NUM_SHOWN = 3
 
 
@@ -107,21 +103,6 @@ def check_weights_fit(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> 
             "both from one place, and take a model whose head is new or has as many outputs as the "
             "task has labels"
         )
-
-
-def starts_behind_padding(config: Any) -> bool:
-    """Return whether a model numbers its first token behind the padding token, as RoBERTa does."""
-    return getattr(config, "model_type", None) in _OFFSET_TYPES
-
-
-def num_positions(config: Any) -> int | None:
-    """Return how many tokens a model can number; None where its configuration does not say."""
-    count = getattr(config, "max_position_embeddings", None)
-    if not isinstance(count, int) or isinstance(count, bool):
-        return None
-    if starts_behind_padding(config):
-        return count - (config.pad_token_id or 0) - 1
-    return count
 
 
 def fit_tokenizer(tokenizer: Any, config: Any, place: str, model_place: str) -> None:

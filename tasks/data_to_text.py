@@ -29,7 +29,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from delta_lora.checks import Range
-from delta_lora.fitting import num_positions
+from delta_lora.positions import num_positions
 from delta_lora.protocols import Batch, ItemScores, Scores, Task
 from tasks.data import Document, file_facts, of_split, read_document, warn_of_same_files
 from tasks.encoded import Block, Examples, Split, Store, Texts

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from delta_lora.checks import OneOf, Range, check_values
-from delta_lora.fitting import num_positions
+from delta_lora.positions import num_positions
 
 NumBeams = Annotated[int, Range(at_least=1, at_most=256, why="each is a whole text in memory")]
 #: of a text's length: beyond 10 a score overflows.

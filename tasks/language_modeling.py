@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.fitting import num_positions, starts_behind_padding
+from delta_lora.positions import num_positions, starts_behind_padding
 from delta_lora.protocols import Batch
 
 

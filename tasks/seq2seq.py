@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delta_lora.fitting import num_positions
+from delta_lora.positions import num_positions
 from delta_lora.protocols import Batch
 from tasks.language_modeling import unwrap
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora.checks import OneOf, Range, check_values
-from delta_lora.fitting import num_positions
+from delta_lora.positions import num_positions
 from delta_lora.protocols import Batch, ItemScores, MetricSpec, Scores, Task
 from tasks.data import (
     Document,

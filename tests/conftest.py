@@ -23,8 +23,11 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What `make test ARGS=...` was given is not for the make that a test runs.
-for _name in ("ARGS", "SCALE", "SEEDS", "WORKERS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+# What `make test PYTHON=... ARGS=...` was given is not for the make that a test runs.
+for _name in (
+    "ARGS", "LAUNCHER", "LAUNCHER_ARGS", "PYTHON", "PYTHON3", "SCALE", "SEEDS", "SWEEP",
+    "TEST_WORKERS", "VALUES", "WORKERS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS",
+):  # fmt: skip
     os.environ.pop(_name, None)
 
 _connect = socket.socket.connect

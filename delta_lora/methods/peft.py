@@ -64,10 +64,10 @@ from delta_lora.checks import (
     shown,
 )
 from delta_lora.families import FAMILIES, family_of
-from delta_lora.fitting import num_positions
 from delta_lora.low_rank import replace_module
 from delta_lora.method_bases import Alpha, Dropout, LearningRate, Rank
 from delta_lora.peft_folder import import_peft
+from delta_lora.positions import num_positions
 from delta_lora.projections import find_projections, head_parameters
 from delta_lora.protocols import Method
 

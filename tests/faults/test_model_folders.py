@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from delta_lora.fitting import num_positions
+from delta_lora.positions import num_positions
 from tests.faults.damage import NotApplicableError
 from tests.faults.model_folders import (
     CHANGES,
