@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from delta_lora.models import FAMILIES
 from scripts.reporting.spec import load_table, table_names
-from scripts.runs.composition import CONFIGS, ConfigError, compose, options
+from scripts.runs.composition import CONFIGS, ConfigError, compose, hydra_ready, options
 from scripts.runs.run import Run
 from scripts.runs.scale import SCALES
 from tests.choices import first
@@ -87,6 +89,33 @@ def test_what_does_not_belong_together_is_refused(overrides: str, words: str) ->
                                        "experiment=xsum model=gpt2_medium"])  # fmt: skip
 def test_what_is_asked_for_by_name_is_composed(overrides: str) -> None:
     compose(overrides.split())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "experiment=e2e method=delta_lora scale=tiny seed=3 method.update_ratio=0.5",
+        "recipe.rank=4 experiment=e2e method=lora scale=tiny",
+        "experiment=glue/mnli scale=tiny +model.architecture.x=3 ~task.max_length",
+        "experiment=xsum logger=wandb trainer.max_steps=3 ++task.max_inputs=5",
+        "experiment=e2e task.embedded_sizes={train:12,validation:3} paths.outputs=/x",
+        "experiment=e2e trainer.max_steps=${seed} method=peft/ia3",
+    ],
+)
+def test_it_is_what_hydra_composes(overrides: str) -> None:
+    asked = overrides.split()
+    for _ in range(2):  # from the files, and from what was read before
+        ours = OmegaConf.to_container(compose(asked))
+        assert isinstance(ours, dict)
+        del ours["overrides"], ours["choices"]
+        with hydra_ready():
+            assert ours == OmegaConf.to_container(hydra.compose("train", asked), resolve=True)
+
+
+@pytest.mark.parametrize("override", ["choices.method=lora", "overrides=[a]"])
+def test_what_is_no_value_of_a_run_is_not_set(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0])):
+        compose(["experiment=e2e", override])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
