@@ -341,7 +341,7 @@ def test_a_view_and_a_report_are_saved_and_the_report_takes_the_place_of_the_old
     assert "delta/w_change_norm" in first["spec"]
 
 
-@pytest.mark.parametrize("trouble", first(["refused", "401", "hanging"]))
+@pytest.mark.parametrize("trouble", first(["401", "refused", "hanging"]))
 def test_what_cannot_be_saved_is_said(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_ENTITY", "team")

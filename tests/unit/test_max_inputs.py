@@ -41,7 +41,10 @@ def part_and_whole(kind: type[Any], wanted: int | None) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", [E2E, WebNLG])
-def test_only_the_part_is_decoded_and_scored(kind: type[Any]) -> None:
+def test_only_the_part_is_decoded_and_scored(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # Java takes ten seconds to start
     part, whole = part_and_whole(kind, 4)
     items, all_items = part.inputs("test"), whole.inputs("test")
     count = len(all_items)

@@ -384,6 +384,7 @@ def test_bf16_autocast_trains_on_a_cpu(tmp_path: Path) -> None:
     assert result.final_train_loss != full.final_train_loss
 
 
+@pytest.mark.long  # tests/contract/test_distributed.py tries more of them
 def test_two_processes_give_the_run_of_one(tmp_path: Path) -> None:
     one, _ = fit(tmp_path / "one", micro_batch_size=2)
     script = tmp_path / "script.py"
