@@ -116,7 +116,8 @@ def fit_tokenizer(tokenizer: Any, config: Any, place: str, model_place: str) -> 
         model_place: where the model is.
 
     Raises:
-        ValueError: its length is no number, or it has numbers of tokens that the model has not.
+        ValueError: its length is no number, or it has numbers of tokens that the model has not, or
+            one number for two.
     """
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
@@ -133,6 +134,12 @@ def fit_tokenizer(tokenizer: Any, config: Any, place: str, model_place: str) -> 
                 f"has {size} tokens (vocab_size in {CONFIG}); take the tokenizer that belongs to "
                 "it (model.tokenizer_path=FOLDER)"
             )
+    if twice := _numbered_alike(tokenizer):
+        first, second, number = twice
+        raise ValueError(
+            f"{place}: the tokenizer numbers both {first!r} and {second!r} {number}, so that either"
+            " may be decoded; take a tokenizer.json that gives every word a number of its own"
+        )
     for name, ours, theirs in _special(tokenizer, config):
         logger.warning(
             "%s: %s is %d of the tokenizer and %s of %s: is it the tokenizer of another model?",
@@ -140,6 +147,22 @@ def fit_tokenizer(tokenizer: Any, config: Any, place: str, model_place: str) -> 
         )  # fmt: skip
     if (limit := num_positions(config)) is not None and limit < longest:
         tokenizer.model_max_length = limit
+
+
+def _numbered_alike(tokenizer: Any) -> tuple[str, str, int] | None:
+    """Return two words of a vocabulary that have one number, and that; None where none have.
+
+    A token that was added may take the number of a word: many models rename reserved ones so.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    numbers = {} if backend is None else backend.get_vocab(with_added_tokens=False)
+    words: dict[int, str] = {}
+    for word, number in numbers.items():
+        if number in words:
+            first, second = sorted((words[number], word))
+            return first, second, number
+        words[number] = word
+    return None
 
 
 def _special(tokenizer: Any, config: Any) -> Iterator[tuple[str, int, object]]:

@@ -91,6 +91,7 @@ def test_some_damages(sounds: Callable[[str], Sound], tmp_path: Path, tally: Tal
         ),
         ("n_embd is 256", r"model.safetensors does not hold the model that .*/config.json"),
         ("a vocabulary beyond the embedding", r"numbers 'word39' 539, but the model of .* has 500"),
+        ("tokenizer.json: a number twice", r"numbers both '.*' and 'zzz' 5, so that either may be"),
         ("a tokenizer of another model", r"bos_token_id is 499 of the tokenizer and 0 of"),
         ("a head apart", r"a head that is not the embedding"),
         ("tensors: NaN", r"of the weights of .* infinite or NaN; copy them again"),
