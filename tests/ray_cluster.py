@@ -65,6 +65,7 @@ def started(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets are 107 letters at most
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `ray start ... &` of a script is
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
          f"--port={port}", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}",
@@ -73,6 +74,7 @@ def started(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
         env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     try:
         _wait_for_answer(process, port)
         yield RayCluster(f"127.0.0.1:{port}", process)

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -113,6 +114,9 @@ class Cluster(Protocol):
 def work(job: Job, place: Place) -> Report:
     """Do a job on a machine of the cluster; the body of its process."""
     began = time.monotonic()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in all that a shell starts in the background (`ray start ... &`): no stop would come.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(place.environment)
     try:
         os.chdir(place.folder)
