@@ -6,6 +6,7 @@ every batch; The file gets the trained and the kept factors in full.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 
@@ -19,8 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from tests.contract.models import CASES, inject, inputs, loss_of
 from tests.contract.test_closed_form import delta
 
+#: seconds until a process that waits for the other says where, and ends.
+HANGS_S = 100
+
 
 def main(engine: str, out: str) -> None:
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
     # They meet at a file: a port that is free now may be taken by another test a moment later.
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = f"file://{out}.meeting"
