@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora import adapter_file, checkpoint, methods
-from delta_lora.checks import expanded
+from delta_lora.checks import check_path
 from delta_lora.models import fingerprint
 from delta_lora.protocols import Method
 from delta_lora.step_watch import StepWatch
@@ -224,7 +224,7 @@ class Adapter:
                 adapter that stood there stays.
         """
         self._watch.check()
-        folder = expanded(folder)
+        folder = check_path("folder", folder)
         description = {**self.description, "facts": self.method.describe(), "step": self.step}
         with advising("save it again"):
             adapter_file.write(folder, self.method.updated_tensors(self.model), description)

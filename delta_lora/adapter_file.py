@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delta_lora import checkpoint, stored, writing
-from delta_lora.checks import expanded
+from delta_lora.checks import check_path, expanded
 from delta_lora.families import family_of
 from delta_lora.models import DTYPES, fingerprint, load_model
 from delta_lora.sources import located, looks_local
@@ -154,9 +154,15 @@ def find_folder(path: str | Path) -> Path:
     """Return the folder of an adapter: `path` itself, or ``adapter`` in it.
 
     Raises:
+        TypeError: it is no path.
         FileNotFoundError: neither holds one.
     """
-    path = expanded(path)
+    if hasattr(path, "param_groups") and hasattr(path, "save"):
+        raise TypeError(
+            f"the folder of an adapter is needed, not the {type(path).__name__} itself; write it "
+            "with .save(FOLDER) and give that folder"
+        )
+    path = check_path("path", path)
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file() and (folder / TENSORS).is_file():
             return folder

@@ -378,7 +378,7 @@ def check_path(name: str, value: str | Path) -> Path:
         TypeError: the value is no text and no path.
         ValueError: it is empty, or no file system has such a path.
     """
-    if not isinstance(value, (str, Path)):
+    if not isinstance(value, (str, os.PathLike)):
         raise TypeError(
             f"{name}={shown(value)} is a {type(value).__name__}, not a path; write a path, one "
             f"of digits only in quotes within quotes: {name}='\"1\"'"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from delta_lora import adapter_file, writing
 from delta_lora.adapter import Adapter, put
-from delta_lora.checks import check_integer, expanded
+from delta_lora.checks import check_integer, check_path
 from delta_lora.families import FAMILIES
 from delta_lora.low_rank import LowRankBranch, LowRankLinear, weight_slice
 from delta_lora.peft_folder import import_peft, write_peft_folder
@@ -107,6 +107,7 @@ def export_peft(
     peft = import_peft()
     if rank is not None:
         check_integer("rank", rank, at_least=1)
+    folder = check_path("folder", folder)
     source = adapter_file.find_folder(path)
     description = adapter_file.read_description(source)
     trained, plain = _trained_and_plain(source, base, settings)
@@ -119,7 +120,6 @@ def export_peft(
         task_type=FAMILIES[family].peft_task if family in FAMILIES else None,
         base_model_name_or_path=getattr(getattr(plain, "config", None), "name_or_path", None),
     )
-    folder = expanded(folder)
     write_peft_folder(
         folder,
         config=config,
@@ -164,7 +164,7 @@ def export_merged(
             (prompt tuning, for one) has none that could be merged.
         WriteError: a file cannot be written.
     """
-    folder = expanded(folder)
+    folder = check_path("folder", folder)
     source = adapter_file.find_folder(path)
     if isinstance(base, nn.Module):
         model = copy.deepcopy(base)

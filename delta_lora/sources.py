@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from delta_lora import stored
-from delta_lora.checks import expanded
+from delta_lora.checks import expanded, shown
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -123,7 +123,16 @@ def list_files(
 
 
 def looks_local(source: str | Path) -> bool:
-    """Return whether `source` means a folder and not a repository of the hub."""
+    """Return whether `source` means a folder and not a repository of the hub.
+
+    Raises:
+        TypeError: it is neither a text nor a path.
+    """
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"{shown(source)} is a {type(source).__name__}, neither a folder nor a hub id of a "
+            "model; write OWNER/NAME or the path of a folder"
+        )
     path = Path(source)
     return path.is_absolute() or str(source).startswith((".", "~", "$")) or path.exists()
 

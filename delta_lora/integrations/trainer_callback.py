@@ -46,7 +46,14 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from delta_lora import delta, step_watch
-from delta_lora.checks import check_bool, check_choice, check_integer, check_real, expanded
+from delta_lora.checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_path,
+    check_real,
+    expanded,
+)
 from delta_lora.integrations import callback_state
 from delta_lora.integrations.callback_state import FOLDER, STATE
 from delta_lora.integrations.peft_layers import (
@@ -334,7 +341,7 @@ class DeltaLoraCallback(TrainerCallback):
             RuntimeError: this callback has not trained `model`.
             ValueError: weights were trained that no adapter of PEFT holds.
         """
-        folder = expanded(folder)
+        folder = check_path("folder", folder)
         layers = dict(model.named_modules())
         if not self._targets or any(layers.get(t.name) is not t.layer for t in self._targets):
             raise RuntimeError(

@@ -272,6 +272,29 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match="holds no adapter"):
             load(tmp_path)
 
+    @pytest.mark.parametrize("folder", [None, 3, "", " "])
+    def test_what_is_no_folder_is_neither_read_nor_written(self, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        adapter = attached(**DELTA)
+        whole = adapter.save("adapter")
+        uses = (
+            adapter.save, load, lambda each: export.export_peft(whole, each),
+            lambda each: export.export_peft(each, "x"),
+            lambda each: export.export_merged(whole, each),
+        )  # fmt: skip
+        for use in uses:
+            with pytest.raises((TypeError, ValueError), match=r"(folder|path)=.*write"):
+                use(folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+    def test_an_adapter_is_no_folder(self, tmp_path):
+        adapter = attached(**DELTA)
+        for use in (load, lambda each: export.export_peft(each, tmp_path)):
+            with pytest.raises(TypeError, match=r"not the Adapter itself; write it with .save"):
+                use(adapter)
+        with pytest.raises(TypeError, match="3 is a int, neither a folder nor a hub id"):
+            load(adapter.save(tmp_path / "adapter"), base=3)
+
     def test_an_adapter_of_peft(self, tmp_path):
         import peft
 
