@@ -52,6 +52,7 @@ class Run:
     def __init__(self, composed: DictConfig, **own: Any) -> None:
         self._composed = composed
         self._own = own
+        self._asked: tuple[str, ...] = ()
 
     @classmethod
     def compose(cls, overrides: Sequence[str]) -> Run:
@@ -60,10 +61,15 @@ class Run:
         Raises:
             ConfigError: they do not compose.
         """
-        return cls(composition.compose(overrides))
+        run = cls(composition.compose(overrides))
+        run._asked = tuple(overrides)
+        return run
 
     def with_seed(self, seed: int) -> Run:
         """Return the same run with another seed; composing it anew takes a quarter of a second."""
+        if any("${" in override for override in self._asked):  # a value may follow the seed
+            others = [o for o in self._asked if o.partition("=")[0] != "seed"]
+            return Run.compose([*others, f"seed={seed}"])
         run = Run(self._composed, **{**self._own, "seed": seed})
         if self.start is None:  # nothing else depends on the seed
             run.meaning = {**self.meaning, "seed": seed}

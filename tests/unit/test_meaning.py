@@ -236,6 +236,15 @@ def test_a_seed_is_in_the_name_and_not_in_the_group() -> None:
     assert run_of("method=full").group != runs[0].group
 
 
+def test_a_value_that_follows_the_seed_follows_every_seed() -> None:
+    run = Run.compose(["experiment=e2e", "scale=tiny", "task.embedded_seed=${seed}", "seed=1"])
+    other = run.with_seed(3)
+    assert (run.config.task.embedded_seed, other.config.task.embedded_seed) == (1, 3)
+    assert other.seed == 3
+    asked = ["experiment=e2e", "scale=tiny", "task.embedded_seed=3", "seed=3"]
+    assert other.name == Run.compose(asked).name
+
+
 def test_a_seed_that_was_not_composed_is_the_same_for_a_run_with_a_start() -> None:
     rte = ("method=lora", "init_from=glue/mnli")
     first, second = (run_of(*rte, f"seed={seed}", experiment="glue/rte") for seed in (1, 2))
