@@ -139,14 +139,37 @@ def _read(overrides: Sequence[Override]) -> tuple[DictConfig, dict[str, str]]:
     It takes a fifth of a second for the files that the groups choose, and little for the values
     behind them: the files are read once.
     """
-    if any(override.key_or_group.partition(".")[0] == "hydra" for override in overrides):
-        return _read_files(tuple(str(override.input_line) for override in overrides))
-    chosen = tuple(str(override.input_line) for override in overrides if _is_group(override))
-    cfg, choices = _read_once(chosen, _version_of(CONFIGS))
+    if _are_of_hydra(overrides):
+        return _read_files([str(override.input_line) for override in overrides])
+    cfg, choices = _read_once(_chosen(overrides), _version_of(CONFIGS))
     cfg = cfg.copy()
     # The very step that Hydra takes behind its files.
     ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if not _is_group(o)], cfg)
     return cfg, dict(choices)
+
+
+def follows_seed(overrides: Sequence[str]) -> bool:
+    """Return whether a value may refer to the seed, in an override or in the files they choose."""
+    parsed = [parse(override) for override in overrides]
+    if any("${" in override for override in overrides) or _are_of_hydra(parsed):
+        return True
+    return _files_follow_seed(_chosen(parsed), _version_of(CONFIGS))
+
+
+@functools.lru_cache(maxsize=1024)
+def _files_follow_seed(chosen: tuple[str, ...], version: object) -> bool:
+    cfg, _ = _read_once(chosen, version)
+    return re.search(r"\$\{[^}]*\bseed\b", OmegaConf.to_yaml(cfg)) is not None
+
+
+def _are_of_hydra(overrides: Sequence[Override]) -> bool:
+    """Return whether one of them is of Hydra's own settings, such as further folders of files."""
+    return any(override.key_or_group.partition(".")[0] == "hydra" for override in overrides)
+
+
+def _chosen(overrides: Sequence[Override]) -> tuple[str, ...]:
+    """Return the overrides that choose a file."""
+    return tuple(str(override.input_line) for override in overrides if _is_group(override))
 
 
 def _is_group(override: Override) -> bool:

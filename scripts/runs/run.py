@@ -67,19 +67,27 @@ class Run:
 
     def with_seed(self, seed: int) -> Run:
         """Return the same run with another seed; composing it anew takes a quarter of a second."""
-        if any("${" in override for override in self._asked):  # a value may follow the seed
-            others = [o for o in self._asked if o.partition("=")[0] != "seed"]
-            return Run.compose([*others, f"seed={seed}"])
+        if self._follows_seed:
+            others = [o for o in self._asked if o.lstrip("+").partition("=")[0] != "seed"]
+            run = Run.compose([*others, f"seed={seed}"])
+            run._own = {key: value for key, value in self._own.items() if key != "seed"}
+            return run
         run = Run(self._composed, **{**self._own, "seed": seed})
+        run._asked = self._asked
         if self.start is None:  # nothing else depends on the seed
             run.meaning = {**self.meaning, "seed": seed}
         return run
 
+    @cached_property
+    def _follows_seed(self) -> bool:
+        """Whether another value of its configuration may follow its seed."""
+        return composition.follows_seed(self._asked)
+
     def as_part_of(self, names: Iterable[str]) -> Run:
         """Return the same run, made for the tables and sweeps called `names`."""
         run = Run(self._composed, **{**self._own, "part_of": list(dict.fromkeys(names))})
-        run.__dict__.update({key: v for key, v in vars(self).items() if key not in vars(run)})
-        run.__dict__.pop("config", None)
+        kept = {key: v for key, v in vars(self).items() if key not in ("config", "_own")}
+        run.__dict__.update(kept)
         return run
 
     def __repr__(self) -> str:

@@ -68,7 +68,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return _finished(tuple(overrides), OUTPUTS)
 
 
-@functools.lru_cache(maxsize=64)  # of one test; the next one has another folder
+@functools.lru_cache(maxsize=64)  # many tests have a folder of their own
 def _finished(overrides: tuple[str, ...], outputs: Path | None) -> DictConfig:
     composed = tuple(o for o in overrides if not o.startswith(VALUES))
     cfg = _composed(composed).copy()

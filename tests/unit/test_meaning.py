@@ -18,6 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from delta_lora.methods.lora import Lora
 from delta_lora.trainer import Trainer
+from scripts.runs import composition
 from scripts.runs.composition import ConfigError
 from scripts.runs.meaning import hash_of, plain
 from scripts.runs.run import Run
@@ -243,6 +244,19 @@ def test_a_value_that_follows_the_seed_follows_every_seed() -> None:
     assert other.seed == 3
     asked = ["experiment=e2e", "scale=tiny", "task.embedded_seed=3", "seed=3"]
     assert other.name == Run.compose(asked).name
+    part = run.as_part_of(["table1"]).with_seed(3)
+    assert (part.name, part.part_of, part.config.part_of) == (other.name, ["table1"], ["table1"])
+
+
+def test_a_value_of_a_file_that_follows_the_seed_does_so_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(composition.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
+    assert not composition.follows_seed(["experiment=e2e", "method=lora"])
+    path = tmp_path / "configs" / "task" / "e2e.yaml"
+    path.write_text(path.read_text().replace("embedded_seed: 0", "embedded_seed: ${seed}"))
+    assert composition.follows_seed(["experiment=e2e", "method=lora"])
 
 
 def test_a_seed_that_was_not_composed_is_the_same_for_a_run_with_a_start() -> None:
